@@ -1,0 +1,28 @@
+"""UD2M posterior samplers (unfolded and distilled diffusion models) for deepinv."""
+
+from deepinv_ud2m.__about__ import __version__
+from deepinv_ud2m.initializers import LinearInitializer, PseudoInverseInitializer
+from deepinv_ud2m.lora import add_lora, lora_disabled, merge_lora, unmerge_lora
+from deepinv_ud2m.priors import PriorInfo, load_prior, save_prior
+from deepinv_ud2m.proximal import posterior_prox
+from deepinv_ud2m.sampler import UD2M, Trajectory
+from deepinv_ud2m.schedule import VPSchedule
+from deepinv_ud2m.unfolded import UnfoldedDenoiser
+
+__all__ = [
+    "UD2M",
+    "LinearInitializer",
+    "PriorInfo",
+    "PseudoInverseInitializer",
+    "Trajectory",
+    "UnfoldedDenoiser",
+    "VPSchedule",
+    "__version__",
+    "add_lora",
+    "load_prior",
+    "lora_disabled",
+    "merge_lora",
+    "posterior_prox",
+    "save_prior",
+    "unmerge_lora",
+]

@@ -1,0 +1,150 @@
+"""Pretrained diffusion priors by name, and what a prior can be used for.
+
+Any :class:`deepinv.models.Denoiser` is a prior. One that is loaded here also states the images and
+noise levels it was trained for, as a :class:`PriorInfo` in its attribute ``prior_info``, so that
+leaving them is noticed before it shows in the images. Set the attribute on a denoiser of your own
+to get the same checks.
+
+A new prior is one entry in ``PRIORS``.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from deepinv.models import ADMUNet, Denoiser
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from deepinv_ud2m.networks import PixelShuffledDenoiser
+
+_WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class PriorInfo:
+    """
+    What a prior was trained for.
+
+    :param str name: name, for messages.
+    :param int channels: number of image channels.
+    :param float sigma_min: smallest noise level, in units of the image.
+    :param float sigma_max: largest noise level.
+    :param int size_multiple: height and width must be multiples of it.
+    :param int, None image_size: height and width of the training images; ``None`` if the prior
+        suits any size.
+    """
+
+    name: str
+    channels: int
+    sigma_min: float
+    sigma_max: float
+    size_multiple: int = 1
+    image_size: int | None = None
+
+    def check_images(self, shape: torch.Size) -> None:
+        """
+        :param torch.Size shape: shape of the images, `[B, C, H, W]`.
+        :raises ValueError: if the prior cannot take them; it warns if it was not trained on their size.
+        """
+        channels, *size = shape[1:]
+        if channels != self.channels:
+            raise ValueError(
+                f"the prior {self.name!r} takes images with {self.channels} channel(s), but the "
+                f"images of this problem have shape {list(shape)}: {channels} channel(s)"
+            )
+        if any(n < self.size_multiple or n % self.size_multiple for n in size):
+            raise ValueError(
+                f"the prior {self.name!r} takes images whose sides are multiples of "
+                f"{self.size_multiple}, but the images of this problem are {size[0]}x{size[1]}: "
+                "crop or pad them"
+            )
+        if self.image_size is not None and any(n != self.image_size for n in size):
+            warnings.warn(
+                f"the prior {self.name!r} was trained on {self.image_size}x{self.image_size} "
+                f"images; those of this problem are {size[0]}x{size[1]}",
+                stacklevel=3,
+            )
+
+    def check_levels(self, levels: torch.Tensor) -> None:
+        """
+        Warn if any level is outside the range of the prior.
+
+        :param torch.Tensor levels: noise levels that the prior is to denoise.
+        """
+        low, high = levels.min().item(), levels.max().item()
+        if low < 0.99 * self.sigma_min or high > 1.01 * self.sigma_max:
+            warnings.warn(
+                f"the prior {self.name!r} knows noise levels from {self.sigma_min} to "
+                f"{self.sigma_max}, but is asked for {low:.3g} to {high:.3g}; they are clamped",
+                stacklevel=4,
+            )
+
+
+def load_prior(name: str, device: torch.device | str = "cpu") -> Denoiser:
+    """
+    A pretrained prior, frozen and in evaluation mode.
+
+    :param str name: ``"mnist"`` (grey 32x32 digits, ships with the package), or the path of a
+        folder written by :func:`save_prior`.
+    :param torch.device, str device: where to put it (default: cpu).
+    :returns: a denoiser with the attribute ``prior_info``.
+    :raises ValueError: for an unknown name, or a folder whose weights are damaged or do not fit its
+        ``config.json``.
+    """
+    folder = _WEIGHTS / PRIORS[name] if name in PRIORS else Path(name)
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ValueError(
+            f"name must be one of the priors {sorted(PRIORS)} or a folder with config.json and "
+            f"model.safetensors, got {str(name)!r}"
+        )
+    config = json.loads(config_file.read_text())
+    network = build_network(config)
+    weights = folder / "model.safetensors"
+    try:
+        network.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"the weights of the prior in {folder} cannot be used: {error}") from error
+    network.prior_info = PriorInfo(**config["prior"])
+    return network.requires_grad_(False).eval().to(device)
+
+
+def save_prior(network: Denoiser, config: Mapping, folder: str | Path) -> None:
+    """
+    Write a prior as ``model.safetensors`` (float16) and ``config.json``.
+
+    :param deepinv.models.Denoiser network: the network, as :func:`build_network` makes it.
+    :param Mapping config: ``"network"``: arguments of the network, ``"prior"``: those of
+        :class:`PriorInfo`, and any further entries (training data, budget, metrics).
+    :param str, pathlib.Path folder: where to write; made if it does not exist.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.half().contiguous() for k, v in network.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def build_network(config: Mapping) -> Denoiser:
+    """
+    The network of a shipped prior, with random weights: deepinv's ADMUNet, which brings the EDM
+    preconditioning, on pixel-unshuffled images.
+
+    :param Mapping config: ``config["network"]`` holds ``pixel_shuffle`` and the arguments of
+        :class:`deepinv.models.ADMUNet`; ``config["prior"]["channels"]`` the channels of the images.
+    """
+    options = dict(config["network"])
+    factor = options.pop("pixel_shuffle")
+    channels = config["prior"]["channels"] * factor**2
+    inner = ADMUNet(in_channels=channels, out_channels=channels, pretrained=None, **options)
+    return PixelShuffledDenoiser(inner, factor)
+
+
+#: Shipped priors: name, and folder in ``weights/``.
+PRIORS = {"mnist": "prior-mnist"}

@@ -1,0 +1,249 @@
+r"""The one prox, and the noise level of a physics.
+
+Both likelihoods of a draw from :math:`p(x \mid y, x_s)`, that of the measurement and that of the
+diffusion state, are Gaussian in x; with the quadratic coupling to the current iterate they are one
+quadratic, whose minimiser is one call to ``physics.prox_l2`` (Mbakam et al. 2025, Section 3).
+"""
+
+from __future__ import annotations
+
+import torch
+from deepinv.optim.linear import conjugate_gradient
+from deepinv.physics import (
+    Downsampling,
+    GaussianNoise,
+    LinearPhysics,
+    Physics,
+    StackedPhysics,
+    ZeroNoise,
+)
+from deepinv.utils import TensorList
+from torch import Tensor
+
+from deepinv_ud2m.batching import RepeatedPhysics
+
+#: Level given to a physics without noise, about that of 8-bit quantisation (1/255 is 0.004).
+NOISE_FLOOR = 0.005
+
+Scalar = float | Tensor
+
+
+def posterior_prox(
+    x: Tensor,
+    y: Tensor | TensorList,
+    physics: Physics,
+    x_s: Tensor,
+    sigma: Scalar,
+    rho: Scalar,
+    lambda_: Scalar = 1.0,
+    sigma_y: Scalar | None = None,
+    *,
+    tol: float = 1e-5,
+    max_iter: int = 1000,
+) -> Tensor:
+    r"""
+    Proximal step on both likelihoods,
+
+    .. math::
+        \operatorname*{argmin}_z \; \frac{\|A z - y\|^2}{2 \lambda \sigma_y^2}
+        + \frac{\|z - x_s\|^2}{2 s^2} + \frac{\|z - x\|^2}{2 \rho^2} .
+
+    With :math:`p = 1/\rho^2 + 1/s^2` and :math:`m = (x/\rho^2 + x_s/s^2)/p` this is
+    ``physics.prox_l2(m, y, gamma)`` with :math:`\gamma = 1/(p \lambda \sigma_y^2)`. Physics that
+    have a closed form use it. The others solve :math:`(I + \gamma A^\top A) z = m + \gamma A^\top y`
+    by deepinv's conjugate gradients, started at m, to the tolerance given here; the settings stored
+    in the physics are neither used nor changed. It computes in float32 under autocast.
+
+    Gradients reach ``x``, ``x_s``, ``y`` and all the scalars. Those of the iterative solution are
+    implicit: the memory does not grow with the iterations. They do not reach the parameters of the
+    physics, and the physics must not be updated between the forward and the backward pass.
+
+    In float32 the iterative solution is limited by rounding at about
+    :math:`10^{-7} \gamma \|A\|^2` relative to z.
+
+    :param torch.Tensor x: current iterate, of shape `[B, C, H, W]`.
+    :param torch.Tensor, deepinv.utils.TensorList y: measurements.
+    :param deepinv.physics.Physics physics: any deepinv linear physics, or any physics with ``prox_l2``.
+    :param torch.Tensor x_s: noisy image, of the shape of ``x``.
+    :param float, torch.Tensor sigma: level :math:`s` of ``x_s``. This and the scalars below are
+        positive; a float, or a tensor that is 0-d or of shape `[1]`, `[B]` or `[B, 1, 1, 1]`.
+    :param float, torch.Tensor rho: coupling :math:`\rho` to ``x``, in units of the image.
+    :param float, torch.Tensor lambda_: tempering :math:`\lambda` of the measurement noise (default: 1).
+    :param float, torch.Tensor sigma_y: noise level of ``y``; that of the physics by default, see
+        :func:`noise_level`.
+    :param float tol: relative residual at which the iterative solver stops (default: 1e-5).
+    :param int max_iter: most iterations of the iterative solver (default: 1000).
+    :returns: the minimiser, of the shape of ``x``.
+    :raises ValueError: if a scalar has another shape, or the physics has no Gaussian noise level.
+    :raises TypeError: if the physics has no ``prox_l2``.
+    """
+    check_has_prox(physics)
+    if sigma_y is None:
+        sigma_y = noise_level(physics)
+    with torch.autocast(x.device.type, enabled=False):
+        if x.dtype in (torch.float16, torch.bfloat16):
+            x = x.float()
+        x_s = x_s.to(x.dtype)
+        rho, sigma, lambda_, sigma_y = (
+            expand_scalar(value, x, name)
+            for name, value in dict(rho=rho, sigma=sigma, lambda_=lambda_, sigma_y=sigma_y).items()
+        )
+        precision = rho**-2 + sigma**-2
+        mean = (x * rho**-2 + x_s * sigma**-2) / precision
+        gamma = 1 / (precision * lambda_ * sigma_y**2)
+        if has_closed_form(physics, x.shape):
+            return physics.prox_l2(mean, y, gamma)
+        return _solve_normal_equations(mean, y, physics, gamma, tol, max_iter)
+
+
+def noise_level(physics: Physics, sigma_y: Scalar | None = None) -> Tensor:
+    r"""
+    Standard deviation :math:`\sigma_y` of the Gaussian noise of a physics.
+
+    :param deepinv.physics.Physics physics: its ``noise_model`` is a ``GaussianNoise``, whose
+        ``sigma`` is returned, or a ``ZeroNoise``, which gets the floor ``NOISE_FLOOR`` = 0.005.
+        A stack must have the same level in all its children.
+    :param float, torch.Tensor sigma_y: overrides the physics when given.
+    :returns: level as a 0-d tensor or one per image, `[B]`.
+    :raises ValueError: for any other noise model, or children of different levels.
+    """
+    if sigma_y is not None:
+        return torch.as_tensor(sigma_y)
+    if isinstance(physics, StackedPhysics):
+        levels = [noise_level(child) for child in physics.physics_list]
+        if any(not torch.equal(level, levels[0]) for level in levels[1:]):
+            raise ValueError(
+                "the noise levels of a stacked physics must be the same in all its children, got "
+                f"{[level.tolist() for level in levels]}: rescale operators and measurements to a "
+                "common level, or pass it as sigma_y"
+            )
+        return levels[0]
+    noise_model = physics.noise_model
+    if isinstance(noise_model, GaussianNoise):
+        return noise_model.sigma
+    if isinstance(noise_model, ZeroNoise):
+        return torch.tensor(NOISE_FLOOR)
+    raise ValueError(
+        f"the noise model of the physics is {type(noise_model).__name__}, which has no Gaussian "
+        "level: use GaussianNoise or ZeroNoise, or pass the standard deviation of a Gaussian "
+        "approximation as sigma_y"
+    )
+
+
+def check_has_prox(physics: Physics) -> None:
+    """
+    :param deepinv.physics.Physics physics: the physics.
+    :raises TypeError: if it has no ``prox_l2``.
+    """
+    if not callable(getattr(physics, "prox_l2", None)):
+        raise TypeError(
+            f"physics must have a prox_l2, which every deepinv LinearPhysics has; "
+            f"{type(physics).__name__} has none"
+        )
+
+
+def has_closed_form(physics: Physics, shape: torch.Size) -> bool:
+    """
+    Whether ``physics.prox_l2`` is exact without iterations.
+
+    deepinv's Downsampling has a closed form for circular padding only, and it is right only for a
+    filter that is not larger than the image (a longer one wraps around, and the formula folds it
+    differently from the operator).
+
+    :param deepinv.physics.Physics physics: the physics.
+    :param torch.Size shape: shape of the images, `[B, C, H, W]`.
+    """
+    if isinstance(physics, RepeatedPhysics):
+        return has_closed_form(physics.physics, shape)
+    if isinstance(physics, Downsampling):
+        return (
+            physics.padding == "circular"
+            and physics.filter is not None
+            and all(f <= n for f, n in zip(physics.filter.shape[-2:], shape[-2:], strict=True))
+        )
+    return getattr(type(physics), "prox_l2", None) is not LinearPhysics.prox_l2
+
+
+def expand_scalar(value: Scalar, like: Tensor, name: str) -> Tensor:
+    """
+    A scalar, or one scalar per image, in a shape that multiplies images.
+
+    :param float, torch.Tensor value: a float, or a tensor that is 0-d, `[1]`, `[B]` or `[B, 1, 1, 1]`.
+    :param torch.Tensor like: images of shape `[B, C, H, W]`, which give B, dtype and device.
+    :param str name: name of the argument, for the message.
+    :returns: tensor of shape `[B, 1, 1, 1]`.
+    :raises ValueError: for any other shape.
+    """
+    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    batch_size, ones = like.shape[0], [1] * (like.ndim - 1)
+    if value.numel() not in (1, batch_size) or any(n != 1 for n in value.shape[1:]):
+        raise ValueError(
+            f"{name} must be a scalar or one value per image, of shape [{batch_size}] or "
+            f"{[batch_size, *ones]}; got shape {list(value.shape)}"
+        )
+    return value.reshape(-1, *ones).expand(batch_size, *ones)
+
+
+def _solve_normal_equations(mean, y, physics, gamma, tol, max_iter):
+    """Solve (I + gamma A^T A) z = mean + gamma A^T y."""
+    right_side = mean + gamma * physics.A_adjoint(y)
+    return _ShiftedSolve.apply(right_side, gamma, mean, physics, tol, max_iter)
+
+
+class _ShiftedSolve(torch.autograd.Function):
+    r"""
+    :math:`z = H^{-1} b` with :math:`H = I + \gamma A^\top A`, by conjugate gradients.
+
+    For an incoming gradient g, :math:`v = H^{-1} g` is the gradient of b, and
+    :math:`-\langle v, A^\top A z \rangle` that of gamma. deepinv has an implicit solver too; this
+    one needs only :math:`A^\top A` on images, so it serves stacks, whose measurements are lists,
+    and its gradient with respect to gamma does not cancel at large gamma.
+    """
+
+    @staticmethod
+    def forward(ctx, right_side, gamma, start, physics, tol, max_iter):
+        solution = _shifted_cg(physics, gamma, right_side, start, tol, max_iter)
+        ctx.save_for_backward(gamma, solution)
+        ctx.physics, ctx.tol, ctx.max_iter = physics, tol, max_iter
+        ctx.buffers = _buffers(physics)
+        return solution
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not _same_buffers(_buffers(ctx.physics), ctx.buffers):
+            raise RuntimeError(
+                "the physics was updated between the forward and the backward pass of "
+                "posterior_prox; its gradient would be that of another operator"
+            )
+        gamma, solution = ctx.saved_tensors
+        v = _shifted_cg(ctx.physics, gamma, grad, grad, ctx.tol, ctx.max_iter)
+        grad_gamma = None
+        if ctx.needs_input_grad[1]:
+            normal = ctx.physics.A_adjoint_A(solution)
+            grad_gamma = -(v * normal).flatten(1).sum(1).reshape(gamma.shape)
+        return v, grad_gamma, None, None, None, None
+
+
+def _shifted_cg(physics, gamma, right_side, start, tol, max_iter):
+    with torch.no_grad():
+        return conjugate_gradient(
+            lambda z: z + gamma * physics.A_adjoint_A(z),
+            right_side,
+            init=start,
+            max_iter=max_iter,
+            tol=tol,
+            eps=torch.finfo(right_side.dtype).tiny,
+            parallel_dim=0,
+        )
+
+
+def _buffers(physics) -> list[Tensor]:
+    children = getattr(physics, "physics_list", None) or [physics]
+    return [buffer for child in children for buffer in child.buffers()]
+
+
+def _same_buffers(now: list[Tensor], then: list[Tensor]) -> bool:
+    # By value: deepinv's Downsampling registers its filter anew, unchanged, in every call.
+    return len(now) == len(then) and all(
+        a is b or (a.shape == b.shape and torch.equal(a, b)) for a, b in zip(now, then, strict=True)
+    )

@@ -1,0 +1,75 @@
+"""Random draws that do not depend on how the samples were split into batches.
+
+Each sample has a stream of its own, seeded from the caller's generator before any batch is formed.
+A batch of streams stands wherever a :class:`torch.Generator` does: :func:`randn` takes either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class SampleStreams:
+    """
+    One stream of standard normal images per sample of a batch.
+
+    Noise is drawn in blocks of several images per stream, because a draw costs a call per stream.
+    The same seed, shape and block size give the same images, whatever the other streams are.
+
+    :param seeds: one integer per sample.
+    :param torch.device device: where the noise is drawn.
+    :param int block: images drawn at once for each stream (default: 1).
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str, block: int = 1):
+        self.generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
+        self.block = block
+        self._noise, self._used = None, block
+
+    def randn(self, like: Tensor) -> Tensor:
+        """
+        :param torch.Tensor like: images of shape `[number of streams, ...]`.
+        :returns: standard normal noise of that shape and dtype.
+        :raises ValueError: if there is not one stream per image.
+        """
+        if like.shape[0] != len(self.generators):
+            raise ValueError(
+                f"there are {len(self.generators)} random streams but {like.shape[0]} images"
+            )
+        if self._used == self.block:
+            self._noise = self._draw_block(like)
+            self._used = 0
+        self._used += 1
+        return self._noise[:, self._used - 1]
+
+    def _draw_block(self, like: Tensor) -> Tensor:
+        shape = (self.block, *like.shape[1:])
+        options = {"dtype": like.dtype, "device": like.device}
+        return torch.stack([torch.randn(shape, generator=g, **options) for g in self.generators])
+
+
+def randn(like: Tensor, generator: torch.Generator | SampleStreams | None = None) -> Tensor:
+    """
+    Standard normal noise.
+
+    :param torch.Tensor like: gives shape, dtype and device.
+    :param torch.Generator, SampleStreams generator: source of the noise; PyTorch's own by default.
+    :returns: noise of the shape of ``like``.
+    """
+    if isinstance(generator, SampleStreams):
+        return generator.randn(like)
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
+def draw_seeds(num: int, generator: torch.Generator | None = None) -> list[int]:
+    """
+    Seeds for :class:`SampleStreams`.
+
+    :param int num: how many.
+    :param torch.Generator generator: source of the seeds; PyTorch's own by default.
+    """
+    device = generator.device if generator is not None else "cpu"
+    return torch.randint(2**63 - 1, (num,), generator=generator, device=device).tolist()

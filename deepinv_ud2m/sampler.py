@@ -1,0 +1,306 @@
+r"""UD2M: a posterior sampler that needs few network evaluations (Mbakam et al. 2025, Algorithm 1).
+
+Levels :math:`s_N > \dots > s_1 > s_0 = 0` and :math:`x_{s_N} \sim \mathcal N(1/2, s_N^2 I)`. For n = N, ..., 1:
+
+.. math::
+    x_0 &\leftarrow L(y, x_{s_n}, s_n) \quad \text{(a draw from } p(x \mid y, x_{s_n})), \\
+    x_{s_{n-1}} &= x_0 + \sqrt{s_{n-1}^2 - \tau_n^2}\; (x_{s_n} - x_0) / s_n + \tau_n\, \varepsilon,
+    \qquad \tau_n = \eta\, s_{n-1} \sqrt{1 - s_{n-1}^2 / s_n^2} .
+
+The last :math:`x_0` is the sample. With :math:`\eta = 1` a step is the exact posterior of the diffusion
+for any gap between levels, with :math:`\eta = 0` it is deterministic DDIM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from deepinv.models import Reconstructor
+from deepinv.physics import Physics
+from deepinv.utils import TensorList
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from deepinv_ud2m.batching import RepeatedPhysics, repeat_batch
+from deepinv_ud2m.proximal import Scalar, check_has_prox, expand_scalar, noise_level
+from deepinv_ud2m.randomness import SampleStreams, draw_seeds, randn
+from deepinv_ud2m.schedule import VPSchedule, check_levels
+
+
+@dataclass
+class Trajectory:
+    """
+    What a sampler went through.
+
+    :param torch.Tensor levels: the levels s_N, ..., s_1, of shape `[N]`.
+    :param torch.Tensor x0: the draws at each level, of shape `[N, num_samples, B, C, H, W]`.
+    :param torch.Tensor x_s: the states before each draw, of the same shape.
+    """
+
+    levels: Tensor
+    x0: Tensor
+    x_s: Tensor
+
+
+class UD2M(Reconstructor):
+    r"""
+    Posterior sampler: :math:`\hat x \sim p(x \mid y)` in N steps of an unfolded denoiser.
+
+    It samples; gradients do not flow through it. To train, train the unfolded denoiser.
+
+    :param torch.nn.Module unfolded: the unfolded denoiser
+        (:class:`deepinv_ud2m.UnfoldedDenoiser`), or any module that draws from
+        :math:`p(x \mid y, x_s)` when called as ``(y, physics, x_s, sigma, *, generator=None)``;
+        it draws its noise with :func:`deepinv_ud2m.randomness.randn`.
+    :param int num_steps: number N of levels (default: 3).
+    :param float eta: randomness of the steps, in [0, 1] (default: 0.8).
+    :param deepinv_ud2m.VPSchedule schedule: where the levels are taken from; the linear schedule of
+        1000 times by default.
+    :param Sequence[float] levels: levels to use instead of those of the schedule, positive and
+        strictly decreasing.
+    :param tuple[float, float], None output_range: samples are clamped to it (default: (0, 1));
+        ``None`` leaves them as they are.
+    :raises ValueError: for N < 1, eta outside [0, 1], or levels that do not decrease.
+
+    The number of network evaluations that the last call spent per sample, found by counting calls,
+    is in the attribute ``nfe``.
+
+    |sep|
+
+    :Examples:
+
+        >>> import deepinv as dinv, torch
+        >>> from deepinv_ud2m import UD2M, UnfoldedDenoiser, load_prior
+        >>> from deepinv_ud2m.data import mnist_digits
+        >>> model = UD2M(UnfoldedDenoiser(load_prior("mnist")))
+        >>> x = mnist_digits("test", num=2)
+        >>> physics = dinv.physics.Inpainting((1, 32, 32), mask=0.3,
+        ...                                   noise_model=dinv.physics.GaussianNoise(0.05))
+        >>> y = physics(x)
+        >>> x_hat = model(y, physics)
+        >>> x_hat.shape, model.nfe
+        (torch.Size([2, 1, 32, 32]), 9.0)
+        >>> model.sample(y, physics, num_samples=4).shape
+        torch.Size([4, 2, 1, 32, 32])
+    """
+
+    def __init__(
+        self,
+        unfolded: nn.Module,
+        num_steps: int = 3,
+        eta: float = 0.8,
+        schedule: VPSchedule | None = None,
+        *,
+        levels: Sequence[float] | Tensor | None = None,
+        output_range: tuple[float, float] | None = (0.0, 1.0),
+    ):
+        super().__init__()
+        if not isinstance(unfolded, nn.Module):
+            raise TypeError(f"unfolded must be a module, got {type(unfolded).__name__}")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be in [0, 1], got {eta}")
+        self.unfolded = unfolded
+        self.schedule = schedule if schedule is not None else VPSchedule()
+        self.eta, self.output_range = eta, output_range
+        if levels is None:
+            levels = self.schedule.sampling_levels(num_steps)
+        self.register_buffer("levels", check_levels(levels), persistent=False)
+        self.nfe: float | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Number N of levels."""
+        return len(self.levels)
+
+    def forward(
+        self,
+        y: Tensor,
+        physics: Physics,
+        *,
+        generator: torch.Generator | None = None,
+        sigma_y: Scalar | None = None,
+    ) -> Tensor:
+        r"""
+        One posterior sample per measurement.
+
+        :param torch.Tensor y: measurements, finite.
+        :param deepinv.physics.Physics physics: the physics that made them.
+        :param torch.Generator generator: random generator, on the device of ``y``; the same seed
+            gives the same sample. PyTorch's own by default.
+        :param float, torch.Tensor sigma_y: noise level, where the physics does not tell it.
+        :returns: samples, of shape `[B, C, H, W]`.
+        :raises ValueError, TypeError: if the problem is not one the sampler can take.
+        """
+        return self.sample(y, physics, 1, generator=generator, sigma_y=sigma_y)[0]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        y: Tensor,
+        physics: Physics,
+        num_samples: int = 1,
+        *,
+        batch_size: int | None = None,
+        generator: torch.Generator | None = None,
+        sigma_y: Scalar | None = None,
+        return_trajectory: bool = False,
+        verbose: bool = False,
+    ) -> Tensor | tuple[Tensor, Trajectory]:
+        r"""
+        Several posterior samples per measurement.
+
+        The samples of one call are drawn together. Each has a random stream of its own, so the
+        result does not depend on ``batch_size`` but for rounding.
+
+        :param torch.Tensor y: measurements, finite.
+        :param deepinv.physics.Physics physics: the physics that made them.
+        :param int num_samples: samples S per measurement, at least 1 (default: 1).
+        :param int, None batch_size: most images in one network pass; at least the B images of one
+            sample of each measurement are. All at once by default.
+        :param torch.Generator generator: random generator, on the device of ``y``.
+        :param float, torch.Tensor sigma_y: noise level, where the physics does not tell it.
+        :param bool return_trajectory: also return all draws and states (default: ``False``).
+        :param bool verbose: show a progress bar over levels and batches (default: ``False``).
+        :returns: samples of shape `[S, B, C, H, W]`, and a :class:`Trajectory` if asked for.
+        :raises ValueError, TypeError: if the problem is not one the sampler can take.
+        """
+        like = self._check(y, physics, num_samples, batch_size, generator, sigma_y)
+        batch = like.shape[0]
+        seeds = draw_seeds(num_samples * batch, generator)
+        per_pass = num_samples if batch_size is None else max(1, batch_size // batch)
+        passes = [seeds[i : i + per_pass * batch] for i in range(0, len(seeds), per_pass * batch)]
+        x0s, states = [], []
+        with CallCounter(getattr(self.unfolded, "networks", [])) as counter:
+            bar = tqdm(total=len(passes) * self.num_steps, desc="UD2M", disable=not verbose)
+            for seeds_of_pass in passes:
+                x0, x_s = self._chain(y, physics, like, sigma_y, seeds_of_pass, bar)
+                if not return_trajectory:
+                    x0, x_s = x0[-1:], x_s[:0]
+                x0s.append(x0.unflatten(1, (-1, batch)))
+                states.append(x_s.unflatten(1, (-1, batch)) if len(x_s) else x_s)
+            bar.close()
+        self.nfe = counter.images / (num_samples * batch)
+        x0 = torch.cat(x0s, 1)
+        samples = x0[-1] if self.output_range is None else x0[-1].clamp(*self.output_range)
+        if not return_trajectory:
+            return samples
+        return samples, Trajectory(self.levels.clone(), x0, torch.cat(states, 1))
+
+    def _chain(self, y, physics, like, sigma_y, seeds, bar) -> tuple[Tensor, Tensor]:
+        """Run the levels once for one batch of streams; all x0 and all x_s, `[N, S B, C, H, W]`."""
+        repeats = len(seeds) // like.shape[0]
+        if sigma_y is not None or (repeats > 1 and like.shape[0] > 1):
+            level = noise_level(physics, sigma_y).to(like.device)
+            physics = RepeatedPhysics(physics, like.shape[0], repeats, level)
+        y, like = repeat_batch(y, repeats), repeat_batch(like, repeats)
+        streams = SampleStreams(seeds, like.device, block=self._draws_per_level())
+        levels = self.levels.to(like.device, like.dtype)
+        x_s = 0.5 + levels[0] * randn(like, streams)
+        x0s, states = [], []
+        for n in range(self.num_steps):
+            x0 = self.unfolded(y, physics, x_s, levels[n], generator=streams)
+            x0s.append(x0)
+            states.append(x_s)
+            if n + 1 < self.num_steps:
+                x_s = self.step(x0, x_s, levels[n], levels[n + 1], streams)
+            bar.update()
+        return torch.stack(x0s), torch.stack(states)
+
+    def step(
+        self,
+        x0: Tensor,
+        x_s: Tensor,
+        sigma: Scalar,
+        sigma_next: Scalar,
+        generator: torch.Generator | SampleStreams | None = None,
+    ) -> Tensor:
+        r"""
+        From level s to the next, given a draw of x.
+
+        :param torch.Tensor x0: draw from :math:`p(x \mid y, x_s)`, of shape `[B, C, H, W]`.
+        :param torch.Tensor x_s: state at level ``sigma``, of the same shape.
+        :param float, torch.Tensor sigma: level s, 0-d or broadcastable.
+        :param float, torch.Tensor sigma_next: next level, below s.
+        :param torch.Generator, SampleStreams generator: source of the noise.
+        :returns: state at level ``sigma_next``.
+        """
+        ratio = sigma_next / sigma
+        # tau = eta s' sqrt(1 - r^2), and sqrt(s'^2 - tau^2) / s = r sqrt(1 - eta^2 (1 - r^2))
+        tau = self.eta * sigma_next * (1 - ratio**2) ** 0.5
+        kept = ratio * (1 - self.eta**2 * (1 - ratio**2)) ** 0.5
+        return x0 + kept * (x_s - x0) + tau * randn(x_s, generator)
+
+    def _draws_per_level(self) -> int:
+        return getattr(self.unfolded, "num_iterations", 1) + 1
+
+    def _check(self, y, physics, num_samples, batch_size, generator, sigma_y) -> Tensor:
+        """Refuse what cannot work before any network call; an image of the right shape otherwise."""
+        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        for part in y if isinstance(y, TensorList) else [y]:
+            if not bool(torch.isfinite(part).all()):
+                raise ValueError("y must be finite, but it has NaN or infinite values")
+        level = noise_level(physics, sigma_y)
+        if not bool((level > 0).all()):
+            raise ValueError(
+                f"sigma_y must be positive, got {level.tolist()}; for measurements without noise "
+                "give the physics a ZeroNoise, which stands for a small floor"
+            )
+        like = _image_like(y, physics)
+        expand_scalar(level, like, "sigma_y")
+        if generator is not None and generator.device.type != like.device.type:
+            raise ValueError(
+                f"generator must be on the device of y, {like.device}, got one on {generator.device}"
+            )
+        if hasattr(self.unfolded, "check"):
+            self.unfolded.check(physics, like.shape, self.levels, level)
+        return like
+
+    def __repr__(self) -> str:
+        return f"UD2M({self.unfolded}, num_steps={self.num_steps}, eta={self.eta})"
+
+
+class CallCounter:
+    """
+    Counts, by hooks, the images that go through networks; a context manager.
+
+    :param Iterable[torch.nn.Module] networks: the networks to watch.
+    """
+
+    def __init__(self, networks: Iterable[nn.Module]):
+        self.networks = list(networks)
+        self.images = 0
+
+    def __enter__(self) -> CallCounter:
+        self._hooks = [net.register_forward_hook(self._count) for net in self.networks]
+        return self
+
+    def __exit__(self, *exception):
+        for hook in self._hooks:
+            hook.remove()
+
+    def _count(self, network, inputs, output):
+        self.images += output.shape[0]
+
+
+def _image_like(y: Tensor | TensorList, physics: Physics) -> Tensor:
+    """An image of the shape that the physics gives to y, which only the physics can tell."""
+    check_has_prox(physics)
+    shapes = [list(part.shape) for part in y] if isinstance(y, TensorList) else list(y.shape)
+    try:
+        like = physics.A_adjoint(y)
+        again = physics.A(like)
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"y of shape {shapes} does not fit the physics {type(physics).__name__}: {error}"
+        ) from error
+    expected = [list(p.shape) for p in again] if isinstance(y, TensorList) else list(again.shape)
+    if expected != shapes:
+        raise ValueError(
+            f"y of shape {shapes} does not fit the physics {type(physics).__name__}, whose "
+            f"measurements would have shape {expected}"
+        )
+    return like

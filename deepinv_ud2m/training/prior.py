@@ -1,0 +1,256 @@
+r"""Training an unconditional denoiser :math:`D(w, \delta) \approx E[x \mid x + \delta n = w]`.
+
+This is ordinary denoising, so everything is deepinv's: the physics is
+:class:`deepinv.physics.Denoising`, the model an :class:`deepinv.models.ArtifactRemoval` in
+``direct`` mode, the loop :class:`deepinv.Trainer`. What is added here is what a diffusion prior
+needs on top: noise levels drawn over several decades, the EDM weighting of the loss over levels
+(Karras et al. 2022, *Elucidating the design space of diffusion-based generative models*), an
+exponential moving average of the weights, a learning rate that follows the step, and a checkpoint
+from which an interrupted run goes on exactly where it stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from deepinv import Trainer
+from deepinv.loss import Loss
+from deepinv.models import Denoiser
+from deepinv.physics.generator import PhysicsGenerator
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+
+
+class LogNormalSigmaGenerator(PhysicsGenerator):
+    r"""
+    Noise levels for training a prior: mostly log-normal, a few log-uniform.
+
+    With probability ``uniform_share`` a level is log-uniform in ``[sigma_min, sigma_max]``, so that
+    every level is seen; otherwise :math:`\log\sigma \sim \mathcal N(\log m, s^2)`, clamped to the
+    same range (EDM, Karras et al. 2022, Table 1).
+
+    :param float median: median :math:`m` of the log-normal part, in units of the image (default: 0.25).
+    :param float spread: standard deviation :math:`s` of :math:`\log\sigma` (default: 1.4).
+    :param float sigma_min: smallest level (default: 0.002).
+    :param float sigma_max: largest level (default: 80).
+    :param float uniform_share: share of log-uniform levels, in [0, 1] (default: 0.1).
+    :param torch.Generator rng: random generator; a generator of its own, seeded 0, by default.
+    :param str device: device of the levels.
+    """
+
+    def __init__(
+        self,
+        median: float = 0.25,
+        spread: float = 1.4,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        uniform_share: float = 0.1,
+        rng: torch.Generator | None = None,
+        device: str = "cpu",
+    ):
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(
+                f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, "
+                f"got {sigma_min} and {sigma_max}"
+            )
+        rng = rng if rng is not None else torch.Generator(device).manual_seed(0)
+        super().__init__(rng=rng, device=device)
+        self.median, self.spread = median, spread
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.uniform_share = uniform_share
+
+    def step(self, batch_size: int = 1, seed: int | None = None, **kwargs) -> dict:
+        """
+        Draw a batch of levels.
+
+        :param int batch_size: number of levels.
+        :param int seed: seeds the generator first, when given.
+        :returns: ``{"sigma": tensor of shape (batch_size,)}``.
+        """
+        self.rng_manual_seed(seed)
+        options = {"generator": self.rng, **self.factory_kwargs}
+        log_normal = math.log(self.median) + self.spread * torch.randn(batch_size, **options)
+        log_uniform = math.log(self.sigma_min) + torch.rand(batch_size, **options) * math.log(
+            self.sigma_max / self.sigma_min
+        )
+        uniform = torch.rand(batch_size, **options) < self.uniform_share
+        sigma = torch.where(uniform, log_uniform, log_normal).exp()
+        return {"sigma": sigma.clamp(self.sigma_min, self.sigma_max)}
+
+
+class EDMLoss(Loss):
+    r"""
+    Denoising loss, weighted so that every noise level counts alike (Karras et al. 2022, Table 1):
+
+    .. math::
+        \frac{\sigma^2 + \sigma_d^2}{(\sigma \sigma_d)^2} \, \| D(x + \sigma n, \sigma) - x \|^2 / d .
+
+    :param float pixel_std: :math:`\sigma_d`, root mean square of the training pixels, the same as
+        in the preconditioning of the network.
+    """
+
+    def __init__(self, pixel_std: float):
+        super().__init__()
+        self.pixel_std = pixel_std
+
+    def forward(self, x_net, x, physics, **kwargs):
+        """
+        :param torch.Tensor x_net: denoised images, of shape `[B, C, H, W]`.
+        :param torch.Tensor x: clean images, of the same shape.
+        :param deepinv.physics.Physics physics: its noise model holds the levels, `[B]` or a scalar.
+        :returns: losses of shape `[B]`.
+        """
+        sigma = physics.noise_model.sigma
+        weight = (sigma**2 + self.pixel_std**2) / (sigma * self.pixel_std) ** 2
+        return weight * (x_net - x).square().flatten(1).mean(1)
+
+
+def warmup_cosine(total_steps: int, warmup_steps: int = 200, floor: float = 0.01):
+    """
+    Factor on the learning rate: linear warm-up, then half a cosine down to ``floor``.
+
+    :param int total_steps: number of optimiser steps of the whole run.
+    :param int warmup_steps: length of the warm-up, in steps (default: 200).
+    :param float floor: factor at the end (default: 0.01).
+    :returns: a function of the step, for :class:`torch.optim.lr_scheduler.LambdaLR`.
+    """
+
+    def factor(step: int) -> float:
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
+        return min(1.0, (step + 1) / warmup_steps) * (floor + (1 - floor) * cosine)
+
+    return factor
+
+
+@dataclass(kw_only=True)
+class PriorTrainer(Trainer):
+    """
+    deepinv's :class:`deepinv.Trainer` with an average of the weights, a learning rate per step and
+    checkpoints that resume.
+
+    The random generators are seeded anew at each epoch, from ``seed``, the epoch and the rank, so a
+    run that is stopped and started again with the same arguments gives the same weights as one that
+    was never stopped. The checkpoint is written beside its destination and moved there: a run killed
+    while writing leaves the previous one intact. Under ``torchrun``, with a model wrapped in
+    ``DistributedDataParallel``, rank 0 alone writes.
+
+    :param torch.optim.lr_scheduler.LambdaLR step_scheduler: stepped after each optimiser step.
+    :param float ema_decay: decay of the moving average of the weights per step (default: 0.9995);
+        it warms up with the number of steps, so that a short run is not an average of noise.
+    :param str, pathlib.Path checkpoint: file to write after each epoch and to resume from if it
+        exists. ``None`` writes nothing.
+    :param int seed: of the run (default: 0).
+    :param list[torch.Generator] generators: generators of the data order and of the physics.
+    """
+
+    step_scheduler: LambdaLR
+    ema_decay: float = 0.9995
+    checkpoint: str | Path | None = None
+    seed: int = 0
+    generators: list = field(default_factory=list)
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """The model without its distributed wrapper."""
+        return getattr(self.model, "module", self.model)
+
+    def setup_train(self, train: bool = True, **kwargs):
+        """Set the run up, resuming from ``checkpoint`` where it exists."""
+        self.save_path = None  # deepinv would make a folder named by the second
+        self.ema = AveragedModel(self.network, multi_avg_fn=_warm_average(self.ema_decay))
+        self._seeded_epoch = None
+        super().setup_train(train=train, **kwargs)
+
+    def load_model(self, ckpt_pretrained=None, strict: bool = True) -> dict | None:
+        """Resume from ``checkpoint``; nothing is unpickled but tensors and plain values."""
+        path = Path(ckpt_pretrained or self.checkpoint or "")
+        if not path.is_file():
+            return None
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.network.load_state_dict(state["model"], strict=strict)
+        self.ema.load_state_dict(state["ema"], strict=strict)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step_scheduler.load_state_dict(state["step_scheduler"])
+        self.loss_history = state["loss_history"]
+        self.epoch_start = state["epoch"] + 1
+        return state
+
+    def save_model(self, filename, epoch, state=None):
+        """Write everything a resumed run needs to ``checkpoint``, atomically."""
+        if self.checkpoint is None or _rank() != 0:
+            return
+        path = Path(self.checkpoint)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = (state or {}) | {
+            "model": self.network.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step_scheduler": self.step_scheduler.state_dict(),
+            "loss_history": {k: [float(v) for v in h] for k, h in self.loss_history.items()},
+            "epoch": epoch,
+        }
+        temporary = path.with_name(path.name + ".part")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    def step(self, epoch, progress_bar, train_ite=None, train=True, **kwargs):
+        """One deepinv step; after a training step, the average and the learning rate move too."""
+        if train and epoch != self._seeded_epoch:
+            self._seed_epoch(epoch)
+        super().step(epoch, progress_bar, train_ite=train_ite, train=train, **kwargs)
+        if train:
+            self.ema.update_parameters(self.network)
+            self.step_scheduler.step()
+
+    def _seed_epoch(self, epoch: int):
+        seeds = np.random.SeedSequence([self.seed, epoch, _rank()]).generate_state(
+            1 + len(self.generators), np.uint64
+        )
+        torch.manual_seed(int(seeds[0]) >> 1)
+        for generator, seed in zip(self.generators, seeds[1:], strict=True):
+            generator.manual_seed(int(seed) >> 1)
+        self._seeded_epoch = epoch
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _warm_average(decay: float):
+    """An update for :class:`AveragedModel`: decay min(decay, (1 + n) / (10 + n)) after n steps."""
+
+    @torch.no_grad()
+    def update(averages, weights, num_averaged):
+        n = float(num_averaged)
+        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update
+
+
+@torch.no_grad()
+def denoising_psnr(
+    denoiser: Denoiser, x: torch.Tensor, sigma: float, seed: int = 0, batch_size: int = 250
+) -> float:
+    r"""
+    Mean denoising PSNR of a prior, :math:`-10 \log_{10} \| D(x + \sigma n, \sigma) - x \|^2 / d`.
+
+    :param deepinv.models.Denoiser denoiser: the prior.
+    :param torch.Tensor x: clean images in [0, 1], of shape `[B, C, H, W]`.
+    :param float sigma: noise level, in units of the image.
+    :param int seed: of the noise (default: 0).
+    :param int batch_size: images per network pass (default: 250).
+    :returns: mean PSNR over the images, in dB.
+    """
+    generator = torch.Generator(x.device).manual_seed(seed)
+    psnr = []
+    for images in x.split(batch_size):
+        noise = torch.randn(images.shape, generator=generator, device=x.device)
+        levels = torch.full((len(images),), sigma, device=x.device)
+        error = (denoiser(images + sigma * noise, levels) - images).square().flatten(1).mean(1)
+        psnr.append(-10 * error.log10())
+    return torch.cat(psnr).mean().item()

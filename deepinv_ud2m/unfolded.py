@@ -1,0 +1,243 @@
+r"""The unfolded denoiser: K iterations of LATINO, a Monte Carlo kernel for :math:`p(x \mid y, x_s)`.
+
+One iteration (Mbakam et al. 2025, Algorithm 2; LATINO: Spagnoletti et al. 2025), with learned
+positive :math:`\rho_k, \lambda_k, \delta_k`:
+
+1. prox: :math:`z = \operatorname{argmin}_z \|Az - y\|^2 / (2\lambda_k\sigma_y^2)
+   + \|z - x_s\|^2 / (2s^2) + \|z - x\|^2 / (2\rho_k^2)`,
+2. noise: :math:`w = z + \delta_k n`, with fresh :math:`n \sim \mathcal N(0, I)`,
+3. denoise: :math:`x \leftarrow D(w, \delta_k)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from deepinv.models import Denoiser, Reconstructor
+from deepinv.physics import Physics
+from torch import Tensor, nn
+
+from deepinv_ud2m.initializers import LinearInitializer
+from deepinv_ud2m.priors import PriorInfo
+from deepinv_ud2m.proximal import (
+    Scalar,
+    check_has_prox,
+    expand_scalar,
+    noise_level,
+    posterior_prox,
+)
+from deepinv_ud2m.randomness import SampleStreams, randn
+
+#: Untrained multipliers of delta in the first and in the last iteration, and of rho; the level of
+#: detail that the prior works at beyond the noise. Chosen by examples/tune_zero_shot.py.
+DELTA_FIRST, DELTA_LAST, RHO, REFERENCE_LEVEL = 8.0, 1.0, 1.0, 0.1
+
+
+class UnfoldedDenoiser(Reconstructor):
+    r"""
+    Draws from :math:`p(x \mid y, x_s)` by K unfolded LATINO iterations.
+
+    The couplings start from the level of a Gaussian observation of noise
+    :math:`\tilde\sigma = (\sigma_y^2 + \sigma_0^2)^{1/2}` joined with the state,
+
+    .. math::
+        h = \frac{\tilde\sigma s}{\sqrt{\tilde\sigma^2 + s^2}}, \qquad
+        \rho_k = r_k e^{\log\hat\rho_k} h, \quad
+        \delta_k = d_k e^{\log\hat\delta_k} h, \quad
+        \lambda_k = l_k e^{\log\hat\lambda_k} .
+
+    The logarithms are learned and start at zero, so that an untrained network is zero-shot LATINO
+    with the decreasing schedule :math:`d_k`. Being relative to s and :math:`\sigma_y`, what was
+    learned carries over to other levels. With :math:`\sigma_0 = 0` the starting values are those of
+    the paper; see the README for why the default is not.
+
+    :param deepinv.models.Denoiser denoiser: the prior, :math:`D(w, \delta)`. It is kept in
+        evaluation mode.
+    :param int num_iterations: number K of iterations (default: 3).
+    :param torch.nn.Module initializer: gives the first iterate
+        (default: :class:`deepinv_ud2m.initializers.LinearInitializer`).
+    :param float, Sequence[float] rho: untrained multipliers :math:`r_k`, one or K, positive.
+    :param float, Sequence[float] delta: untrained multipliers :math:`d_k`, likewise; a geometric
+        schedule by default.
+    :param float, Sequence[float] lambda_: untrained :math:`l_k`, likewise (default: 1).
+    :param float reference_level: :math:`\sigma_0`, in units of the image, non-negative.
+    :param bool shared: learn one set of scalars for all iterations rather than one per iteration
+        (default: ``False``).
+    :param float tol: relative residual of the prox where it is iterative (default: 1e-4).
+    :param int max_iter: most iterations of the prox where it is iterative (default: 500).
+    :raises TypeError: if ``denoiser`` is not a module.
+    :raises ValueError: for K < 1, multipliers that are not positive or of another number.
+
+    |sep|
+
+    :Examples:
+
+        >>> import deepinv as dinv, torch
+        >>> from deepinv_ud2m import UnfoldedDenoiser, load_prior
+        >>> unfolded = UnfoldedDenoiser(load_prior("mnist"), num_iterations=3)
+        >>> physics = dinv.physics.Inpainting((1, 32, 32), mask=0.5,
+        ...                                   noise_model=dinv.physics.GaussianNoise(0.05))
+        >>> x = torch.zeros(1, 1, 32, 32)
+        >>> draw = unfolded(physics(x), physics, x_s=x, sigma=0.5)
+        >>> draw.shape
+        torch.Size([1, 1, 32, 32])
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        num_iterations: int = 3,
+        initializer: nn.Module | None = None,
+        *,
+        rho: float | Sequence[float] = RHO,
+        delta: float | Sequence[float] | None = None,
+        lambda_: float | Sequence[float] = 1.0,
+        reference_level: float = REFERENCE_LEVEL,
+        shared: bool = False,
+        tol: float = 1e-4,
+        max_iter: int = 500,
+    ):
+        super().__init__()
+        if not isinstance(denoiser, nn.Module):
+            raise TypeError(f"denoiser must be a deepinv Denoiser, got {type(denoiser).__name__}")
+        if not isinstance(num_iterations, int) or num_iterations < 1:
+            raise ValueError(f"num_iterations must be an integer >= 1, got {num_iterations!r}")
+        if reference_level < 0:
+            raise ValueError(f"reference_level must be >= 0, got {reference_level}")
+        self.denoiser = denoiser
+        self.num_iterations = num_iterations
+        self.initializer = initializer if initializer is not None else LinearInitializer()
+        self.reference_level, self.tol, self.max_iter = reference_level, tol, max_iter
+        if delta is None:
+            delta = torch.logspace(*torch.tensor([DELTA_FIRST, DELTA_LAST]).log10(), num_iterations)
+        num_learned = 1 if shared else num_iterations
+        for name, start in (("rho", rho), ("delta", delta), ("lambda", lambda_)):
+            multipliers = self._multipliers(name, start)
+            self.register_buffer(f"start_{name}", multipliers, persistent=False)
+            setattr(self, f"log_{name}", nn.Parameter(torch.zeros(num_learned)))
+        self.denoiser.eval()
+
+    def _multipliers(self, name: str, values: float | Sequence[float]) -> Tensor:
+        values = torch.as_tensor(values, dtype=torch.float32).reshape(-1)
+        if len(values) not in (1, self.num_iterations) or not bool((values > 0).all()):
+            raise ValueError(
+                f"{name} must be one positive number or {self.num_iterations} "
+                f"(num_iterations), got {values.tolist()}"
+            )
+        return values.expand(self.num_iterations).clone()
+
+    def forward(
+        self,
+        y: Tensor,
+        physics: Physics,
+        x_s: Tensor,
+        sigma: Scalar,
+        *,
+        sigma_y: Scalar | None = None,
+        generator: torch.Generator | SampleStreams | None = None,
+        return_iterates: bool = False,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        r"""
+        Draw x from :math:`p(x \mid y, x_s)`.
+
+        :param torch.Tensor y: measurements.
+        :param deepinv.physics.Physics physics: the physics, per-sample operators included.
+        :param torch.Tensor x_s: noisy images, of shape `[B, C, H, W]`.
+        :param float, torch.Tensor sigma: their level s, a scalar, `[B]` or `[B, 1, 1, 1]`, positive.
+        :param float, torch.Tensor sigma_y: noise level of ``y``; that of the physics by default.
+        :param torch.Generator, SampleStreams generator: source of the K noise images.
+        :param bool return_iterates: also return the list of the K iterates.
+        :returns: draws, of shape `[B, C, H, W]`.
+        """
+        sigma_y = expand_scalar(noise_level(physics, sigma_y), x_s, "sigma_y")
+        sigma = expand_scalar(sigma, x_s, "sigma")
+        x = self.initializer(y, physics, x_s, sigma, sigma_y)
+        iterates = []
+        for k in range(self.num_iterations):
+            x = self.iterate(k, x, y, physics, x_s, sigma, sigma_y, generator)
+            iterates.append(x)
+        return (x, iterates) if return_iterates else x
+
+    def iterate(self, k, x, y, physics, x_s, sigma, sigma_y, generator=None) -> Tensor:
+        """One iteration, prox, noise, denoise; the arguments are those of :meth:`forward`."""
+        rho, delta, lambda_ = self.scalars(k, sigma, sigma_y)
+        z = posterior_prox(
+            x, y, physics, x_s, sigma, rho, lambda_, sigma_y, tol=self.tol, max_iter=self.max_iter
+        )
+        w = z + delta * randn(z, generator)
+        return self.denoise(w, delta)
+
+    def scalars(self, k: int, sigma: Scalar, sigma_y: Scalar) -> tuple[Tensor, Tensor, Tensor]:
+        r"""
+        :math:`\rho_k, \delta_k, \lambda_k` at a level.
+
+        :param int k: iteration, from 0.
+        :param float, torch.Tensor sigma: level s of the state.
+        :param float, torch.Tensor sigma_y: noise level of the measurements.
+        :returns: three tensors that broadcast with ``sigma`` and ``sigma_y``; delta stays inside
+            the levels of the prior.
+        """
+        level = self._level(torch.as_tensor(sigma), torch.as_tensor(sigma_y))
+        delta = self._learned("delta", k) * level
+        if self.prior_info is not None:
+            delta = delta.clamp(self.prior_info.sigma_min, self.prior_info.sigma_max)
+        return self._learned("rho", k) * level, delta, self._learned("lambda", k)
+
+    def _level(self, sigma: Tensor, sigma_y: Tensor) -> Tensor:
+        variance = sigma_y**2 + self.reference_level**2
+        return (variance.reciprocal() + sigma**-2).rsqrt()
+
+    def _learned(self, name: str, k: int) -> Tensor:
+        logarithms = getattr(self, f"log_{name}")
+        return getattr(self, f"start_{name}")[k] * logarithms[min(k, len(logarithms) - 1)].exp()
+
+    def denoise(self, w: Tensor, delta: Tensor) -> Tensor:
+        """The prior, in the precision of its own weights."""
+        weight = next((p for p in self.denoiser.parameters() if p.is_floating_point()), w)
+        dtype = weight.dtype if w.dtype == torch.float64 else w.dtype
+        delta = delta.expand(w.shape[0], *delta.shape[1:]).reshape(-1)
+        return self.denoiser(w.to(dtype), delta.to(dtype)).to(w.dtype)
+
+    @property
+    def prior_info(self) -> PriorInfo | None:
+        """What the prior was trained for, where it says so."""
+        return getattr(self.denoiser, "prior_info", None)
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The networks whose calls count as network evaluations (NFE)."""
+        return [self.denoiser, *getattr(self.initializer, "networks", [])]
+
+    def check(self, physics: Physics, shape: torch.Size, levels: Tensor, sigma_y: Tensor) -> None:
+        """
+        Check a problem before any network call.
+
+        :param deepinv.physics.Physics physics: the physics.
+        :param torch.Size shape: shape of the images, `[B, C, H, W]`.
+        :param torch.Tensor levels: levels of the states to come.
+        :param torch.Tensor sigma_y: noise level of the measurements.
+        :raises TypeError: if the physics has no ``prox_l2``.
+        :raises ValueError: if the prior cannot take the images. It warns if they, or the levels
+            that the prior would be asked to denoise, are outside of what it was trained for.
+        """
+        check_has_prox(physics)
+        if self.prior_info is None:
+            return
+        self.prior_info.check_images(shape)
+        level = self._level(levels.to(sigma_y.device)[:, None], sigma_y.reshape(1, -1))
+        deltas = torch.stack([self._learned("delta", k) * level for k in range(self.num_iterations)])
+        self.prior_info.check_levels(deltas)
+
+    def train(self, mode: bool = True):
+        """Training mode for all but the prior, whose dropout and normalisation stay frozen."""
+        super().train(mode)
+        self.denoiser.eval()
+        return self
+
+    def __repr__(self) -> str:
+        prior = self.prior_info.name if self.prior_info else type(self.denoiser).__name__
+        return (
+            f"UnfoldedDenoiser({prior}, num_iterations={self.num_iterations}, "
+            f"initializer={self.initializer})"
+        )

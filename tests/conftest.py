@@ -1,0 +1,92 @@
+"""Oracles: problems whose posterior is known in closed form."""
+
+import pytest
+import torch
+from deepinv.models import Denoiser
+
+from deepinv_ud2m.proximal import noise_level
+from deepinv_ud2m.randomness import randn
+
+torch.set_num_threads(1)
+
+
+class GaussianDenoiser(Denoiser):
+    """E[x | x + delta n = w] for x ~ N(mean, covariance), in float64."""
+
+    def __init__(self, mean, covariance, shape):
+        super().__init__()
+        self.mean, self.covariance, self.shape = mean, covariance, shape
+        self.eigenvalues, self.basis = torch.linalg.eigh(covariance)
+
+    def forward(self, w, sigma):
+        sigma = torch.as_tensor(sigma, dtype=w.dtype).reshape(-1, 1)
+        shrink = self.eigenvalues / (self.eigenvalues + sigma**2)
+        centred = (w.flatten(1) - self.mean) @ self.basis
+        return (self.mean + (shrink * centred) @ self.basis.T).reshape(w.shape)
+
+    def gain(self, delta):
+        """The matrix of the affine map D(., delta)."""
+        shrink = self.eigenvalues / (self.eigenvalues + delta**2)
+        return self.basis @ torch.diag(shrink) @ self.basis.T
+
+
+class GaussianProblem:
+    """x ~ N(mean, covariance), y = A x + sigma_y n, everything dense and in float64."""
+
+    def __init__(self, physics, shape, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        d = int(torch.tensor(shape).prod())
+        factor = torch.randn(d, d, generator=generator, dtype=torch.float64) / d**0.5
+        self.shape, self.d, self.physics = shape, d, physics
+        self.mean = 0.5 + 0.1 * torch.randn(d, generator=generator, dtype=torch.float64)
+        self.covariance = 0.1 * factor @ factor.T + 0.02 * torch.eye(d, dtype=torch.float64)
+        self.sigma_y = noise_level(physics).double()
+        self.A = dense_matrix(physics, shape)
+        x = self.mean + torch.linalg.cholesky(self.covariance) @ torch.randn(
+            d, generator=generator, dtype=torch.float64
+        )
+        noise = torch.randn(len(self.A), generator=generator, dtype=torch.float64)
+        template = physics.A(torch.zeros(1, *shape, dtype=torch.float64))
+        self.y = (self.A @ x + self.sigma_y * noise).reshape(template.shape)
+        self.denoiser = GaussianDenoiser(self.mean, self.covariance, shape)
+
+    def posterior(self, x_s=None, s=None):
+        """Mean and covariance of p(x | y), or of p(x | y, x_s) given x_s, flat, `[B, d]`."""
+        prior_precision = torch.linalg.inv(self.covariance)
+        precision = prior_precision + self.A.T @ self.A / self.sigma_y**2
+        right = prior_precision @ self.mean + self.A.T @ self.y.flatten() / self.sigma_y**2
+        if x_s is not None:
+            precision = precision + torch.eye(self.d, dtype=torch.float64) / s**2
+            right = right + x_s.flatten(1) / s**2
+        covariance = torch.linalg.inv(precision)
+        return right @ covariance, covariance
+
+
+class ExactUnfolded(torch.nn.Module):
+    """Draws exactly from p(x | y, x_s) of a Gaussian problem."""
+
+    def __init__(self, problem):
+        super().__init__()
+        self.problem = problem
+
+    def forward(self, y, physics, x_s, sigma, *, generator=None):
+        mean, covariance = self.problem.posterior(x_s, sigma)
+        noise = randn(x_s, generator).flatten(1)
+        return (mean + noise @ torch.linalg.cholesky(covariance).T).reshape(x_s.shape)
+
+
+def dense_matrix(physics, shape, dtype=torch.float64):
+    """The matrix of a linear physics, column by column."""
+    identity = torch.eye(int(torch.tensor(shape).prod()), dtype=dtype)
+    columns = [flat(physics.A(column.reshape(1, *shape))) for column in identity]
+    return torch.stack(columns, 1)
+
+
+def flat(y):
+    """Measurements of one image as a vector, those of a stack one after the other."""
+    return torch.cat([part.flatten() for part in y]) if hasattr(y, "x") else y.flatten()
+
+
+@pytest.fixture
+def gaussian_problem():
+    return GaussianProblem

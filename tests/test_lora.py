@@ -1,0 +1,590 @@
+"""LoRA on every kind of backbone: what it may change, and all that it must leave as it was."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from deepinv.models import ADMUNet, Denoiser, DiffUNet, DRUNet, NCSNpp, UNet
+from deepinv.models.precond import EDMPrecond
+from deepinv.models.utils import UpDownConv2d
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from deepinv_ud2m.lora import (
+    add_lora,
+    find_lora_targets,
+    freeze_prior,
+    has_lora,
+    load_lora_state_dict,
+    lora_disabled,
+    lora_parameters,
+    lora_state_dict,
+    merge_lora,
+    unmerge_lora,
+)
+
+torch.set_num_threads(1)
+
+# ---------------------------------------------------------------------------------------------
+# Small backbones, with random weights
+
+
+TINY = {
+    "img_resolution": 16,
+    "model_channels": 32,
+    "channel_mult": (1, 2),
+    "num_blocks": 1,
+    "attn_resolutions": (8,),
+    "dropout": 0.1,
+    "pretrained": None,
+}
+
+
+class RawUNet(nn.Module):
+    """A network in EDM's own convention, as EDMPrecond expects it."""
+
+    def __init__(self):
+        super().__init__()
+        self.unet = ADMUNet(**TINY)
+
+    def forward(self, x, c_noise, class_labels=None):
+        return self.unet.forward_unet(x, c_noise, class_labels)
+
+
+class WithoutAttention(Denoiser):
+    """One layer of each kind that LoRA must tell apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Conv2d(3, 8, 3, padding=2, dilation=2, padding_mode="circular")
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.shrink = nn.Conv2d(8, 8, 2, stride=2)
+        self.grow = nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.dropout = nn.Dropout(0.1)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x, sigma):
+        z = self.grow(self.shrink(self.grouped(self.wide(x))))
+        z = self.dropout(z).movedim(1, -1).contiguous()  # see freeze_prior on the last bit
+        return self.out(z).movedim(-1, 1)
+
+
+def diffusers_denoiser(folder):
+    diffusers = pytest.importorskip("diffusers")
+    from deepinv.models import DiffusersDenoiserWrapper
+
+    unet = diffusers.UNet2DModel(
+        sample_size=16,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        attention_head_dim=8,
+        dropout=0.1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(folder)
+    return DiffusersDenoiserWrapper(str(folder), clip_output=False)
+
+
+BUILDERS = {
+    "ADMUNet": lambda folder: ADMUNet(**TINY),
+    "NCSNpp": lambda folder: NCSNpp(**TINY),
+    "EDMPrecond": lambda folder: EDMPrecond(RawUNet()),
+    "DRUNet": lambda folder: DRUNet(pretrained=None, nc=(8, 8, 16, 16), nb=1),
+    "UNet": lambda folder: UNet(3, 3, channels_per_scale=(8, 16)),
+    "UNet circular": lambda folder: UNet(3, 3, channels_per_scale=(8, 16), circular_padding=True),
+    "diffusers": diffusers_denoiser,
+    "without attention": lambda folder: WithoutAttention(),
+}
+
+
+@pytest.fixture(params=BUILDERS)
+def denoiser(request, tmp_path):
+    torch.manual_seed(0)
+    denoiser = BUILDERS[request.param](tmp_path)
+    scatter(denoiser.parameters(), 0.05)  # some layers start at zero and would hide all others
+    return denoiser.eval()
+
+
+def tiny(name="without attention"):
+    torch.manual_seed(0)
+    return BUILDERS[name](None).eval()
+
+
+def scatter(parameters, scale):
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(scale * torch.randn_like(parameter))
+
+
+def batch(channels=3, size=16):
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(2, channels, size, size, generator=generator), torch.tensor([0.1, 0.4])
+
+
+@torch.no_grad()
+def run(denoiser):
+    return denoiser(*batch())
+
+
+def snapshot(denoiser):
+    return {key: value.clone() for key, value in denoiser.state_dict().items()}
+
+
+def closed_form(denoiser, names, rank):
+    count = 0
+    for name in names:
+        weight = denoiser.get_submodule(name).weight  # [m, n, k, k] or [m, n]
+        count += rank * (weight[0].numel() + weight.shape[0])
+    return count
+
+
+# ---------------------------------------------------------------------------------------------
+# Which layers
+
+
+@pytest.mark.parametrize(
+    ("name", "ends", "count"),
+    [
+        ("ADMUNet", {"qkv", "proj"}, 8),
+        ("NCSNpp", {"qkv", "proj"}, 6),
+        ("EDMPrecond", {"qkv", "proj"}, 8),
+        ("diffusers", {"to_q", "to_k", "to_v", "to_out.0"}, 16),
+    ],
+)
+def test_attention_projections_are_found(name, ends, count, tmp_path):
+    names = find_lora_targets(BUILDERS[name](tmp_path))
+    assert len(names) == count
+    assert all(any(name.endswith(f".{end}") for end in ends) for name in names)
+
+
+def test_without_attention_all_convolutions_are_found():
+    drunet = tiny("DRUNet")
+    convs = [name for name, module in drunet.named_modules() if type(module) is nn.Conv2d]
+    assert find_lora_targets(drunet) == convs
+    assert find_lora_targets(tiny()) == ["wide", "shrink"]  # not the grouped, not the transposed
+
+
+def test_search_changes_nothing_and_does_not_see_the_adapter(denoiser):
+    before = repr(denoiser)
+    names = find_lora_targets(denoiser)
+    assert repr(denoiser) == before
+    assert add_lora(denoiser) == names == find_lora_targets(denoiser)
+
+
+def test_targets_by_suffix_regex_and_keyword():
+    assert add_lora(tiny("DRUNet"), targets=["res.0", "m_tail"])[-2:] == [
+        "m_up1.1.res.0",
+        "m_tail",
+    ]
+    assert add_lora(tiny("DRUNet"), targets=r"m_body\.res\.[02]") == [
+        "m_body.res.0",
+        "m_body.res.2",
+    ]
+    assert add_lora(tiny(), targets="all-convs") == ["wide", "shrink"]
+    assert add_lora(tiny(), targets=("out",)) == ["out"]
+
+    adm = tiny("ADMUNet")
+    names = add_lora(adm, targets="all-convs")
+    assert "enc.16x16_block0.conv0" in names and "enc.8x8_down.conv1" in names
+    assert isinstance(adm.get_submodule("enc.8x8_down.conv0"), UpDownConv2d)  # resamples
+
+
+def test_a_top_level_name_does_not_mean_its_namesakes():
+    model = tiny()
+    model.inner = nn.Sequential()
+    model.inner.add_module("wide", nn.Conv2d(3, 3, 1))
+    assert add_lora(model, targets=["inner.wide"]) == ["inner.wide"]
+    model = tiny()
+    model.inner = nn.ModuleDict({"out": nn.Linear(3, 3)})
+    assert add_lora(model, targets=r"out") == ["out"]
+    assert len(lora_state_dict(model)) == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# What an adapter changes
+
+
+@pytest.mark.parametrize("targets", [None, "all-convs"])
+def test_fresh_adapter_changes_nothing(denoiser, targets):
+    kind, prior = type(denoiser), run(denoiser)
+    names = add_lora(denoiser, targets=targets)
+    assert names and has_lora(denoiser)
+    assert type(denoiser) is kind
+    assert torch.equal(run(denoiser), prior)
+
+
+def test_number_of_trainable_parameters(denoiser):
+    names = find_lora_targets(denoiser)
+    expected = closed_form(denoiser, names, rank=3)
+    add_lora(denoiser, rank=3)
+    trainable = [p for p in denoiser.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trainable) == expected
+    assert {id(p) for p in trainable} == {id(p) for p in lora_parameters(denoiser)}
+
+
+def test_backward_reaches_the_adapter_only(denoiser):
+    add_lora(denoiser, rank=2)
+    scatter(lora_parameters(denoiser), 0.1)
+    denoiser(*batch()).square().mean().backward()
+    factors = {id(p) for p in lora_parameters(denoiser)}
+    for name, parameter in denoiser.named_parameters():
+        if id(parameter) in factors:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        else:
+            assert parameter.grad is None, name
+
+
+@pytest.mark.parametrize("name", ["ADMUNet", "DRUNet", "without attention"])
+def test_correction_is_alpha_over_r_times_b_a_and_of_rank_r(name):
+    model = tiny(name)
+    before = {n: model.get_submodule(n).weight.detach().clone() for n in find_lora_targets(model)}
+    names = add_lora(model, rank=2, alpha=6.0)
+    scatter(lora_parameters(model), 1.0)
+    factors = lora_state_dict(model)
+    merge_lora(model)
+    for n in names:
+        merged = model.get_submodule(n).get_base_layer().weight
+        update = (merged - before[n]).flatten(1).double()
+        a = factors[f"{n}.lora_A.weight"].flatten(1).double()
+        b = factors[f"{n}.lora_B.weight"].flatten(1).double()
+        assert torch.allclose(update, 3 * b @ a, atol=1e-5)
+        assert torch.linalg.matrix_rank(update, atol=1e-3) == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# The frozen prior comes back
+
+
+def test_disabling_gives_the_prior_back(denoiser):
+    prior = run(denoiser)
+    add_lora(denoiser)
+    scatter(lora_parameters(denoiser), 0.1)
+    adapted = run(denoiser)
+    assert not torch.equal(adapted, prior)
+    with lora_disabled(denoiser) as same:
+        assert same is denoiser
+        assert torch.equal(run(denoiser), prior)
+    assert torch.equal(run(denoiser), adapted)
+
+
+def test_disabling_is_undone_after_exceptions_and_when_nested():
+    model = tiny()
+    add_lora(model)
+    scatter(lora_parameters(model), 0.1)
+    adapted = run(model)
+    next(lora_parameters(model)).requires_grad_(False)  # whatever the caller has set must stay
+    flags = [p.requires_grad for p in model.parameters()]
+
+    with pytest.raises(KeyError), lora_disabled(model):
+        raise KeyError
+    assert torch.equal(run(model), adapted)
+    with lora_disabled(model):
+        with lora_disabled(model):
+            prior = run(model)
+        assert torch.equal(run(model), prior)
+        assert [p.requires_grad for p in model.parameters()] == flags
+    assert torch.equal(run(model), adapted)
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_a_graph_can_be_differentiated_while_disabled():
+    model = tiny()
+    add_lora(model)
+    loss = model(*batch()).square().mean()
+    with lora_disabled(model):
+        distance = loss + run(model).mean()
+        distance.backward()
+    assert all(p.grad is not None for p in lora_parameters(model))
+
+
+def test_merging(denoiser):
+    prior, weights = run(denoiser), snapshot(denoiser)
+    add_lora(denoiser)
+    scatter(lora_parameters(denoiser), 0.05)
+    adapted = run(denoiser)
+
+    for _ in range(2):  # merging twice is merging once
+        merge_lora(denoiser)
+        assert torch.allclose(run(denoiser), adapted, rtol=1e-5, atol=1e-5 * adapted.abs().max())
+    merged = run(denoiser)
+    with lora_disabled(denoiser):
+        assert torch.equal(run(denoiser), prior)
+    assert torch.equal(run(denoiser), merged)
+
+    for _ in range(2):
+        unmerge_lora(denoiser)
+        assert torch.equal(run(denoiser), adapted)
+    restored = {k.replace(".base_layer.", "."): v for k, v in denoiser.state_dict().items()}
+    assert all(torch.equal(restored[key], weight) for key, weight in weights.items())
+
+
+def test_merged_state_is_copied_with_the_model():
+    model = tiny()
+    prior = run(model)
+    add_lora(model)
+    scatter(lora_parameters(model), 0.1)
+    keys = model.state_dict().keys()
+    merge_lora(model)
+    assert model.state_dict().keys() == keys
+    twin = copy.deepcopy(model)
+    unmerge_lora(model)
+    with lora_disabled(twin):
+        assert torch.equal(run(twin), prior)
+
+
+def test_merging_while_disabled_is_refused():
+    model = tiny()
+    add_lora(model)
+    with lora_disabled(model), pytest.raises(RuntimeError, match="disabled"):
+        merge_lora(model)
+
+
+def test_merging_in_half_precision_rounds_once():
+    # Weights only: some CPUs cannot run a convolution in bfloat16.
+    model = tiny().to(torch.bfloat16)
+    add_lora(model, rank=3)
+    scatter(lora_parameters(model), 0.1)
+    layer, factors = model.wide, lora_state_dict(model)
+    a, b = (factors[f"wide.lora_{f}.weight"].float().flatten(1) for f in "AB")
+    weight = layer.get_base_layer().weight
+    prior = weight.clone()
+    merge_lora(model)
+    assert torch.equal(weight, (prior.float() + (b @ a).view_as(prior)).to(torch.bfloat16))
+    unmerge_lora(model)
+    assert torch.equal(weight, prior)
+
+
+def test_pointwise_convolutions_in_3d_can_be_merged():
+    class Volume(Denoiser):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv3d(1, 4, 1), nn.Conv3d(4, 1, 3, padding=1))
+
+        def forward(self, x, sigma):
+            return self.net(x)
+
+    model, x = Volume(), torch.rand(1, 1, 6, 6, 6)
+    add_lora(model, rank=2)
+    scatter(lora_parameters(model), 0.1)
+    with torch.no_grad():
+        adapted = model(x, 0.1)
+        merge_lora(model)
+        assert torch.allclose(model(x, 0.1), adapted, atol=1e-5)
+
+
+def test_without_adapter_there_is_nothing_to_do():
+    model = tiny()
+    prior = run(model)
+    assert not has_lora(model)
+    assert list(lora_parameters(model)) == [] and lora_state_dict(model) == {}
+    merge_lora(model)
+    unmerge_lora(model)
+    with lora_disabled(model):
+        assert torch.equal(run(model), prior)
+
+
+# ---------------------------------------------------------------------------------------------
+# The prior stays in eval mode
+
+
+class Unfolded(nn.Module):
+    """What a trainer sees: a model that holds the prior, and that it puts in train mode."""
+
+    def __init__(self, denoiser):
+        super().__init__()
+        self.denoiser = denoiser
+        self.log_rho = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, sigma):
+        return self.denoiser(x, sigma * self.log_rho.exp())
+
+
+def test_dropout_and_batch_statistics_stay_off_in_train_mode(denoiser):
+    add_lora(denoiser)
+    scatter(lora_parameters(denoiser), 0.05)
+    model = Unfolded(denoiser)
+    weights = snapshot(model)
+    expected = run(model.eval())
+    for twin in (model, copy.deepcopy(model)):
+        for _ in range(2):
+            twin.train()
+            assert torch.equal(run(twin), expected)
+        assert twin.training and not any(m.training for m in twin.denoiser.modules())
+        assert all(torch.equal(weights[key], value) for key, value in snapshot(twin).items())
+
+
+def test_train_mode_would_change_the_output_otherwise():
+    model = Unfolded(tiny()).train()
+    assert not torch.equal(run(model), run(model))
+
+
+def test_frozen_prior_can_be_pickled():
+    model = tiny()
+    add_lora(model)
+    expected = run(model)
+    twin = pickle.loads(pickle.dumps(model)).train()
+    assert torch.equal(run(twin), expected)
+
+
+def test_freezing_twice_is_freezing_once():
+    model = tiny().train()
+    freeze_prior(model)
+    freeze_prior(model)
+    assert len(model._forward_pre_hooks) == 1
+    assert not any(p.requires_grad for p in model.parameters())
+    add_lora(model)
+    assert len(model._forward_pre_hooks) == 1
+    freeze_prior(model)
+    assert all(p.requires_grad for p in lora_parameters(model))
+
+
+# ---------------------------------------------------------------------------------------------
+# Storing
+
+
+def test_state_goes_through_safetensors(denoiser, tmp_path):
+    twin = copy.deepcopy(denoiser)
+    add_lora(denoiser, rank=2)
+    scatter(lora_parameters(denoiser), 0.1)
+    state = lora_state_dict(denoiser)
+    assert sum(t.numel() for t in state.values()) == sum(
+        p.numel() for p in denoiser.parameters() if p.requires_grad
+    )
+    save_file(state, tmp_path / "adapter.safetensors")
+
+    add_lora(twin, rank=2)
+    load_lora_state_dict(twin, load_file(tmp_path / "adapter.safetensors"))
+    assert torch.equal(run(twin), run(denoiser))
+
+
+def test_keys_are_those_of_peft():
+    from peft import get_peft_model_state_dict
+
+    model = tiny("ADMUNet")
+    names = add_lora(model)
+    assert lora_state_dict(model).keys() == get_peft_model_state_dict(model).keys()
+    assert f"{names[0]}.lora_A.weight" in lora_state_dict(model)
+
+
+def test_loading_into_a_merged_denoiser():
+    model, other = tiny(), tiny()
+    for m in (model, other):
+        add_lora(m)
+        scatter(lora_parameters(m), 0.1)
+    merge_lora(model)
+    load_lora_state_dict(model, lora_state_dict(other))
+    merge_lora(other)
+    assert torch.equal(run(model), run(other))
+
+
+def test_loading_what_does_not_fit_changes_nothing():
+    model = tiny()
+    add_lora(model, rank=2)
+    state = {key: torch.full_like(value, 7.0) for key, value in lora_state_dict(model).items()}
+    before = {key: value.clone() for key, value in lora_state_dict(model).items()}
+
+    def refuses(state, *words):
+        with pytest.raises(ValueError) as info:
+            load_lora_state_dict(model, state)
+        assert all(word in str(info.value) for word in words), info.value
+        assert all(torch.equal(before[k], v) for k, v in lora_state_dict(model).items())
+
+    a, b = "wide.lora_A.weight", "wide.lora_B.weight"
+    refuses({k: v for k, v in state.items() if k != a}, "missing", a)
+    refuses({**state, "nowhere.lora_A.weight": torch.zeros(1)}, "unexpected", "nowhere")
+    refuses({**state, b: torch.zeros(8, 3, 1, 1)}, b, "(8, 3, 1, 1)", "(8, 2, 1, 1)")
+    with pytest.raises(ValueError, match="unexpected"):
+        load_lora_state_dict(tiny(), state)
+
+
+# ---------------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"rank": 0}, ["rank=0", "at least 1"]),
+        ({"rank": -3}, ["rank=-3"]),
+        ({"rank": 2.0}, ["rank=2.0", "integer"]),
+        ({"rank": True}, ["rank=True"]),
+        ({"alpha": 0}, ["alpha=0", "positive"]),
+        ({"alpha": float("nan")}, ["alpha=nan"]),
+        ({"alpha": "5"}, ["alpha='5'"]),
+        ({"targets": []}, ["targets=[]", "wide", "shrink"]),
+        ({"targets": ["to_q"]}, ["targets", "to_q", "match no layer", "wide"]),
+        ({"targets": ["wide", "ide"]}, ["targets", "ide match no layer"]),
+        ({"targets": "ide"}, ["targets='ide'", "regular expression", "wide"]),
+        ({"targets": "(" }, ["targets='('", "regular expression"]),
+        ({"targets": [3]}, ["targets=[3]", "list of layer names"]),
+        ({"targets": 3}, ["targets=3", "list of layer names"]),
+        ({"targets": ["wide", "grow"]}, ["grow (ConvTranspose2d)", "nn.Conv2d", "nn.Linear"]),
+        ({"targets": ["grouped"]}, ["grouped (Conv2d)", "groups=1"]),
+        ({"targets": "dropout|wide"}, ["dropout (Dropout)"]),
+    ],
+)  # fmt: skip
+def test_refusals_change_nothing(arguments, words):
+    model = tiny()
+    before, flags = repr(model), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError) as info:
+        add_lora(model, **arguments)
+    assert all(word in str(info.value) for word in words), info.value
+    assert repr(model) == before and not has_lora(model) and not model._forward_pre_hooks
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_resampling_convolutions_are_refused():
+    model = tiny("ADMUNet")
+    with pytest.raises(ValueError, match=r"enc\.8x8_down\.conv0 \(UpDownConv2d\)"):
+        add_lora(model, targets=["conv0"])
+    assert not any("BiasAfter" in type(module).__name__ for module in model.modules())
+
+
+def test_attention_that_reads_its_weights_itself_is_refused():
+    model = tiny()
+    model.attention = nn.MultiheadAttention(8, 2)
+    assert find_lora_targets(model) == ["wide", "shrink"]
+    with pytest.raises(ValueError, match=r"attention\.out_proj"):
+        add_lora(model, targets=["out_proj"])
+
+
+def test_a_second_adapter_is_refused():
+    model = tiny()
+    add_lora(model, targets=["wide"])
+    before = repr(model)
+    with pytest.raises(ValueError, match="already carries an adapter"):
+        add_lora(model, targets=["out"])
+    assert repr(model) == before
+
+
+# ---------------------------------------------------------------------------------------------
+# At size
+
+
+@pytest.mark.slow
+def test_diffunet():
+    torch.manual_seed(0)
+    model = DiffUNet(pretrained=None).eval()
+    scatter(model.parameters(), 0.01)
+    x, sigma = batch(size=32)
+    with torch.no_grad():
+        prior = model(x, sigma)
+        names = add_lora(model)
+        assert len(names) == 8
+        assert {name.rpartition(".")[2] for name in names} == {"qkv", "proj_out"}
+        assert sum(p.numel() for p in lora_parameters(model)) == 61_440
+        assert torch.equal(model(x, sigma), prior)
+
+        scatter(lora_parameters(model), 0.05)
+        adapted = Unfolded(model).train()(x, sigma)
+        assert not torch.equal(adapted, prior)
+        merge_lora(model)
+        assert torch.allclose(model(x, sigma), adapted, atol=1e-5)
+        with lora_disabled(model):
+            assert torch.equal(model(x, sigma), prior)
+    unmerge_lora(model)
+    model(x, sigma).square().mean().backward()
+    assert sum(p.grad is not None for p in model.parameters()) == 2 * len(names)
