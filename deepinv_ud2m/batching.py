@@ -65,7 +65,9 @@ def repeat_batch(batch: Tensor | TensorList, repeats: int) -> Tensor | TensorLis
     return batch.repeat(repeats, *[1] * (batch.ndim - 1))
 
 
-def _split(batch: Tensor | TensorList, parts: int) -> list:
+def _split(batch: Tensor | TensorList | float, parts: int) -> list:
+    if not isinstance(batch, Tensor | TensorList) or (isinstance(batch, Tensor) and batch.numel() == 1):
+        return [batch] * parts  # a scalar, the same for all
     if isinstance(batch, TensorList):
         return [TensorList(list(part)) for part in zip(*(b.chunk(parts) for b in batch), strict=True)]
     return list(batch.chunk(parts))

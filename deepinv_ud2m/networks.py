@@ -24,13 +24,11 @@ class PixelShuffledDenoiser(Denoiser):
         super().__init__()
         self.denoiser, self.factor = denoiser, factor
 
-    def forward(self, x: Tensor, sigma: float | Tensor, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         r"""
         :param torch.Tensor x: noisy images, of shape `[B, C, H, W]`, H and W multiples of `factor`
             (and of what the inner denoiser asks for).
         :param float, torch.Tensor sigma: their level, a scalar or `[B]`.
         :returns: denoised images of the same shape.
         """
-        return pixel_shuffle(
-            self.denoiser(pixel_unshuffle(x, self.factor), sigma, **kwargs), self.factor
-        )
+        return pixel_shuffle(self.denoiser(pixel_unshuffle(x, self.factor), sigma), self.factor)

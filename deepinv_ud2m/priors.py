@@ -10,6 +10,7 @@ A new prior is one entry in ``PRIORS``.
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from collections.abc import Mapping
@@ -52,6 +53,11 @@ class PriorInfo:
         :param torch.Size shape: shape of the images, `[B, C, H, W]`.
         :raises ValueError: if the prior cannot take them; it warns if it was not trained on their size.
         """
+        if len(shape) != 4:
+            raise ValueError(
+                f"the prior {self.name!r} takes images of shape [B, C, H, W], but the images of this "
+                f"problem have shape {list(shape)}"
+            )
         channels, *size = shape[1:]
         if channels != self.channels:
             raise ValueError(
@@ -94,8 +100,8 @@ def load_prior(name: str, device: torch.device | str = "cpu") -> Denoiser:
         folder written by :func:`save_prior`.
     :param torch.device, str device: where to put it (default: cpu).
     :returns: a denoiser with the attribute ``prior_info``.
-    :raises ValueError: for an unknown name, or a folder whose weights are damaged or do not fit its
-        ``config.json``.
+    :raises ValueError: for an unknown name, a folder whose ``config.json`` is damaged, or whose
+        weights are damaged or do not fit it.
     """
     folder = _WEIGHTS / PRIORS[name] if name in PRIORS else Path(name)
     config_file = folder / "config.json"
@@ -104,14 +110,17 @@ def load_prior(name: str, device: torch.device | str = "cpu") -> Denoiser:
             f"name must be one of the priors {sorted(PRIORS)} or a folder with config.json and "
             f"model.safetensors, got {str(name)!r}"
         )
-    config = json.loads(config_file.read_text())
-    network = build_network(config)
+    try:
+        config = json.loads(config_file.read_text())
+        network, info = build_network(config), PriorInfo(**config["prior"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{config_file} cannot be used: {error!r}") from error
     weights = folder / "model.safetensors"
     try:
         network.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"the weights of the prior in {folder} cannot be used: {error}") from error
-    network.prior_info = PriorInfo(**config["prior"])
+    network.prior_info = info
     return network.requires_grad_(False).eval().to(device)
 
 
@@ -138,9 +147,13 @@ def build_network(config: Mapping) -> Denoiser:
 
     :param Mapping config: ``config["network"]`` holds ``pixel_shuffle`` and the arguments of
         :class:`deepinv.models.ADMUNet`; ``config["prior"]["channels"]`` the channels of the images.
+    :raises ValueError: for arguments that ADMUNet does not have (itself, it would ignore them).
     """
     options = dict(config["network"])
     factor = options.pop("pixel_shuffle")
+    unknown = options.keys() - inspect.signature(ADMUNet).parameters.keys()
+    if unknown:
+        raise ValueError(f"the network has no argument {sorted(unknown)}")
     channels = config["prior"]["channels"] * factor**2
     inner = ADMUNet(in_channels=channels, out_channels=channels, pretrained=None, **options)
     return PixelShuffledDenoiser(inner, factor)

@@ -7,8 +7,9 @@ quadratic, whose minimiser is one call to ``physics.prox_l2`` (Mbakam et al. 202
 
 from __future__ import annotations
 
+import warnings
+
 import torch
-from deepinv.optim.linear import conjugate_gradient
 from deepinv.physics import (
     Downsampling,
     GaussianNoise,
@@ -19,6 +20,7 @@ from deepinv.physics import (
 )
 from deepinv.utils import TensorList
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from deepinv_ud2m.batching import RepeatedPhysics
 
@@ -51,15 +53,16 @@ def posterior_prox(
     With :math:`p = 1/\rho^2 + 1/s^2` and :math:`m = (x/\rho^2 + x_s/s^2)/p` this is
     ``physics.prox_l2(m, y, gamma)`` with :math:`\gamma = 1/(p \lambda \sigma_y^2)`. Physics that
     have a closed form use it. The others solve :math:`(I + \gamma A^\top A) z = m + \gamma A^\top y`
-    by deepinv's conjugate gradients, started at m, to the tolerance given here; the settings stored
-    in the physics are neither used nor changed. It computes in float32 under autocast.
+    by conjugate gradients, started at m, until the error of each image is below ``tol``; the settings
+    stored in the physics are neither used nor changed. It computes in float32 under autocast.
 
     Gradients reach ``x``, ``x_s``, ``y`` and all the scalars. Those of the iterative solution are
-    implicit: the memory does not grow with the iterations. They do not reach the parameters of the
-    physics, and the physics must not be updated between the forward and the backward pass.
+    implicit: the memory does not grow with the iterations, there is no second derivative, the physics
+    must not be updated between the forward and the backward pass, and its own parameters cannot be
+    learned through it.
 
-    In float32 the iterative solution is limited by rounding at about
-    :math:`10^{-7} \gamma \|A\|^2` relative to z.
+    In float32 rounding limits the iterative solution to an error of about
+    :math:`10^{-7} \gamma \|A\|^2` relative to z, whatever ``tol``.
 
     :param torch.Tensor x: current iterate, of shape `[B, C, H, W]`.
     :param torch.Tensor, deepinv.utils.TensorList y: measurements.
@@ -71,8 +74,9 @@ def posterior_prox(
     :param float, torch.Tensor lambda_: tempering :math:`\lambda` of the measurement noise (default: 1).
     :param float, torch.Tensor sigma_y: noise level of ``y``; that of the physics by default, see
         :func:`noise_level`.
-    :param float tol: relative residual at which the iterative solver stops (default: 1e-5).
-    :param int max_iter: most iterations of the iterative solver (default: 1000).
+    :param float tol: bound on the error of the iterative solution, relative to z (default: 1e-5).
+    :param int max_iter: most iterations of the iterative solver, which warns when it reaches them
+        (default: 1000).
     :returns: the minimiser, of the shape of ``x``.
     :raises ValueError: if a scalar has another shape, or the physics has no Gaussian noise level.
     :raises TypeError: if the physics has no ``prox_l2``.
@@ -84,16 +88,15 @@ def posterior_prox(
         if x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()
         x_s = x_s.to(x.dtype)
-        rho, sigma, lambda_, sigma_y = (
-            expand_scalar(value, x, name)
-            for name, value in dict(rho=rho, sigma=sigma, lambda_=lambda_, sigma_y=sigma_y).items()
-        )
+        scalars = {"rho": rho, "sigma": sigma, "lambda_": lambda_, "sigma_y": sigma_y}
+        rho, sigma, lambda_, sigma_y = (expand_scalar(value, x, name) for name, value in scalars.items())
         precision = rho**-2 + sigma**-2
         mean = (x * rho**-2 + x_s * sigma**-2) / precision
         gamma = 1 / (precision * lambda_ * sigma_y**2)
         if has_closed_form(physics, x.shape):
             return physics.prox_l2(mean, y, gamma)
-        return _solve_normal_equations(mean, y, physics, gamma, tol, max_iter)
+        backprojection = physics.A_adjoint(y)
+        return _ConjugateGradients.apply(mean, backprojection, gamma, physics, tol, max_iter)
 
 
 def noise_level(physics: Physics, sigma_y: Scalar | None = None) -> Tensor:
@@ -111,7 +114,7 @@ def noise_level(physics: Physics, sigma_y: Scalar | None = None) -> Tensor:
         return torch.as_tensor(sigma_y)
     if isinstance(physics, StackedPhysics):
         levels = [noise_level(child) for child in physics.physics_list]
-        if any(not torch.equal(level, levels[0]) for level in levels[1:]):
+        if any(not torch.equal(level.flatten(), levels[0].flatten()) for level in levels[1:]):
             raise ValueError(
                 "the noise levels of a stacked physics must be the same in all its children, got "
                 f"{[level.tolist() for level in levels]}: rescale operators and measurements to a "
@@ -146,9 +149,10 @@ def has_closed_form(physics: Physics, shape: torch.Size) -> bool:
     """
     Whether ``physics.prox_l2`` is exact without iterations.
 
-    deepinv's Downsampling has a closed form for circular padding only, and it is right only for a
-    filter that is not larger than the image (a longer one wraps around, and the formula folds it
-    differently from the operator).
+    deepinv's Downsampling has a closed form for circular padding only, and it is right only where the
+    factor divides the size of the image and the filter is not larger than the image (a longer one
+    wraps around, and the formula folds it differently from the operator). Its subclasses inherit the
+    formula with another operator, for which it is wrong.
 
     :param deepinv.physics.Physics physics: the physics.
     :param torch.Size shape: shape of the images, `[B, C, H, W]`.
@@ -157,9 +161,13 @@ def has_closed_form(physics: Physics, shape: torch.Size) -> bool:
         return has_closed_form(physics.physics, shape)
     if isinstance(physics, Downsampling):
         return (
-            physics.padding == "circular"
+            type(physics).A is Downsampling.A
+            and physics.padding == "circular"
             and physics.filter is not None
-            and all(f <= n for f, n in zip(physics.filter.shape[-2:], shape[-2:], strict=True))
+            and all(
+                f <= n and n % physics.factor == 0
+                for f, n in zip(physics.filter.shape[-2:], shape[-2:], strict=True)
+            )
         )
     return getattr(type(physics), "prox_l2", None) is not LinearPhysics.prox_l2
 
@@ -168,7 +176,8 @@ def expand_scalar(value: Scalar, like: Tensor, name: str) -> Tensor:
     """
     A scalar, or one scalar per image, in a shape that multiplies images.
 
-    :param float, torch.Tensor value: a float, or a tensor that is 0-d, `[1]`, `[B]` or `[B, 1, 1, 1]`.
+    :param float, torch.Tensor value: a float, or a tensor of one element or of B, all in the first
+        dimension: 0-d, `[1]`, `[B]` or `[B, 1, 1, 1]`.
     :param torch.Tensor like: images of shape `[B, C, H, W]`, which give B, dtype and device.
     :param str name: name of the argument, for the message.
     :returns: tensor of shape `[B, 1, 1, 1]`.
@@ -184,62 +193,75 @@ def expand_scalar(value: Scalar, like: Tensor, name: str) -> Tensor:
     return value.reshape(-1, *ones).expand(batch_size, *ones)
 
 
-def _solve_normal_equations(mean, y, physics, gamma, tol, max_iter):
-    """Solve (I + gamma A^T A) z = mean + gamma A^T y."""
-    right_side = mean + gamma * physics.A_adjoint(y)
-    return _ShiftedSolve.apply(right_side, gamma, mean, physics, tol, max_iter)
-
-
-class _ShiftedSolve(torch.autograd.Function):
+class _ConjugateGradients(torch.autograd.Function):
     r"""
-    :math:`z = H^{-1} b` with :math:`H = I + \gamma A^\top A`, by conjugate gradients.
+    Minimiser :math:`z = H^{-1} (m + \gamma q)` with :math:`H = I + \gamma A^\top A` and
+    :math:`q = A^\top y`.
 
-    For an incoming gradient g, :math:`v = H^{-1} g` is the gradient of b, and
-    :math:`-\langle v, A^\top A z \rangle` that of gamma. deepinv has an implicit solver too; this
-    one needs only :math:`A^\top A` on images, so it serves stacks, whose measurements are lists,
-    and its gradient with respect to gamma does not cancel at large gamma.
+    For an incoming gradient g, :math:`v = H^{-1} g` is the gradient of m, :math:`\gamma v` that of q
+    and :math:`\langle v, z - m \rangle / \gamma` that of gamma. deepinv has an implicit solver too;
+    this one needs only :math:`A^\top A` on images, so it serves stacks, whose measurements are lists.
     """
 
     @staticmethod
-    def forward(ctx, right_side, gamma, start, physics, tol, max_iter):
-        solution = _shifted_cg(physics, gamma, right_side, start, tol, max_iter)
-        ctx.save_for_backward(gamma, solution)
+    def forward(ctx, mean, backprojection, gamma, physics, tol, max_iter):
+        correction = _correction(physics, mean, backprojection, gamma, tol, max_iter)
+        ctx.save_for_backward(gamma, correction)
         ctx.physics, ctx.tol, ctx.max_iter = physics, tol, max_iter
         ctx.buffers = _buffers(physics)
-        return solution
+        return mean + correction
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         if not _same_buffers(_buffers(ctx.physics), ctx.buffers):
             raise RuntimeError(
                 "the physics was updated between the forward and the backward pass of "
                 "posterior_prox; its gradient would be that of another operator"
             )
-        gamma, solution = ctx.saved_tensors
-        v = _shifted_cg(ctx.physics, gamma, grad, grad, ctx.tol, ctx.max_iter)
-        grad_gamma = None
-        if ctx.needs_input_grad[1]:
-            normal = ctx.physics.A_adjoint_A(solution)
-            grad_gamma = -(v * normal).flatten(1).sum(1).reshape(gamma.shape)
-        return v, grad_gamma, None, None, None, None
+        gamma, correction = ctx.saved_tensors
+        v = grad + _correction(ctx.physics, grad, 0.0, gamma, ctx.tol, ctx.max_iter)
+        grad_gamma = _dot(v, correction) / gamma
+        return v, gamma * v, grad_gamma, None, None, None
 
 
-def _shifted_cg(physics, gamma, right_side, start, tol, max_iter):
-    with torch.no_grad():
-        return conjugate_gradient(
-            lambda z: z + gamma * physics.A_adjoint_A(z),
-            right_side,
-            init=start,
-            max_iter=max_iter,
-            tol=tol,
-            eps=torch.finfo(right_side.dtype).tiny,
-            parallel_dim=0,
+def _correction(physics, mean, backprojection, gamma, tol, max_iter):
+    r"""
+    What the data adds to the mean: :math:`d = z - m` solves
+    :math:`H d = \gamma (q - A^\top A m) = r`.
+
+    Its error is at most the norm of the residual, because :math:`H \ge I`. Each image stops by
+    itself, so it does not depend on the others in its batch.
+    """
+    r = p = gamma * (backprojection - physics.A_adjoint_A(mean))
+    d = 0 * r  # NaN where the measurement is
+    r_r = _dot(r, r)
+    for _ in range(max_iter):
+        z = mean + d
+        active = r_r > tol**2 * _dot(z, z)
+        if not active.any():
+            break
+        H_p = p + gamma * physics.A_adjoint_A(p)
+        step = torch.where(active, r_r / _dot(p, H_p), 0)
+        d, r, r_r_before = d + step * p, r - step * H_p, r_r
+        r_r = _dot(r, r)
+        p = torch.where(active, r + (r_r / r_r_before) * p, p)
+    else:
+        warnings.warn(
+            f"posterior_prox stopped after {max_iter} iterations, before it reached tol={tol}",
+            stacklevel=2,
         )
+    return d
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
 
 
 def _buffers(physics) -> list[Tensor]:
-    children = getattr(physics, "physics_list", None) or [physics]
-    return [buffer for child in children for buffer in child.buffers()]
+    # Stacks keep their children in a plain list, which buffers() does not look into.
+    children = [child for module in physics.modules() for child in getattr(module, "physics_list", [])]
+    return [*physics.buffers(), *(buffer for child in children for buffer in _buffers(child))]
 
 
 def _same_buffers(now: list[Tensor], then: list[Tensor]) -> bool:

@@ -33,7 +33,8 @@ class SampleStreams:
         """
         :param torch.Tensor like: images of shape `[number of streams, ...]`.
         :returns: standard normal noise of that shape and dtype.
-        :raises ValueError: if there is not one stream per image.
+        :raises ValueError: if there is not one stream per image, or the images of a block differ in
+            shape.
         """
         if like.shape[0] != len(self.generators):
             raise ValueError(
@@ -42,8 +43,13 @@ class SampleStreams:
         if self._used == self.block:
             self._noise = self._draw_block(like)
             self._used = 0
+        noise = self._noise[:, self._used]
+        if noise.shape != like.shape:
+            raise ValueError(
+                f"the random streams are of images of shape {list(noise.shape)}, got {list(like.shape)}"
+            )
         self._used += 1
-        return self._noise[:, self._used - 1]
+        return noise.to(like.dtype)
 
     def _draw_block(self, like: Tensor) -> Tensor:
         shape = (self.block, *like.shape[1:])

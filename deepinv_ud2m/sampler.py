@@ -1,6 +1,7 @@
 r"""UD2M: a posterior sampler that needs few network evaluations (Mbakam et al. 2025, Algorithm 1).
 
-Levels :math:`s_N > \dots > s_1 > s_0 = 0` and :math:`x_{s_N} \sim \mathcal N(1/2, s_N^2 I)`. For n = N, ..., 1:
+Levels :math:`s_N > \dots > s_1 > s_0 = 0`, and :math:`x_{s_N} \sim \mathcal N(1/2, s_N^2 I)`.
+For n = N, ..., 1:
 
 .. math::
     x_0 &\leftarrow L(y, x_{s_n}, s_n) \quad \text{(a draw from } p(x \mid y, x_{s_n})), \\
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from deepinv_ud2m.batching import RepeatedPhysics, repeat_batch
+from deepinv_ud2m.checks import check_count
 from deepinv_ud2m.proximal import Scalar, check_has_prox, expand_scalar, noise_level
 from deepinv_ud2m.randomness import SampleStreams, draw_seeds, randn
 from deepinv_ud2m.schedule import VPSchedule, check_levels
@@ -54,18 +56,21 @@ class UD2M(Reconstructor):
         (:class:`deepinv_ud2m.UnfoldedDenoiser`), or any module that draws from
         :math:`p(x \mid y, x_s)` when called as ``(y, physics, x_s, sigma, *, generator=None)``;
         it draws its noise with :func:`deepinv_ud2m.randomness.randn`.
-    :param int num_steps: number N of levels (default: 3).
+    :param int, None num_steps: number N of levels (default: 3).
     :param float eta: randomness of the steps, in [0, 1] (default: 0.8).
     :param deepinv_ud2m.VPSchedule schedule: where the levels are taken from; the linear schedule of
         1000 times by default.
-    :param Sequence[float] levels: levels to use instead of those of the schedule, positive and
-        strictly decreasing.
+    :param Sequence[float] levels: levels to use in place of ``num_steps`` and ``schedule``, positive
+        and strictly decreasing.
     :param tuple[float, float], None output_range: samples are clamped to it (default: (0, 1));
         ``None`` leaves them as they are.
-    :raises ValueError: for N < 1, eta outside [0, 1], or levels that do not decrease.
+    :raises TypeError: if ``unfolded`` is not a module.
+    :raises ValueError: for N < 1, eta outside [0, 1], levels that do not decrease, or levels together
+        with ``num_steps`` or ``schedule``.
 
     The number of network evaluations that the last call spent per sample, found by counting calls,
-    is in the attribute ``nfe``.
+    is in the attribute ``nfe``; it is ``None`` for an ``unfolded`` that does not name its
+    ``networks``.
 
     |sep|
 
@@ -89,7 +94,7 @@ class UD2M(Reconstructor):
     def __init__(
         self,
         unfolded: nn.Module,
-        num_steps: int = 3,
+        num_steps: int | None = None,
         eta: float = 0.8,
         schedule: VPSchedule | None = None,
         *,
@@ -101,11 +106,16 @@ class UD2M(Reconstructor):
             raise TypeError(f"unfolded must be a module, got {type(unfolded).__name__}")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be in [0, 1], got {eta}")
-        self.unfolded = unfolded
-        self.schedule = schedule if schedule is not None else VPSchedule()
-        self.eta, self.output_range = eta, output_range
+        if output_range is not None and not output_range[0] < output_range[1]:
+            raise ValueError(f"output_range must be (low, high) with low < high, got {output_range}")
+        if levels is not None and (num_steps is not None or schedule is not None):
+            raise ValueError("levels stand in place of num_steps and schedule: give one or the other")
+        self.unfolded, self.eta, self.output_range = unfolded, eta, output_range
         if levels is None:
-            levels = self.schedule.sampling_levels(num_steps)
+            schedule = schedule if schedule is not None else VPSchedule()
+            levels = schedule.sampling_levels(
+                3 if num_steps is None else check_count("num_steps", num_steps)
+            )
         self.register_buffer("levels", check_levels(levels), persistent=False)
         self.nfe: float | None = None
 
@@ -172,7 +182,8 @@ class UD2M(Reconstructor):
         per_pass = num_samples if batch_size is None else max(1, batch_size // batch)
         passes = [seeds[i : i + per_pass * batch] for i in range(0, len(seeds), per_pass * batch)]
         x0s, states = [], []
-        with CallCounter(getattr(self.unfolded, "networks", [])) as counter:
+        networks = getattr(self.unfolded, "networks", None)
+        with CallCounter(networks or []) as counter:
             bar = tqdm(total=len(passes) * self.num_steps, desc="UD2M", disable=not verbose)
             for seeds_of_pass in passes:
                 x0, x_s = self._chain(y, physics, like, sigma_y, seeds_of_pass, bar)
@@ -181,7 +192,7 @@ class UD2M(Reconstructor):
                 x0s.append(x0.unflatten(1, (-1, batch)))
                 states.append(x_s.unflatten(1, (-1, batch)) if len(x_s) else x_s)
             bar.close()
-        self.nfe = counter.images / (num_samples * batch)
+        self.nfe = None if networks is None else counter.images / (num_samples * batch)
         x0 = torch.cat(x0s, 1)
         samples = x0[-1] if self.output_range is None else x0[-1].clamp(*self.output_range)
         if not return_trajectory:
@@ -237,17 +248,22 @@ class UD2M(Reconstructor):
 
     def _check(self, y, physics, num_samples, batch_size, generator, sigma_y) -> Tensor:
         """Refuse what cannot work before any network call; an image of the right shape otherwise."""
-        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        check_count("num_samples", num_samples)
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
+        check_has_prox(physics)
         for part in y if isinstance(y, TensorList) else [y]:
+            if not isinstance(part, Tensor):
+                raise TypeError(f"y must be a tensor or a TensorList, got {type(part).__name__}")
+            if part.numel() == 0:
+                raise ValueError(f"y is empty: its shape is {list(part.shape)}")
             if not bool(torch.isfinite(part).all()):
                 raise ValueError("y must be finite, but it has NaN or infinite values")
         level = noise_level(physics, sigma_y)
-        if not bool((level > 0).all()):
+        if not bool(((level > 0) & level.isfinite()).all()):
             raise ValueError(
-                f"sigma_y must be positive, got {level.tolist()}; for measurements without noise "
-                "give the physics a ZeroNoise, which stands for a small floor"
+                f"sigma_y must be positive and finite, got {level.tolist()}; for measurements without "
+                "noise give the physics a ZeroNoise, which stands for a small floor"
             )
         like = _image_like(y, physics)
         expand_scalar(level, like, "sigma_y")
@@ -260,7 +276,8 @@ class UD2M(Reconstructor):
         return like
 
     def __repr__(self) -> str:
-        return f"UD2M({self.unfolded}, num_steps={self.num_steps}, eta={self.eta})"
+        levels = [round(level, 4) for level in self.levels.tolist()]
+        return f"UD2M({self.unfolded}, levels={levels}, eta={self.eta}, range={self.output_range})"
 
 
 class CallCounter:
@@ -288,7 +305,6 @@ class CallCounter:
 
 def _image_like(y: Tensor | TensorList, physics: Physics) -> Tensor:
     """An image of the shape that the physics gives to y, which only the physics can tell."""
-    check_has_prox(physics)
     shapes = [list(part.shape) for part in y] if isinstance(y, TensorList) else list(y.shape)
     try:
         like = physics.A_adjoint(y)

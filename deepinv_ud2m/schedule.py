@@ -29,8 +29,8 @@ class VPSchedule(nn.Module):
     Between integer times :math:`\log s` is interpolated linearly.
 
     :param str kind: ``"linear"``: :math:`\beta_t` from 1e-4 to 0.02 (DDPM, ADM, and the paper), or
-        ``"cosine"``: :math:`\bar\alpha_t \propto \cos^2(\tfrac{\pi}{2}(t/T + 0.008)/1.008)` with
-        :math:`\beta_t \leq 0.999` (Nichol & Dhariwal 2021). Default: ``"linear"``.
+        ``"cosine"``: :math:`\bar\alpha_t \propto \cos^2(\tfrac{\pi}{2}(t/T + 0.008)/1.008)`
+        (Nichol & Dhariwal 2021), both with :math:`\beta_t \leq 0.999`. Default: ``"linear"``.
     :param int num_timesteps: number :math:`T` of times, at least 2 (default: 1000).
     :raises ValueError: for another kind, or fewer than 2 times.
 
@@ -47,10 +47,10 @@ class VPSchedule(nn.Module):
         super().__init__()
         if kind not in _BETAS:
             raise ValueError(f"kind must be one of {sorted(_BETAS)}, got {kind!r}")
-        if num_timesteps < 2:
-            raise ValueError(f"num_timesteps must be at least 2, got {num_timesteps}")
+        if not (isinstance(num_timesteps, int) and num_timesteps >= 2):
+            raise ValueError(f"num_timesteps must be an integer >= 2, got {num_timesteps!r}")
         self.kind, self.num_timesteps = kind, num_timesteps
-        alphas_cumprod = torch.cumprod(1 - _BETAS[kind](num_timesteps), 0)
+        alphas_cumprod = torch.cumprod(1 - _BETAS[kind](num_timesteps).clamp(max=0.999), 0)
         log_levels = 0.5 * torch.log((1 - alphas_cumprod) / alphas_cumprod) - math.log(2)
         self.register_buffer("log_levels", log_levels, persistent=False)
 
@@ -100,8 +100,8 @@ class VPSchedule(nn.Module):
         times = (roots**2 + 1e-9).floor()
         times[-1] = self.num_timesteps - 1
         # Many steps crowd at t = 0: move each to the next free time.
-        for n in range(1, num_steps):
-            times[n] = max(times[n], times[n - 1] + 1)
+        steps = torch.arange(num_steps)
+        times = (times - steps).cummax(0).values + steps
         return self.sigma(times.clamp(max=self.num_timesteps - 1)).flip(0)
 
     def training_levels(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
@@ -170,7 +170,7 @@ def _linear_betas(num_timesteps: int) -> Tensor:
 def _cosine_betas(num_timesteps: int) -> Tensor:
     times = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
     alphas_cumprod = torch.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
-    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
+    return 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
 
 
 _BETAS = {"linear": _linear_betas, "cosine": _cosine_betas}

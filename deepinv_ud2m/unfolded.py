@@ -18,6 +18,7 @@ from deepinv.models import Denoiser, Reconstructor
 from deepinv.physics import Physics
 from torch import Tensor, nn
 
+from deepinv_ud2m.checks import check_count
 from deepinv_ud2m.initializers import LinearInitializer
 from deepinv_ud2m.priors import PriorInfo
 from deepinv_ud2m.proximal import (
@@ -64,10 +65,10 @@ class UnfoldedDenoiser(Reconstructor):
     :param float reference_level: :math:`\sigma_0`, in units of the image, non-negative.
     :param bool shared: learn one set of scalars for all iterations rather than one per iteration
         (default: ``False``).
-    :param float tol: relative residual of the prox where it is iterative (default: 1e-4).
-    :param int max_iter: most iterations of the prox where it is iterative (default: 500).
-    :raises TypeError: if ``denoiser`` is not a module.
-    :raises ValueError: for K < 1, multipliers that are not positive or of another number.
+    :param float tol: relative error of the prox where it is iterative (default: 1e-5).
+    :param int max_iter: most iterations of the prox where it is iterative (default: 1000).
+    :raises TypeError: if ``denoiser`` or ``initializer`` is not a module.
+    :raises ValueError: for K < 1, or multipliers that are not positive or of another number.
 
     |sep|
 
@@ -95,25 +96,29 @@ class UnfoldedDenoiser(Reconstructor):
         lambda_: float | Sequence[float] = 1.0,
         reference_level: float = REFERENCE_LEVEL,
         shared: bool = False,
-        tol: float = 1e-4,
-        max_iter: int = 500,
+        tol: float = 1e-5,
+        max_iter: int = 1000,
     ):
         super().__init__()
         if not isinstance(denoiser, nn.Module):
             raise TypeError(f"denoiser must be a deepinv Denoiser, got {type(denoiser).__name__}")
-        if not isinstance(num_iterations, int) or num_iterations < 1:
-            raise ValueError(f"num_iterations must be an integer >= 1, got {num_iterations!r}")
-        if reference_level < 0:
-            raise ValueError(f"reference_level must be >= 0, got {reference_level}")
+        if initializer is not None and not isinstance(initializer, nn.Module):
+            raise TypeError(f"initializer must be a module, got {type(initializer).__name__}")
+        if not 0 <= reference_level < float("inf"):
+            raise ValueError(f"reference_level must be finite and >= 0, got {reference_level}")
+        if not tol > 0:
+            raise ValueError(f"tol must be positive, got {tol}")
         self.denoiser = denoiser
-        self.num_iterations = num_iterations
+        self.num_iterations = check_count("num_iterations", num_iterations)
+        check_count("max_iter", max_iter)
         self.initializer = initializer if initializer is not None else LinearInitializer()
         self.reference_level, self.tol, self.max_iter = reference_level, tol, max_iter
         if delta is None:
             delta = torch.logspace(*torch.tensor([DELTA_FIRST, DELTA_LAST]).log10(), num_iterations)
         num_learned = 1 if shared else num_iterations
         for name, start in (("rho", rho), ("delta", delta), ("lambda", lambda_)):
-            multipliers = self._multipliers(name, start)
+            argument = "lambda_" if name == "lambda" else name
+            multipliers = self._multipliers(argument, start)
             self.register_buffer(f"start_{name}", multipliers, persistent=False)
             setattr(self, f"log_{name}", nn.Parameter(torch.zeros(num_learned)))
         self.denoiser.eval()
@@ -194,8 +199,7 @@ class UnfoldedDenoiser(Reconstructor):
 
     def denoise(self, w: Tensor, delta: Tensor) -> Tensor:
         """The prior, in the precision of its own weights."""
-        weight = next((p for p in self.denoiser.parameters() if p.is_floating_point()), w)
-        dtype = weight.dtype if w.dtype == torch.float64 else w.dtype
+        dtype = next((p.dtype for p in self.denoiser.parameters() if p.is_floating_point()), w.dtype)
         delta = delta.expand(w.shape[0], *delta.shape[1:]).reshape(-1)
         return self.denoiser(w.to(dtype), delta.to(dtype)).to(w.dtype)
 
@@ -237,7 +241,11 @@ class UnfoldedDenoiser(Reconstructor):
 
     def __repr__(self) -> str:
         prior = self.prior_info.name if self.prior_info else type(self.denoiser).__name__
+        starts = ", ".join(
+            f"{name}={[round(v, 4) for v in getattr(self, f'start_{name}').tolist()]}"
+            for name in ("rho", "delta", "lambda")
+        )
         return (
-            f"UnfoldedDenoiser({prior}, num_iterations={self.num_iterations}, "
-            f"initializer={self.initializer})"
+            f"UnfoldedDenoiser({prior}, K={self.num_iterations}, {self.initializer}, {starts}, "
+            f"reference_level={self.reference_level})"
         )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from deepinv.models import Denoiser
 
+from deepinv_ud2m.priors import PriorInfo, build_network
 from deepinv_ud2m.proximal import noise_level
 from deepinv_ud2m.randomness import randn
 
@@ -90,3 +91,26 @@ def flat(y):
 @pytest.fixture
 def gaussian_problem():
     return GaussianProblem
+
+
+@pytest.fixture
+def tiny_config():
+    """A prior of the kind that ships, in miniature."""
+    network = {"img_resolution": 16, "model_channels": 32, "channel_mult": [1], "num_blocks": 1}
+    options = {"attn_resolutions": [], "dropout": 0.0, "pixel_std": 0.5, "pixel_shuffle": 2}
+    info = {"name": "tiny", "channels": 1, "sigma_min": 0.002, "sigma_max": 80.0, "size_multiple": 2}
+    return {"network": network | options, "prior": info}
+
+
+@pytest.fixture
+def tiny_prior(tiny_config):
+    """It, with random weights (no layer left at its zero initialisation), frozen."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        prior = build_network(tiny_config)
+        with torch.no_grad():
+            for parameter in prior.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.02)
+    prior.prior_info = PriorInfo(**tiny_config["prior"])
+    return prior.requires_grad_(False).eval()

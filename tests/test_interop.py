@@ -1,0 +1,285 @@
+"""UD2M inside deepinv, unchanged: test, Trainer, DiffusionSampler, and the public benchmark."""
+
+import copy
+import hashlib
+import math
+import warnings
+
+import deepinv as dinv
+import pytest
+import torch
+from deepinv.loss.metric import PSNR
+from deepinv.physics import GaussianNoise
+from deepinv.physics.functional.blur import gaussian_blur
+from torch.utils.data import DataLoader, Dataset
+
+from deepinv_ud2m import UD2M, UnfoldedDenoiser
+from deepinv_ud2m.data import mnist_digits
+
+pytestmark = pytest.mark.filterwarnings("ignore:non_blocking_transfers")  # deepinv, on a CPU
+
+CLOSE = {"rtol": 0, "atol": 1e-5}
+
+
+class Digits(Dataset):
+    def __init__(self, num):
+        self.x = mnist_digits("test", num=num)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index]
+
+
+@pytest.fixture
+def model(tiny_prior):
+    return UD2M(UnfoldedDenoiser(tiny_prior, num_iterations=2), num_steps=2)
+
+
+def _seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def _kernels(batch):
+    """A narrow, ..., a wide one, `[batch, 1, 9, 9]`."""
+    widths = torch.linspace(0.5, 2.0, batch).reshape(-1, 1).expand(-1, 2)
+    return gaussian_blur((9, 9), widths).reshape(batch, 1, 9, 9)
+
+
+# The four problems of deepinv's public benchmark, on grey 32x32 images.
+BENCHMARK = {
+    "deblurring": lambda: dinv.physics.Blur(
+        gaussian_blur(sigma=(2.0, 2.0)), padding="valid", noise_model=GaussianNoise(0.05)
+    ),
+    "inpainting": lambda: dinv.physics.Inpainting((1, 32, 32), mask=0.5),
+    "super-resolution": lambda: dinv.physics.Downsampling(filter="bicubic", factor=2),
+    "denoising": lambda: dinv.physics.Denoising(GaussianNoise(0.1)),
+}
+
+
+def _assert_image(x_hat, shape):
+    assert isinstance(x_hat, torch.Tensor)
+    assert x_hat.shape == shape and x_hat.dtype == torch.float32
+    assert x_hat.isfinite().all() and x_hat.min() >= 0 and x_hat.max() <= 1
+    assert not x_hat.requires_grad
+
+
+# -- deepinv.test, Trainer, samplers --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_dinv_test(model, batch_size):
+    outputs = []
+    model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    results = dinv.test(
+        model,
+        DataLoader(Digits(6), batch_size=batch_size),
+        BENCHMARK["denoising"](),
+        online_measurements=True,
+        metrics=[PSNR()],
+        verbose=False,
+        show_progress_bar=False,
+    )
+    assert all(math.isfinite(results[key]) for key in ("PSNR", "PSNR no learning"))
+    assert len(outputs) == 6 // batch_size
+    for x_hat in outputs:
+        _assert_image(x_hat, (batch_size, 1, 32, 32))
+    # What deepinv reports is the PSNR of the samples against the digits.
+    expected = PSNR()(torch.cat(outputs), mnist_digits("test", num=6)).mean()
+    assert results["PSNR"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_trainer_test(model):
+    training = model.training
+    trainer = dinv.Trainer(
+        model,
+        physics=BENCHMARK["inpainting"](),
+        train_dataloader=None,
+        optimizer=None,
+        online_measurements=True,
+        metrics=PSNR(),
+        save_path=None,
+        device="cpu",
+        verbose=False,
+        show_progress_bar=False,
+    )
+    results = trainer.test(DataLoader(Digits(4), batch_size=2))
+    assert math.isfinite(results["PSNR"])
+    assert model.nfe == 4 and not model.unfolded.denoiser.training
+    assert model.train(training) is model
+
+
+def test_diffusion_sampler(model):
+    physics = BENCHMARK["denoising"]()
+    y = physics(mnist_digits("test", num=2))
+    sampler = dinv.sampling.DiffusionSampler(model, max_iter=5, save_chain=True)
+    mean, variance = sampler(y, physics, seed=0)
+    assert mean.shape == variance.shape == (2, 1, 32, 32)
+    assert mean.isfinite().all() and (variance >= 0).all()
+    chain = [state["x"] for state in sampler.get_chain()]
+    assert len(chain) == 6  # deepinv counts its start as a sample
+    for i in range(1, len(chain)):
+        _assert_image(chain[i], (2, 1, 32, 32))
+        assert not torch.equal(chain[i], chain[i - 1])
+    again, _ = sampler(y, physics, seed=0)
+    assert torch.equal(again, mean)
+
+
+# -- The public benchmark -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("problem", BENCHMARK)
+def test_benchmark_contract(model, problem):
+    model.device = torch.device("cpu")
+    assert model.device == torch.device("cpu")
+    outputs = []
+    model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "non_blocking_transfers")
+        results = dinv.test(
+            model,
+            DataLoader(Digits(2), batch_size=1),
+            BENCHMARK[problem](),
+            online_measurements=True,
+            device=model.device,
+            metrics=[PSNR()],
+            compare_no_learning=False,
+            verbose=False,
+            show_progress_bar=False,
+        )
+    assert math.isfinite(results["PSNR"])
+    assert len(outputs) == 2
+    for x_hat in outputs:
+        _assert_image(x_hat, (1, 1, 32, 32))
+    assert not torch.equal(*outputs)
+
+
+def test_str_identifies_the_model(tiny_prior):
+    def name(num_iterations=2, **kwargs):
+        return str(UD2M(UnfoldedDenoiser(copy.deepcopy(tiny_prior), num_iterations), **kwargs))
+
+    assert name() == name()
+    assert hashlib.sha256(name().encode()).digest() == hashlib.sha256(name().encode()).digest()
+    assert len(name()) < 300 and "\n" not in name() and "0x" not in name()
+    assert len({name(), name(3), name(num_steps=4), name(eta=0.5)}) == 4
+
+
+def test_str_does_not_change_with_use(model):
+    before = str(model)
+    model(torch.rand(1, 1, 32, 32), BENCHMARK["denoising"]())
+    model.device = "cpu"
+    assert str(model) == before
+
+
+# -- A module like any other ----------------------------------------------------------------------
+
+
+def test_deepcopy(model):
+    physics = BENCHMARK["denoising"]()
+    y = physics(mnist_digits("test", num=2))
+    x_hat = model(y, physics, generator=_seeded())
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(y, physics, generator=_seeded()), x_hat)
+    twin.unfolded.log_delta.data += 1
+    assert not torch.equal(twin(y, physics, generator=_seeded()), x_hat)
+    assert torch.equal(model(y, physics, generator=_seeded()), x_hat)
+
+
+def test_state_dict(model, tiny_prior, tmp_path):
+    for parameter in (model.unfolded.log_rho, model.unfolded.log_delta, model.unfolded.log_lambda):
+        parameter.data += 0.3
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    twin = UD2M(UnfoldedDenoiser(copy.deepcopy(tiny_prior), num_iterations=2), num_steps=2)
+    physics = BENCHMARK["denoising"]()
+    y = physics(mnist_digits("test", num=2))
+    x_hat = model(y, physics, generator=_seeded())
+    assert not torch.equal(twin(y, physics, generator=_seeded()), x_hat)
+    twin.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert torch.equal(twin(y, physics, generator=_seeded()), x_hat)
+    # What the constructor fixes is not in the file.
+    learned = [key for key in model.state_dict() if not key.startswith("unfolded.denoiser.")]
+    assert learned == ["unfolded.log_rho", "unfolded.log_delta", "unfolded.log_lambda"]
+
+
+def test_double_precision(model):
+    physics = BENCHMARK["denoising"]()
+    y = physics(mnist_digits("test", num=2))
+    model.to(torch.float64)
+    x_hat = model(y.double(), physics.to(torch.float64), generator=_seeded())
+    assert x_hat.dtype == torch.float64
+    assert x_hat.isfinite().all() and x_hat.shape == y.shape
+
+
+def test_double_precision_of_the_model_only(model):
+    physics = BENCHMARK["denoising"]()
+    y = physics(mnist_digits("test", num=2))
+    single = model(y, physics, generator=_seeded())
+    model.to(torch.float64)
+    mixed = model(y, physics, generator=_seeded())
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, single, rtol=0, atol=1e-4)
+
+
+def test_gradients_do_not_flow_but_may_be_asked_of_y(model):
+    physics = BENCHMARK["denoising"]()
+    y = physics(mnist_digits("test", num=1)).requires_grad_()
+    assert not model(y, physics).requires_grad
+    _, trajectory = model.sample(y, physics, 2, return_trajectory=True)
+    assert trajectory.x0.shape == trajectory.x_s.shape == (2, 2, 1, 1, 32, 32)
+
+
+# -- Operators of their own for each image --------------------------------------------------------
+
+
+def _blur(kernels, sigma):
+    return dinv.physics.BlurFFT((1, 32, 32), kernels, noise_model=GaussianNoise(sigma))
+
+
+def _inpainting(masks, sigma):
+    return dinv.physics.Inpainting((1, 32, 32), mask=masks, noise_model=GaussianNoise(sigma))
+
+
+@pytest.mark.parametrize("kind", ["blur", "inpainting", "sigma", "sigma_y"])
+def test_per_sample_operators(model, kind):
+    sigma = torch.full((3,), 0.1)
+    if kind == "blur":
+        make, operators = _blur, _kernels(3)
+    else:
+        make = _inpainting
+        operators = (torch.rand(3, 1, 32, 32, generator=_seeded()) < 0.5).float()
+    if kind in ("sigma", "sigma_y"):
+        sigma = torch.tensor([0.02, 0.1, 0.5])
+    physics = make(operators, sigma)
+    y = physics(mnist_digits("test", num=3))
+    override = {"sigma_y": sigma} if kind == "sigma_y" else {}
+    if kind == "sigma_y":
+        physics = make(operators, 10.0)
+    batch = model(y, physics, generator=_seeded(), **override)
+    _assert_image(batch, (3, 1, 32, 32))
+    # Several samples, in any split, keep each image with its operator.
+    samples = model.sample(y, physics, 4, generator=_seeded(1), **override)
+    for batch_size in (3, 6):
+        split = model.sample(y, physics, 4, batch_size=batch_size, generator=_seeded(1), **override)
+        torch.testing.assert_close(split, samples, **CLOSE)
+    # Alone, sample i of image i has the random stream of image i in the batch.
+    for i in range(3):
+        part = slice(i, i + 1)
+        alone = model.sample(y[part], make(operators[part], sigma[part]), i + 1, generator=_seeded())
+        torch.testing.assert_close(alone[i, 0], batch[i], **CLOSE)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_stacked_physics(model, batch):
+    masks = (torch.rand(batch, 1, 32, 32, generator=_seeded()) < 0.5).float()
+    physics = dinv.physics.StackedLinearPhysics([_blur(_kernels(batch), 0.1), _inpainting(masks, 0.1)])
+    y = physics(mnist_digits("test", num=batch))
+    assert isinstance(y, dinv.utils.TensorList)
+    _assert_image(model(y, physics), (batch, 1, 32, 32))
+    samples = model.sample(y, physics, 3, generator=_seeded())
+    split = model.sample(y, physics, 3, batch_size=batch, generator=_seeded())
+    # Conjugate gradients stop at a relative residual of 1e-4, not at the same iterate.
+    torch.testing.assert_close(split, samples, rtol=0, atol=5e-3)
+    with_level = model.sample(y, physics, 3, generator=_seeded(), sigma_y=0.1)
+    torch.testing.assert_close(with_level, samples, rtol=0, atol=5e-3)

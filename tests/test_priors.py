@@ -1,0 +1,199 @@
+"""Priors: saving and loading, what they say about themselves, and the reordering of pixels."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from deepinv.models import Denoiser
+
+from deepinv_ud2m import PriorInfo, load_prior, save_prior
+from deepinv_ud2m.networks import PixelShuffledDenoiser
+from deepinv_ud2m.priors import PRIORS, build_network
+
+
+@pytest.fixture
+def folder(tiny_prior, tiny_config, tmp_path):
+    save_prior(tiny_prior, tiny_config, tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def _edit_config(folder, edit):
+    config = json.loads((folder / "config.json").read_text())
+    edit(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+# -- Saving and loading ---------------------------------------------------------------------------
+
+
+def test_round_trip(tiny_prior, folder):
+    loaded = load_prior(str(folder))
+    rounded = {name: value.half().float() for name, value in tiny_prior.state_dict().items()}
+    assert loaded.state_dict().keys() == rounded.keys()
+    assert all(torch.equal(value, rounded[name]) for name, value in loaded.state_dict().items())
+    assert any(not torch.equal(value, rounded[name]) for name, value in tiny_prior.state_dict().items())
+    x = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.05, 3.0])
+    # Half precision keeps 11 bits: a relative error of 5e-4 in each weight.
+    torch.testing.assert_close(loaded(x, sigma), tiny_prior(x, sigma), rtol=0, atol=5e-3)
+
+
+def test_a_loaded_prior_is_frozen_and_says_what_it_is(tiny_config, folder):
+    loaded = load_prior(str(folder))
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert all(parameter.dtype == torch.float32 for parameter in loaded.parameters())
+    assert loaded.prior_info == PriorInfo(**tiny_config["prior"])
+    assert load_prior(folder).prior_info == loaded.prior_info  # a Path will do
+
+
+def test_saving_twice_gives_the_same_file(tiny_prior, tiny_config, folder, tmp_path):
+    save_prior(load_prior(folder), tiny_config, tmp_path / "again")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_the_network_depends_on_the_level(tiny_prior):
+    x = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    inner = tiny_prior.denoiser
+    unshuffled = torch.nn.functional.pixel_unshuffle(x, 2)
+    outputs = [inner.forward_unet(unshuffled, torch.tensor([c])) for c in (-1.0, 1.0)]
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-3
+
+
+def test_unknown_names(tmp_path):
+    for name in ("cifar", str(tmp_path), ""):
+        with pytest.raises(ValueError, match="name must be one of the priors") as error:
+            load_prior(name)
+        assert all(known in str(error.value) for known in PRIORS)
+
+
+def test_damaged_weights(folder):
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    for damaged in (content[: len(content) // 2], content[:5], b"", b"not a safetensors file"):
+        weights.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"weights of the prior in .* cannot be used"):
+            load_prior(folder)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"weights of the prior in .* cannot be used"):
+        load_prior(folder)
+
+
+def test_weights_that_do_not_fit_the_config(folder):
+    _edit_config(folder, lambda config: config["network"].update(model_channels=64))
+    with pytest.raises(
+        ValueError, match=r"(?s)weights of the prior in .* cannot be used.*size mismatch"
+    ):
+        load_prior(folder)
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda config: config.pop("prior"), "prior"),
+        (lambda config: config["prior"].update(chanels=1), "chanels"),
+        (lambda config: config["prior"].pop("sigma_max"), "sigma_max"),
+        (lambda config: config["network"].update(pixel_sdt=0.3), "pixel_sdt"),
+        (lambda config: config["network"].pop("pixel_shuffle"), "pixel_shuffle"),
+    ],
+)
+def test_damaged_config(folder, edit, message):
+    _edit_config(folder, edit)
+    with pytest.raises(ValueError, match=rf"config\.json cannot be used.*{message}"):
+        load_prior(folder)
+
+
+def test_config_that_is_not_json(folder):
+    (folder / "config.json").write_text('{"network": ')
+    with pytest.raises(ValueError, match=r"config\.json cannot be used"):
+        load_prior(folder)
+
+
+def test_build_network_draws_weights_from_the_global_generator(tiny_config):
+    networks = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        networks.append(torch.cat([p.flatten() for p in build_network(tiny_config).parameters()]))
+    assert torch.equal(networks[0], networks[1])
+    assert not torch.equal(networks[0], networks[2])
+    assert "pixel_shuffle" in tiny_config["network"]  # the caller's config is left as it was
+
+
+# -- Reordering of pixels -------------------------------------------------------------------------
+
+
+class Weighted(Denoiser):
+    """Multiplies each channel by its own number, and all by 1 / (1 + sigma^2)."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, x, sigma):
+        sigma = torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, 1, 1, 1)
+        return self.weights.reshape(1, -1, 1, 1) * x / (1 + sigma**2)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixel_shuffle_is_a_reordering(factor, channels):
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(channels * factor**2, generator=generator)
+    x = torch.rand(2, channels, 8, 12, generator=generator)
+    sigma = torch.tensor([0.5, 2.0])
+    denoised = PixelShuffledDenoiser(Weighted(weights), factor)(x, sigma)
+    # Pixel (i, j) of a block is one channel, so the inner weights tile the image.
+    mask = weights.reshape(channels, factor, factor).repeat(1, 8 // factor, 12 // factor)
+    assert torch.equal(denoised, mask * x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2))
+
+
+def test_pixel_shuffle_takes_no_further_arguments(tiny_prior):
+    with pytest.raises(TypeError, match="sigm"):
+        tiny_prior(torch.rand(1, 1, 32, 32), sigma=0.1, sigm=0.2)
+
+
+# -- What a prior says about itself ---------------------------------------------------------------
+
+INFO = PriorInfo("p", channels=2, sigma_min=0.01, sigma_max=10.0, size_multiple=4, image_size=32)
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((1, 1, 32, 32), r"2 channel\(s\).*1 channel\(s\)"),
+        ((1, 2, 30, 32), "multiples of 4.*30x32"),
+        ((1, 2, 32, 33), "multiples of 4.*32x33"),
+        ((1, 2, 0, 32), "multiples of 4"),
+        ((2, 32, 32), r"\[B, C, H, W\]"),
+        ((1, 2, 4, 32, 32), r"\[B, C, H, W\]"),
+        ((5,), r"\[B, C, H, W\]"),
+    ],
+)
+def test_images_it_cannot_take(shape, message):
+    with pytest.raises(ValueError, match=message):
+        INFO.check_images(torch.Size(shape))
+
+
+def test_images_of_another_size_than_in_training():
+    with pytest.warns(UserWarning, match="trained on 32x32 images.*64x32"):
+        INFO.check_images(torch.Size((1, 2, 64, 32)))
+
+
+@pytest.mark.parametrize("levels", [[0.005, 1.0], [1.0, 20.0]])
+def test_levels_outside_its_range(levels):
+    with pytest.warns(UserWarning, match=r"noise levels from 0\.01 to 10\.0"):
+        INFO.check_levels(torch.tensor(levels))
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_it_was_trained_for_passes_in_silence():
+    INFO.check_images(torch.Size((3, 2, 32, 32)))
+    INFO.check_levels(torch.tensor([[0.01, 1.0], [10.0, 3.0]]))
+    dataclasses.replace(INFO, image_size=None).check_images(torch.Size((1, 2, 64, 4)))
+
+
+def test_prior_info_does_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        INFO.channels = 1

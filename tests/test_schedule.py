@@ -1,0 +1,284 @@
+"""Noise levels against the textbook, and the border to networks that think in VP times."""
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from deepinv.models import DiffUNet
+
+from deepinv_ud2m.schedule import VPSchedule, check_levels, from_vp_state, to_vp_state
+
+T = 1000
+
+
+def _alphas_bar(kind: str) -> np.ndarray:
+    """The recurrences, in numpy and one time after the other."""
+    if kind == "linear":
+        betas = [1e-4 + (0.02 - 1e-4) * t / (T - 1) for t in range(T)]
+    else:
+
+        def f(t):
+            return np.cos((t / T + 0.008) / 1.008 * np.pi / 2) ** 2
+
+        betas = [min(1 - f(t + 1) / f(t), 0.999) for t in range(T)]
+    alphas_bar, product = [], 1.0
+    for beta in betas:
+        product *= 1 - beta
+        alphas_bar.append(product)
+    return np.array(alphas_bar)
+
+
+# -- Levels ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_levels_against_the_recurrence(kind):
+    alphas_bar = _alphas_bar(kind)
+    # In [0, 1] a VP state is x + s n with s half the noise-to-signal ratio of [-1, 1].
+    expected = 0.5 * np.sqrt((1 - alphas_bar) / alphas_bar)
+    np.testing.assert_allclose(VPSchedule(kind).sigma(torch.arange(T)), expected, rtol=1e-6)
+
+
+def test_ends_of_the_linear_schedule():
+    low, high = VPSchedule().sigma(torch.tensor([0.0, 999.0]))
+    assert low == pytest.approx(0.005, rel=1e-4)
+    assert high == pytest.approx(78.70, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_sigma_and_timestep_are_inverse(kind):
+    schedule = VPSchedule(kind)
+    times = torch.linspace(0, T - 1, 4321)
+    assert times.frac().count_nonzero() > 4000
+    # A level in float32 has relative error 6e-8, and log s moves by 3e-3 or more per time.
+    torch.testing.assert_close(schedule.timestep(schedule.sigma(times)), times, rtol=1e-6, atol=1e-4)
+    low, high = schedule.sigma(0), schedule.sigma(T - 1)
+    levels = torch.logspace(low.log10().item(), high.log10().item(), 777).clamp(low, high)
+    # A time in float32 has an error of up to 3e-5, and log s moves by up to 3.5 per time (cosine).
+    torch.testing.assert_close(schedule.sigma(schedule.timestep(levels)), levels, rtol=2e-4, atol=0)
+
+
+def test_between_times_levels_are_geometric_means():
+    schedule = VPSchedule()
+    expected = (schedule.sigma(500) ** 0.75) * (schedule.sigma(501) ** 0.25)
+    assert schedule.sigma(500.25) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_levels_outside_the_table_give_its_ends():
+    levels = torch.tensor([[0.0, 1e-6], [1e3, float("inf")]])
+    assert VPSchedule().timestep(levels).tolist() == [[0, 0], [999, 999]]
+
+
+def test_shapes_and_types():
+    schedule = VPSchedule()
+    assert schedule.sigma(3).shape == schedule.timestep(0.1).shape == ()
+    for shape in [(5,), (5, 1, 1, 1), (0,)]:
+        times = torch.full(shape, 7)
+        assert schedule.sigma(times).shape == schedule.timestep(schedule.sigma(times)).shape == shape
+    assert schedule.sigma(torch.tensor(3)).dtype == torch.float32
+    assert schedule.state_dict() == {}
+    torch.testing.assert_close(VPSchedule().float().sigma(3.5), schedule.sigma(3.5))
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+@pytest.mark.parametrize("num_timesteps", [2, 5, 20, 50, 4000])
+def test_other_numbers_of_times(kind, num_timesteps):
+    levels = VPSchedule(kind, num_timesteps).sigma(torch.arange(num_timesteps))
+    assert levels.isfinite().all()
+    assert (levels.diff() > 0).all()
+    # In 50 steps or in 4000 it is the same diffusion: (beta in 50 steps is up to 0.4, hence 30%).
+    if num_timesteps >= 50 and kind == "linear":
+        assert levels[-1].log() == pytest.approx(np.log(78.7), rel=0.3)
+
+
+# -- The published grid ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5, 8, 16])
+def test_sampling_levels_are_the_published_grid(num_steps):
+    schedule = VPSchedule()
+    # floor((n sqrt(1000) / N)^2), in integers: no rounding.
+    times = [n * n * T // num_steps**2 for n in range(1, num_steps + 1)]
+    times[-1] -= 1
+    expected = schedule.sigma(torch.tensor(times)).flip(0)
+    torch.testing.assert_close(schedule.sampling_levels(num_steps), expected, rtol=0, atol=0)
+    # The formula as it is published, in float64. Where the square is a whole number it may round
+    # to just below: at N = 5 it gives 39, 159, 639 for 40, 160, 640.
+    published = np.floor(np.linspace(0, np.sqrt(T), num_steps + 1)[1:] ** 2).astype(int)
+    published[-1] -= 1
+    whole = [n * n * T % num_steps**2 == 0 for n in range(1, num_steps + 1)]
+    assert all(p == t or (w and p == t - 1) for p, t, w in zip(published, times, whole, strict=True))
+    if num_steps != 5:
+        assert published.tolist() == times
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_sampling_levels_decrease_strictly(kind):
+    schedule = VPSchedule(kind)
+    for num_steps in range(1, T // 2 + 1):
+        levels = schedule.sampling_levels(num_steps)
+        assert levels.shape == (num_steps,)
+        assert (levels.diff() < 0).all(), num_steps
+        assert levels[0] == schedule.sigma(T - 1)
+        assert levels[-1] >= schedule.sigma(0)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_training_times_are_uniform(kind):
+    schedule = VPSchedule(kind)
+    levels = schedule.training_levels(20_000, torch.Generator().manual_seed(0))
+    assert levels.shape == (20_000,) and levels.dtype == torch.float32
+    times = schedule.timestep(levels).double().numpy()
+    # Over seeds, a right law fails this with probability 1e-6.
+    assert scipy.stats.kstest(times, "uniform", (1, T - 2)).pvalue > 1e-6
+    # Nor does it miss the first or the last unit of time, (1 - 1/998)^20000 = 2e-9.
+    assert 1 - 1e-3 < times.min() < 2 and T - 2 < times.max() < T - 1 + 1e-3
+    again = schedule.training_levels(20_000, torch.Generator().manual_seed(0))
+    assert torch.equal(levels, again)
+
+
+# -- States ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma", [0.3, torch.tensor(2.0), torch.tensor([0.01, 1.0, 70.0])])
+def test_state_maps_are_inverse(sigma):
+    x_s = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    v = to_vp_state(x_s, sigma)
+    torch.testing.assert_close(from_vp_state(v, sigma), x_s)
+    if torch.is_tensor(sigma) and sigma.ndim:
+        torch.testing.assert_close(to_vp_state(x_s, sigma.reshape(-1, 1, 1, 1)), v)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_state_map_is_the_forward_diffusion(kind):
+    generator = torch.Generator().manual_seed(0)
+    schedule, times = VPSchedule(kind), torch.arange(0, T, 37)
+    x = torch.rand(len(times), 1, 4, 4, generator=generator, dtype=torch.float64)
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    alphas_bar = torch.from_numpy(_alphas_bar(kind))[times].reshape(-1, 1, 1, 1)
+    v = alphas_bar.sqrt() * (2 * x - 1) + (1 - alphas_bar).sqrt() * noise
+    sigma = schedule.sigma(times)
+    x_s = x + sigma.reshape(-1, 1, 1, 1) * noise
+    # Levels are float32.
+    torch.testing.assert_close(to_vp_state(x_s, sigma), v, rtol=1e-5, atol=1e-6)
+
+
+class _Recorder:
+    """Stands for the network inside an adapter and keeps what it was given."""
+
+    def __init__(self, channels):
+        self.channels = channels
+
+    def __call__(self, x, times, **kwargs):
+        self.x, self.times = x, times
+        return torch.zeros(x.shape[0], self.channels, *x.shape[2:])
+
+
+def _all_states(channels=3, size=32):
+    generator = torch.Generator().manual_seed(0)
+    sigma = VPSchedule().sigma(torch.arange(T))
+    x = torch.rand(T, channels, size, size, generator=generator)
+    noise = torch.randn(x.shape, generator=generator)
+    return x + sigma.reshape(-1, 1, 1, 1) * noise, sigma
+
+
+def test_diffunet_sees_the_state_and_the_time():
+    with torch.device("meta"):  # its 93 M weights are not needed
+        denoiser = DiffUNet(pretrained=None)
+    denoiser.sqrt_1m_alphas_cumprod, denoiser.sqrt_alphas_cumprod = denoiser.get_alpha_prod()[-2:]
+    denoiser.forward_diffusion = network = _Recorder(channels=6)
+    x_s, sigma = _all_states()
+    denoiser(x_s, sigma, type_t="noise_level")
+    assert torch.equal(network.times, torch.arange(T))
+    # deepinv scales the input by the exact alpha-bar of sigma, as we do: float32 rounding is left.
+    torch.testing.assert_close(network.x, to_vp_state(x_s, sigma), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_diffunet_by_level_equals_by_time():
+    torch.manual_seed(0)
+    denoiser = DiffUNet(pretrained=None).eval()
+    torch.nn.init.normal_(denoiser.out[-1].weight, std=1e-2)  # zero in a new network
+    schedule, times = VPSchedule(), torch.tensor([0, 3, 40, 111, 250, 444])
+    sigma = schedule.sigma(times)
+    scale = sigma.reshape(-1, 1, 1, 1)
+    x_s = torch.rand(len(times), 3, 32, 32) + scale * torch.randn(len(times), 3, 32, 32)
+    with torch.no_grad():
+        by_level = denoiser(x_s, sigma, type_t="noise_level")
+        v = to_vp_state(x_s, sigma)
+        noise = denoiser(v, times, type_t="timestep")[:, :3]
+    # x0 = x_s - s n in units of [0, 1]; deepinv clamps it.
+    by_time = (x_s - scale * noise).clamp(0, 1)
+    inside = (by_time > 0) & (by_time < 1)
+    assert inside.flatten(1).float().mean(1).min() > 0.1
+    # deepinv multiplies the noise by the exact sqrt(1 - alpha-bar) of sigma but divides by the
+    # float32 table of sqrt(alpha-bar); they differ by 2.4e-7 (relative). The rest is rounding.
+    torch.testing.assert_close(by_level, by_time, rtol=0, atol=2e-5)
+
+
+def test_diffusers_wrapper_sees_the_state_and_the_time(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    from deepinv.models import DiffusersDenoiserWrapper
+
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(32,),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path)
+    denoiser = DiffusersDenoiserWrapper(mode_id=str(tmp_path), clip_output=False)
+    x_s, sigma = _all_states(size=8)
+    some = torch.arange(0, T, 100)
+    with torch.no_grad():
+        by_level = denoiser(x_s[some], sigma[some])
+        noise = unet(to_vp_state(x_s, sigma)[some], some).sample
+    expected = x_s[some] - sigma[some].reshape(-1, 1, 1, 1) * noise
+    torch.testing.assert_close(by_level, expected, rtol=1e-4, atol=1e-4)
+
+    del denoiser.model
+    denoiser.model = network = _Recorder(channels=3)
+    with torch.no_grad():
+        denoiser(x_s, sigma)
+    assert torch.equal(network.times, torch.arange(T))
+    # The wrapper scales by the table of its scheduler, a float32 product of 1000 factors.
+    torch.testing.assert_close(network.x, to_vp_state(x_s, sigma), rtol=1e-4, atol=1e-4)
+
+
+# -- Errors ---------------------------------------------------------------------------------------
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="kind must be one of"):
+        VPSchedule("quadratic")
+    for num_timesteps in (0, 1, -3, 10.0):
+        with pytest.raises(ValueError, match="num_timesteps"):
+            VPSchedule(num_timesteps=num_timesteps)
+    for num_steps in (0, -1, 501, 3.0, "3", None):
+        with pytest.raises(ValueError, match="num_steps must be an integer"):
+            VPSchedule().sampling_levels(num_steps)
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [
+        [],
+        [1.0, 1.0],
+        [0.1, 1.0],
+        [1.0, 0.0],
+        [1.0, -1.0],
+        [float("inf"), 1.0],
+        [float("nan")],
+        3.0,
+        [[1.0]],
+    ],
+)
+def test_levels_that_are_none(levels):
+    with pytest.raises(ValueError, match="levels must be"):
+        check_levels(levels)
+
+
+def test_levels_by_hand():
+    assert check_levels([2, 1, 0.5]).tolist() == [2, 1, 0.5]
+    assert check_levels(torch.tensor([0.3], dtype=torch.float64)).dtype == torch.float32

@@ -1,0 +1,183 @@
+"""The unfolded denoiser against the closed-form law of K LATINO iterations."""
+
+import pytest
+import torch
+from conftest import GaussianProblem
+from deepinv.models import DRUNet
+from deepinv.physics import BlurFFT, Denoising, GaussianNoise, Inpainting
+from test_sampler import SHAPE, assert_gaussian, blur, inpainting
+
+from deepinv_ud2m import LinearInitializer, PseudoInverseInitializer, UnfoldedDenoiser, posterior_prox
+
+
+def latino_law(problem, unfolded, x_s, s):
+    """
+    Mean and covariance of the K-th iterate, for a Gaussian prior, by the affine recursion
+    x <- mu + G (P x + q + delta n - mu), written with dense matrices only.
+    """
+    identity = torch.eye(problem.d, dtype=torch.float64)
+    normal = problem.A.T @ problem.A / problem.sigma_y**2
+    back_projection = problem.A.T @ problem.y.flatten() / problem.sigma_y**2
+    tau, mu0 = unfolded.initializer.std, unfolded.initializer.mean
+    mean = torch.linalg.solve(
+        normal + identity * (s**-2 + tau**-2),
+        back_projection + x_s.flatten() * s**-2 + mu0 * tau**-2,
+    )
+    covariance = torch.zeros_like(identity)
+    for k in range(unfolded.num_iterations):
+        rho, delta, lambda_ = (
+            value.item() for value in unfolded.scalars(k, s, problem.sigma_y)
+        )  # fmt: skip
+        hessian = normal / lambda_ + identity * (s**-2 + rho**-2)
+        P = torch.linalg.inv(hessian) * rho**-2
+        q = torch.linalg.solve(hessian, back_projection / lambda_ + x_s.flatten() * s**-2)
+        G = problem.denoiser.gain(delta)
+        mean = problem.mean + G @ (P @ mean + q - problem.mean)
+        covariance = G @ (P @ covariance @ P.T + delta**2 * identity) @ G.T
+    return mean, covariance
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2, 4])
+@pytest.mark.parametrize("s", [0.2, 3.0])
+@pytest.mark.parametrize("make_physics", [inpainting, blur])
+def test_iterations_have_the_law_of_the_recursion(make_physics, s, num_iterations):
+    problem = GaussianProblem(make_physics(), SHAPE)
+    unfolded = UnfoldedDenoiser(problem.denoiser, num_iterations, lambda_=0.7, tol=1e-10)
+    with torch.no_grad():  # as if trained
+        for offset, name in enumerate(("rho", "delta", "lambda")):
+            getattr(unfolded, f"log_{name}").copy_(
+                torch.linspace(-0.3, 0.4, num_iterations) + offset / 9
+            )
+    generator = torch.Generator().manual_seed(0)
+    x_s = 0.5 + s * torch.randn(1, *SHAPE, generator=generator, dtype=torch.float64)
+    n = 4_000
+    with torch.no_grad():
+        draws = unfolded(
+            problem.y.expand(n, *problem.y.shape[1:]), problem.physics, x_s.expand(n, *SHAPE), s,
+            generator=generator,
+        )  # fmt: skip
+    mean, covariance = latino_law(problem, unfolded, x_s, s)
+    assert_gaussian(draws.flatten(1), mean, covariance)
+
+
+def test_iterate_is_prox_noise_denoise(gaussian_problem):
+    problem = gaussian_problem(inpainting(), SHAPE)
+    unfolded = UnfoldedDenoiser(problem.denoiser, 3)
+    x_s = torch.full((1, *SHAPE), 0.4, dtype=torch.float64)
+    rho, delta, lambda_ = unfolded.scalars(1, 0.5, 0.1)
+    got = unfolded.iterate(1, x_s, problem.y, problem.physics, x_s, 0.5, 0.1, torch.manual_seed(0))
+    noise = torch.randn(x_s.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z = posterior_prox(x_s, problem.y, problem.physics, x_s, 0.5, rho, lambda_, 0.1)
+    assert torch.allclose(got, problem.denoiser(z + delta * noise, delta))
+
+
+def test_scalars_start_at_the_documented_values():
+    unfolded = UnfoldedDenoiser(torch.nn.Identity(), 3, delta=[4, 2, 1], rho=0.5, reference_level=0.0)
+    s, sigma_y = 2.0, 0.1
+    level = sigma_y * s / (sigma_y**2 + s**2) ** 0.5  # the paper's starting value
+    for k, multiplier in enumerate([4, 2, 1]):
+        rho, delta, lambda_ = unfolded.scalars(k, s, sigma_y)
+        assert torch.allclose(rho, torch.tensor(0.5 * level))
+        assert torch.allclose(delta, torch.tensor(multiplier * level))
+        assert lambda_ == 1
+
+
+def test_default_delta_decreases_for_any_number_of_iterations():
+    for num_iterations in (1, 2, 3, 8):
+        delta = UnfoldedDenoiser(torch.nn.Identity(), num_iterations).start_delta
+        assert len(delta) == num_iterations and (delta.diff() < 0).all()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_learned_scalars_get_true_gradients(gaussian_problem, shared):
+    """delta too: the noise is reparameterised and the level continuous. Against differences."""
+    problem = gaussian_problem(blur(), SHAPE)
+    unfolded = UnfoldedDenoiser(problem.denoiser, 2, shared=shared, tol=1e-12).double()
+    x_s = torch.full((1, *SHAPE), 0.4, dtype=torch.float64)
+    target = torch.linspace(0, 1, 16, dtype=torch.float64).reshape(1, *SHAPE)
+
+    def loss():
+        generator = torch.Generator().manual_seed(0)
+        draw = unfolded(problem.y, problem.physics, x_s, 0.5, generator=generator)
+        return (draw - target).square().sum()
+
+    loss().backward()
+    for name in ("rho", "delta", "lambda"):
+        parameter = getattr(unfolded, f"log_{name}")
+        assert len(parameter) == (1 if shared else 2)
+        for k in range(len(parameter)):
+            with torch.no_grad():
+                parameter[k] += 1e-5
+                up = loss()
+                parameter[k] -= 2e-5
+                down = loss()
+                parameter[k] += 1e-5
+            difference = ((up - down) / 2e-5).item()
+            assert abs(difference) > 1e-4, name
+            assert abs(parameter.grad[k].item() / difference - 1) < 0.01, name
+
+
+def test_per_sample_operators_and_levels_equal_each_image_alone(gaussian_problem):
+    generator = torch.Generator().manual_seed(0)
+    kernels = torch.rand(3, 1, 3, 3, generator=generator).double()
+    sigma_y = torch.tensor([0.05, 0.1, 0.2]).double()
+    levels = torch.tensor([0.3, 1.0, 5.0]).double()
+    problem = gaussian_problem(Denoising(GaussianNoise(0.1)), (1, 8, 8))
+    unfolded = UnfoldedDenoiser(problem.denoiser, 2)
+    x = torch.rand(3, 1, 8, 8, generator=generator).double()
+    x_s = torch.rand(3, 1, 8, 8, generator=generator).double()
+    physics = BlurFFT((1, 8, 8), filter=kernels, noise_model=GaussianNoise(sigma_y))
+    y = physics.A(x)
+    together = unfolded(y, physics, x_s, levels, generator=_Zeros())
+    for i in range(3):
+        alone = BlurFFT(
+            (1, 8, 8), filter=kernels[i : i + 1], noise_model=GaussianNoise(sigma_y[i].item())
+        )
+        expected = unfolded(y[i : i + 1], alone, x_s[i : i + 1], levels[i], generator=_Zeros())
+        assert torch.allclose(together[i : i + 1], expected, atol=1e-7)
+
+
+def _Zeros():
+    """A stream that draws nothing, so that batches can be compared."""
+    from deepinv_ud2m.randomness import SampleStreams
+
+    class Zeros(SampleStreams):
+        def __init__(self):
+            pass
+
+        def randn(self, like):
+            return torch.zeros_like(like)
+
+    return Zeros()
+
+
+def test_training_mode_leaves_the_prior_in_evaluation_mode():
+    network = torch.nn.Sequential(torch.nn.Dropout(0.5))
+    unfolded = UnfoldedDenoiser(network).train()
+    assert unfolded.training and not network.training and not network[0].training
+
+
+def test_the_linear_initialiser_is_the_gaussian_posterior_mode(gaussian_problem):
+    problem = gaussian_problem(blur(), SHAPE)
+    x_s = torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(0)).double()
+    got = LinearInitializer(mean=0.3, std=0.4)(problem.y, problem.physics, x_s, 0.7, problem.sigma_y)
+    hessian = problem.A.T @ problem.A / problem.sigma_y**2
+    hessian = hessian + (0.7**-2 + 0.4**-2) * torch.eye(problem.d, dtype=torch.float64)
+    right = problem.A.T @ problem.y.flatten() / problem.sigma_y**2
+    right = right + x_s.flatten() / 0.7**2 + 0.3 / 0.4**2
+    assert torch.allclose(got.flatten(), torch.linalg.solve(hessian, right), atol=1e-4)
+
+
+def test_the_pseudo_inverse_initialiser_blends_by_precision():
+    physics = Inpainting((1, 2, 2), mask=torch.tensor([[[[1.0, 0], [0, 1]]]]))
+    x_s, y = torch.full((1, 1, 2, 2), 3.0), torch.tensor([[[[1.0, 0], [0, 1]]]])
+    got = PseudoInverseInitializer()(y, physics, x_s, 2.0, 1.0)
+    assert torch.allclose(got, (4 * y + x_s) / 5)
+
+
+def test_a_denoiser_that_takes_maps_of_levels_works():
+    """deepinv's DRUNet refuses levels of some shapes."""
+    denoiser = DRUNet(1, 1, nc=(8, 8, 8, 8), nb=1, pretrained=None)
+    physics = Inpainting((1, 32, 32), mask=0.5, noise_model=GaussianNoise(0.05))
+    x = torch.rand(2, 1, 32, 32)
+    assert UnfoldedDenoiser(denoiser)(physics(x), physics, x, 0.5).shape == x.shape
