@@ -12,23 +12,23 @@ class RepeatedPhysics(LinearPhysics):
     """
     A physics on a batch that is several copies of its own batch, one after the other.
 
-    Operators that differ from image to image keep their own images, whatever the class of the
-    physics: nothing is assumed about how it stores them. A single operator broadcasts in every
-    deepinv physics, so the copies of a batch of one go through in one call.
+    Operators that differ from image to image keep their own images, copy after copy, whatever the
+    class of the physics: nothing is assumed about how it stores them. An operator that is the same for
+    all images, which is found by trying it, takes all copies in one call.
 
     :param deepinv.physics.Physics physics: the physics of one copy.
-    :param int batch_size: images B in one copy.
+    :param torch.Tensor like: images of one copy, `[B, C, H, W]`, for shape, dtype and device.
     :param int repeats: number of copies.
-    :param torch.Tensor sigma_y: noise level of one copy, with 1 or B elements.
+    :param float, torch.Tensor sigma_y: noise level of one copy, with 1 or B elements.
     """
 
-    def __init__(self, physics: Physics, batch_size: int, repeats: int, sigma_y: Tensor):
-        sigma_y = sigma_y.reshape(-1)
+    def __init__(self, physics: Physics, like: Tensor, repeats: int, sigma_y: float | Tensor):
+        sigma_y = torch.as_tensor(sigma_y, device=like.device).reshape(-1)
         super().__init__(
             noise_model=GaussianNoise(sigma_y if len(sigma_y) == 1 else sigma_y.repeat(repeats))
         )
         self.physics = physics
-        self.calls = 1 if batch_size == 1 else repeats
+        self.calls = 1 if repeats == 1 or is_shared(physics, like) else repeats
 
     def A(self, x, **kwargs):
         return self._by_copy(self.physics.A, x, **kwargs)
@@ -50,6 +50,22 @@ class RepeatedPhysics(LinearPhysics):
             return function(*batches, **kwargs)
         parts = zip(*(_split(batch, self.calls) for batch in batches), strict=True)
         return _join([function(*part, **kwargs) for part in parts])
+
+
+def is_shared(physics: Physics, like: Tensor) -> bool:
+    """
+    Whether a physics is the same for all images of a batch: it then commutes with permuting them.
+
+    :param deepinv.physics.Physics physics: the physics.
+    :param torch.Tensor like: images `[B, C, H, W]`, for shape, dtype and device.
+    """
+    if like.shape[0] == 1:
+        return True
+    generator = torch.Generator(like.device).manual_seed(0)
+    x = torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+    permuted, y = physics.A(x.roll(1, 0)), physics.A(x)
+    pairs = zip(permuted, y, strict=True) if isinstance(y, TensorList) else [(permuted, y)]
+    return all(torch.allclose(a, b.roll(1, 0), rtol=1e-5, atol=1e-6) for a, b in pairs)
 
 
 def repeat_batch(batch: Tensor | TensorList, repeats: int) -> Tensor | TensorList:

@@ -8,11 +8,16 @@ quadratic, whose minimiser is one call to ``physics.prox_l2`` (Mbakam et al. 202
 from __future__ import annotations
 
 import warnings
+from numbers import Number
 
 import torch
 from deepinv.physics import (
+    MRI,
+    BlurFFT,
+    Denoising,
     Downsampling,
     GaussianNoise,
+    Inpainting,
     LinearPhysics,
     Physics,
     StackedPhysics,
@@ -26,6 +31,9 @@ from deepinv_ud2m.batching import RepeatedPhysics
 
 #: Level given to a physics without noise, about that of 8-bit quantisation (1/255 is 0.004).
 NOISE_FLOOR = 0.005
+
+#: Physics whose ``prox_l2`` deepinv computes from a true singular value decomposition.
+_CLOSED_FORMS = (BlurFFT, Denoising, Inpainting, MRI)
 
 Scalar = float | Tensor
 
@@ -99,7 +107,7 @@ def posterior_prox(
         return _ConjugateGradients.apply(mean, backprojection, gamma, physics, tol, max_iter)
 
 
-def noise_level(physics: Physics, sigma_y: Scalar | None = None) -> Tensor:
+def noise_level(physics: Physics, sigma_y: Scalar | None = None) -> Scalar:
     r"""
     Standard deviation :math:`\sigma_y` of the Gaussian noise of a physics.
 
@@ -107,13 +115,13 @@ def noise_level(physics: Physics, sigma_y: Scalar | None = None) -> Tensor:
         ``sigma`` is returned, or a ``ZeroNoise``, which gets the floor ``NOISE_FLOOR`` = 0.005.
         A stack must have the same level in all its children.
     :param float, torch.Tensor sigma_y: overrides the physics when given.
-    :returns: level as a 0-d tensor or one per image, `[B]`.
+    :returns: level, a float or a tensor that is 0-d or has one element per image, `[B]`.
     :raises ValueError: for any other noise model, or children of different levels.
     """
     if sigma_y is not None:
-        return torch.as_tensor(sigma_y)
+        return sigma_y
     if isinstance(physics, StackedPhysics):
-        levels = [noise_level(child) for child in physics.physics_list]
+        levels = [torch.as_tensor(noise_level(child)) for child in physics.physics_list]
         if any(not torch.equal(level.flatten(), levels[0].flatten()) for level in levels[1:]):
             raise ValueError(
                 "the noise levels of a stacked physics must be the same in all its children, got "
@@ -125,7 +133,7 @@ def noise_level(physics: Physics, sigma_y: Scalar | None = None) -> Tensor:
     if isinstance(noise_model, GaussianNoise):
         return noise_model.sigma
     if isinstance(noise_model, ZeroNoise):
-        return torch.tensor(NOISE_FLOOR)
+        return NOISE_FLOOR
     raise ValueError(
         f"the noise model of the physics is {type(noise_model).__name__}, which has no Gaussian "
         "level: use GaussianNoise or ZeroNoise, or pass the standard deviation of a Gaussian "
@@ -152,7 +160,9 @@ def has_closed_form(physics: Physics, shape: torch.Size) -> bool:
     deepinv's Downsampling has a closed form for circular padding only, and it is right only where the
     factor divides the size of the image and the filter is not larger than the image (a longer one
     wraps around, and the formula folds it differently from the operator). Its subclasses inherit the
-    formula with another operator, for which it is wrong.
+    formula with another operator, for which it is wrong. Other physics of deepinv inherit the formula
+    of a singular value decomposition that they do not have, so only those known to be right count. A
+    ``prox_l2`` defined outside of deepinv is trusted.
 
     :param deepinv.physics.Physics physics: the physics.
     :param torch.Size shape: shape of the images, `[B, C, H, W]`.
@@ -169,7 +179,10 @@ def has_closed_form(physics: Physics, shape: torch.Size) -> bool:
                 for f, n in zip(physics.filter.shape[-2:], shape[-2:], strict=True)
             )
         )
-    return getattr(type(physics), "prox_l2", None) is not LinearPhysics.prox_l2
+    owner = next((cls for cls in type(physics).__mro__ if "prox_l2" in vars(cls)), None)
+    if owner is None or owner.__module__.partition(".")[0] != "deepinv":
+        return True  # the user's own
+    return owner is not LinearPhysics and isinstance(physics, _CLOSED_FORMS)
 
 
 def expand_scalar(value: Scalar, like: Tensor, name: str) -> Tensor:
@@ -183,6 +196,8 @@ def expand_scalar(value: Scalar, like: Tensor, name: str) -> Tensor:
     :returns: tensor of shape `[B, 1, 1, 1]`.
     :raises ValueError: for any other shape.
     """
+    if isinstance(value, Number):  # filled on the device: a copy to it would wait
+        value = torch.full((), value, dtype=like.dtype, device=like.device)
     value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     batch_size, ones = like.shape[0], [1] * (like.ndim - 1)
     if value.numel() not in (1, batch_size) or any(n != 1 for n in value.shape[1:]):
@@ -258,14 +273,17 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
 
 
-def _buffers(physics) -> list[Tensor]:
-    # Stacks keep their children in a plain list, which buffers() does not look into.
+def _buffers(physics) -> list[tuple[Tensor, int]]:
+    """The tensors of the operator, and how often each was written to."""
+    # Stacks keep their children in a plain list, which named_buffers() does not look into.
     children = [child for module in physics.modules() for child in getattr(module, "physics_list", [])]
-    return [*physics.buffers(), *(buffer for child in children for buffer in _buffers(child))]
+    own = [(b, b._version) for name, b in physics.named_buffers() if "noise_model" not in name]
+    return own + [buffer for child in children for buffer in _buffers(child)]
 
 
-def _same_buffers(now: list[Tensor], then: list[Tensor]) -> bool:
+def _same_buffers(now: list[tuple[Tensor, int]], then: list[tuple[Tensor, int]]) -> bool:
     # By value: deepinv's Downsampling registers its filter anew, unchanged, in every call.
     return len(now) == len(then) and all(
-        a is b or (a.shape == b.shape and torch.equal(a, b)) for a, b in zip(now, then, strict=True)
+        (a is b and i == j) or (a is not b and a.shape == b.shape and torch.equal(a, b))
+        for (a, i), (b, j) in zip(now, then, strict=True)
     )

@@ -14,11 +14,12 @@ for any gap between levels, with :math:`\eta = 0` it is deterministic DDIM.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from deepinv.models import Reconstructor
+from deepinv.models import Denoiser, Reconstructor
 from deepinv.physics import Physics
 from deepinv.utils import TensorList
 from torch import Tensor, nn
@@ -102,8 +103,13 @@ class UD2M(Reconstructor):
         output_range: tuple[float, float] | None = (0.0, 1.0),
     ):
         super().__init__()
-        if not isinstance(unfolded, nn.Module):
-            raise TypeError(f"unfolded must be a module, got {type(unfolded).__name__}")
+        if not isinstance(unfolded, nn.Module) or isinstance(unfolded, Denoiser):
+            raise TypeError(
+                f"unfolded must be an unfolded denoiser, got {type(unfolded).__name__}; for a prior D, "
+                "write UD2M(UnfoldedDenoiser(D))"
+            )
+        if schedule is not None and not isinstance(schedule, VPSchedule):
+            raise TypeError(f"schedule must be a VPSchedule, got {schedule!r}")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be in [0, 1], got {eta}")
         if output_range is not None and not output_range[0] < output_range[1]:
@@ -181,17 +187,18 @@ class UD2M(Reconstructor):
         seeds = draw_seeds(num_samples * batch, generator)
         per_pass = num_samples if batch_size is None else max(1, batch_size // batch)
         passes = [seeds[i : i + per_pass * batch] for i in range(0, len(seeds), per_pass * batch)]
-        x0s, states = [], []
         networks = getattr(self.unfolded, "networks", None)
-        with CallCounter(networks or []) as counter:
-            bar = tqdm(total=len(passes) * self.num_steps, desc="UD2M", disable=not verbose)
+        kept = None if return_trajectory else 1
+        x0s, states = [], []
+        with (
+            CallCounter(networks or []) as counter,
+            tqdm(total=len(passes) * self.num_steps, desc="UD2M", disable=not verbose) as bar,
+        ):
             for seeds_of_pass in passes:
-                x0, x_s = self._chain(y, physics, like, sigma_y, seeds_of_pass, bar)
-                if not return_trajectory:
-                    x0, x_s = x0[-1:], x_s[:0]
+                chain = self._chain(y, physics, like, sigma_y, seeds_of_pass, bar)
+                x_s, x0 = (torch.stack(images) for images in zip(*deque(chain, kept), strict=True))
+                states.append(x_s.unflatten(1, (-1, batch)))
                 x0s.append(x0.unflatten(1, (-1, batch)))
-                states.append(x_s.unflatten(1, (-1, batch)) if len(x_s) else x_s)
-            bar.close()
         self.nfe = None if networks is None else counter.images / (num_samples * batch)
         x0 = torch.cat(x0s, 1)
         samples = x0[-1] if self.output_range is None else x0[-1].clamp(*self.output_range)
@@ -199,25 +206,21 @@ class UD2M(Reconstructor):
             return samples
         return samples, Trajectory(self.levels.clone(), x0, torch.cat(states, 1))
 
-    def _chain(self, y, physics, like, sigma_y, seeds, bar) -> tuple[Tensor, Tensor]:
-        """Run the levels once for one batch of streams; all x0 and all x_s, `[N, S B, C, H, W]`."""
+    def _chain(self, y, physics, like, sigma_y, seeds, bar) -> Iterator[tuple[Tensor, Tensor]]:
+        """Go down the levels for one batch of streams; yields each state and the draw from it."""
         repeats = len(seeds) // like.shape[0]
         if sigma_y is not None or (repeats > 1 and like.shape[0] > 1):
-            level = noise_level(physics, sigma_y).to(like.device)
-            physics = RepeatedPhysics(physics, like.shape[0], repeats, level)
+            physics = RepeatedPhysics(physics, like, repeats, noise_level(physics, sigma_y))
         y, like = repeat_batch(y, repeats), repeat_batch(like, repeats)
         streams = SampleStreams(seeds, like.device, block=self._draws_per_level())
         levels = self.levels.to(like.device, like.dtype)
         x_s = 0.5 + levels[0] * randn(like, streams)
-        x0s, states = [], []
         for n in range(self.num_steps):
             x0 = self.unfolded(y, physics, x_s, levels[n], generator=streams)
-            x0s.append(x0)
-            states.append(x_s)
+            bar.update()
+            yield x_s, x0
             if n + 1 < self.num_steps:
                 x_s = self.step(x0, x_s, levels[n], levels[n + 1], streams)
-            bar.update()
-        return torch.stack(x0s), torch.stack(states)
 
     def step(
         self,
@@ -252,14 +255,20 @@ class UD2M(Reconstructor):
         if batch_size is not None:
             check_count("batch_size", batch_size)
         check_has_prox(physics)
+        if generator is not None and not hasattr(generator, "device"):
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         for part in y if isinstance(y, TensorList) else [y]:
             if not isinstance(part, Tensor):
                 raise TypeError(f"y must be a tensor or a TensorList, got {type(part).__name__}")
+            if not (part.is_floating_point() or part.is_complex()):
+                raise TypeError(
+                    f"y must be of a floating type, measurements of images in [0, 1]; got {part.dtype}"
+                )
             if part.numel() == 0:
                 raise ValueError(f"y is empty: its shape is {list(part.shape)}")
             if not bool(torch.isfinite(part).all()):
                 raise ValueError("y must be finite, but it has NaN or infinite values")
-        level = noise_level(physics, sigma_y)
+        level = torch.as_tensor(noise_level(physics, sigma_y))
         if not bool(((level > 0) & level.isfinite()).all()):
             raise ValueError(
                 f"sigma_y must be positive and finite, got {level.tolist()}; for measurements without "
@@ -276,8 +285,13 @@ class UD2M(Reconstructor):
         return like
 
     def __repr__(self) -> str:
-        levels = [round(level, 4) for level in self.levels.tolist()]
-        return f"UD2M({self.unfolded}, levels={levels}, eta={self.eta}, range={self.output_range})"
+        levels = [f"{level:.4g}" for level in self.levels.tolist()]
+        if len(levels) > 6:
+            levels = [*levels[:3], "...", *levels[-2:]]
+        return (
+            f"UD2M({self.unfolded}, N={self.num_steps}, levels=[{', '.join(levels)}], eta={self.eta}, "
+            f"output_range={self.output_range})"
+        )
 
 
 class CallCounter:
@@ -309,6 +323,8 @@ def _image_like(y: Tensor | TensorList, physics: Physics) -> Tensor:
     try:
         like = physics.A_adjoint(y)
         again = physics.A(like)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
         raise ValueError(
             f"y of shape {shapes} does not fit the physics {type(physics).__name__}: {error}"

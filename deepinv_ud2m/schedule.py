@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class VPSchedule(nn.Module):
     Between integer times :math:`\log s` is interpolated linearly.
 
     :param str kind: ``"linear"``: :math:`\beta_t` from 1e-4 to 0.02 (DDPM, ADM, and the paper), or
-        ``"cosine"``: :math:`\bar\alpha_t \propto \cos^2(\tfrac{\pi}{2}(t/T + 0.008)/1.008)`
+        ``"cosine"``: :math:`\bar\alpha_t \propto \cos^2(\tfrac{\pi}{2}((t + 1)/T + 0.008)/1.008)`
         (Nichol & Dhariwal 2021), both with :math:`\beta_t \leq 0.999`. Default: ``"linear"``.
     :param int num_timesteps: number :math:`T` of times, at least 2 (default: 1000).
     :raises ValueError: for another kind, or fewer than 2 times.
@@ -40,14 +41,14 @@ class VPSchedule(nn.Module):
 
         >>> from deepinv_ud2m.schedule import VPSchedule
         >>> VPSchedule().sampling_levels(3)
-        tensor([78.7032,  1.2730,  0.1897])
+        tensor([78.7036,  1.2773,  0.1902])
     """
 
     def __init__(self, kind: str = "linear", num_timesteps: int = 1000):
         super().__init__()
         if kind not in _BETAS:
             raise ValueError(f"kind must be one of {sorted(_BETAS)}, got {kind!r}")
-        if not (isinstance(num_timesteps, int) and num_timesteps >= 2):
+        if not (isinstance(num_timesteps, Integral) and num_timesteps >= 2):
             raise ValueError(f"num_timesteps must be an integer >= 2, got {num_timesteps!r}")
         self.kind, self.num_timesteps = kind, num_timesteps
         alphas_cumprod = torch.cumprod(1 - _BETAS[kind](num_timesteps).clamp(max=0.999), 0)
@@ -61,7 +62,7 @@ class VPSchedule(nn.Module):
         :param float, torch.Tensor t: times in [0, T - 1], integer or not, of any shape.
         :returns: levels of the same shape, float32.
         """
-        t = torch.as_tensor(t, dtype=torch.float64, device=self.log_levels.device)
+        t = torch.as_tensor(t, dtype=self.log_levels.dtype, device=self.log_levels.device)
         below = t.floor().clamp(0, self.num_timesteps - 2).long()
         weight = t - below
         log_level = torch.lerp(self.log_levels[below], self.log_levels[below + 1], weight)
@@ -75,7 +76,7 @@ class VPSchedule(nn.Module):
             [s(0), s(T - 1)] give the nearest end.
         :returns: times in [0, T - 1] of the same shape, float32, not rounded.
         """
-        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=self.log_levels.device)
+        sigma = torch.as_tensor(sigma, dtype=self.log_levels.dtype, device=self.log_levels.device)
         log_sigma = sigma.log().clamp(self.log_levels[0], self.log_levels[-1])
         above = torch.searchsorted(self.log_levels, log_sigma).clamp(1, self.num_timesteps - 1)
         low, high = self.log_levels[above - 1], self.log_levels[above]
@@ -87,11 +88,13 @@ class VPSchedule(nn.Module):
 
         .. math:: t_n = \lfloor (n \sqrt{T} / N)^2 \rfloor, \quad n = 1, \dots, N, \qquad t_N = T - 1 .
 
+        Where two of these times coincide, near 0 for large N, the later is moved to the next free one.
+
         :param int num_steps: number :math:`N` of levels, at least 1.
         :returns: levels :math:`s_N > \dots > s_1 > 0`, of shape `[N]`, float32.
         :raises ValueError: if ``num_steps`` is not an integer in [1, T / 2].
         """
-        if not (isinstance(num_steps, int) and 1 <= num_steps <= self.num_timesteps // 2):
+        if not (isinstance(num_steps, Integral) and 1 <= num_steps <= self.num_timesteps // 2):
             raise ValueError(
                 f"num_steps must be an integer in [1, {self.num_timesteps // 2}], got {num_steps!r}"
             )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from deepinv_ud2m.checks import check_count
 from deepinv_ud2m.initializers import LinearInitializer
+from deepinv_ud2m.lora import freeze_prior, has_lora
 from deepinv_ud2m.priors import PriorInfo
 from deepinv_ud2m.proximal import (
     Scalar,
@@ -32,7 +33,7 @@ from deepinv_ud2m.randomness import SampleStreams, randn
 
 #: Untrained multipliers of delta in the first and in the last iteration, and of rho; the level of
 #: detail that the prior works at beyond the noise. Chosen by examples/tune_zero_shot.py.
-DELTA_FIRST, DELTA_LAST, RHO, REFERENCE_LEVEL = 8.0, 1.0, 1.0, 0.1
+DELTA_FIRST, DELTA_LAST, RHO, REFERENCE_LEVEL = 3.0, 1.5, 2.0, 0.2
 
 
 class UnfoldedDenoiser(Reconstructor):
@@ -53,8 +54,8 @@ class UnfoldedDenoiser(Reconstructor):
     learned carries over to other levels. With :math:`\sigma_0 = 0` the starting values are those of
     the paper; see the README for why the default is not.
 
-    :param deepinv.models.Denoiser denoiser: the prior, :math:`D(w, \delta)`. It is kept in
-        evaluation mode.
+    :param deepinv.models.Denoiser denoiser: the prior, :math:`D(w, \delta)`. It is frozen: kept in
+        evaluation mode, without gradients for its parameters but for those of a LoRA on it.
     :param int num_iterations: number K of iterations (default: 3).
     :param torch.nn.Module initializer: gives the first iterate
         (default: :class:`deepinv_ud2m.initializers.LinearInitializer`).
@@ -119,9 +120,9 @@ class UnfoldedDenoiser(Reconstructor):
         for name, start in (("rho", rho), ("delta", delta), ("lambda", lambda_)):
             argument = "lambda_" if name == "lambda" else name
             multipliers = self._multipliers(argument, start)
-            self.register_buffer(f"start_{name}", multipliers, persistent=False)
+            self.register_buffer(f"start_{name}", multipliers)
             setattr(self, f"log_{name}", nn.Parameter(torch.zeros(num_learned)))
-        self.denoiser.eval()
+        freeze_prior(denoiser)
 
     def _multipliers(self, name: str, values: float | Sequence[float]) -> Tensor:
         values = torch.as_tensor(values, dtype=torch.float32).reshape(-1)
@@ -229,23 +230,21 @@ class UnfoldedDenoiser(Reconstructor):
         if self.prior_info is None:
             return
         self.prior_info.check_images(shape)
-        level = self._level(levels.to(sigma_y.device)[:, None], sigma_y.reshape(1, -1))
+        device = self.log_delta.device
+        level = self._level(levels.to(device)[:, None], sigma_y.to(device).reshape(1, -1))
         deltas = torch.stack([self._learned("delta", k) * level for k in range(self.num_iterations)])
         self.prior_info.check_levels(deltas)
 
-    def train(self, mode: bool = True):
-        """Training mode for all but the prior, whose dropout and normalisation stay frozen."""
-        super().train(mode)
-        self.denoiser.eval()
-        return self
-
     def __repr__(self) -> str:
         prior = self.prior_info.name if self.prior_info else type(self.denoiser).__name__
-        starts = ", ".join(
-            f"{name}={[round(v, 4) for v in getattr(self, f'start_{name}').tolist()]}"
-            for name in ("rho", "delta", "lambda")
-        )
+        if has_lora(self.denoiser):
+            prior += " + LoRA"
+        multipliers = []
+        for name in ("rho", "delta", "lambda"):
+            values = [self._learned(name, k).item() for k in range(min(self.num_iterations, 4))]
+            dots = ", ..." if self.num_iterations > 4 else ""
+            multipliers.append(f"{name}=[{', '.join(f'{value:.4g}' for value in values)}{dots}]")
         return (
-            f"UnfoldedDenoiser({prior}, K={self.num_iterations}, {self.initializer}, {starts}, "
-            f"reference_level={self.reference_level})"
+            f"UnfoldedDenoiser({prior}, K={self.num_iterations}, {self.initializer}, "
+            f"{', '.join(multipliers)}, reference_level={self.reference_level})"
         )

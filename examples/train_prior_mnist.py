@@ -21,7 +21,6 @@ them. The shipped prior was made by the command in its card, ``weights/prior-mni
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import deepinv as dinv
@@ -155,10 +154,12 @@ def main():
 
 
 def describe_training(args, epochs, batch_size):
-    script = " ".join([Path(sys.argv[0]).name, f"--images {args.images}", f"--seed {args.seed}"])
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    options = f"--images {args.images} --batch-size {args.batch_size} --lr {args.lr} --seed {args.seed}"
     return {
         "data": "MNIST, all 60 000 training digits, zero-padded to 32x32 (LeCun & Cortes, CC BY-SA 3.0)",
-        "command": f"torchrun --nproc_per_node 2 examples/{script}",
+        "command": f"torchrun --nproc_per_node {processes} examples/train_prior_mnist.py {options}",
+        "parameters": sum(p.numel() for p in build_network(CONFIG).parameters()),
         "images": epochs * args.epoch_images,
         "batch_size": batch_size,
         "optimizer": f"Adam, learning rate {args.lr}, half-cosine decay, EMA 0.9995 of the weights",

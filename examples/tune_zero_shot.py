@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, load_prior
+from deepinv_ud2m.benchmark.tasks import make_physics
 from deepinv_ud2m.data import mnist_digits
 
 parser = argparse.ArgumentParser(description="Search the settings of zero-shot UD2M and DiffPIR.")
@@ -38,20 +39,9 @@ args = parser.parse_args()
 
 # %%
 # Four problems whose unknown part differs: detail, most pixels, and a hole.
-noise = dinv.physics.GaussianNoise(0.05, rng=torch.Generator().manual_seed(0))
-shape = (1, 32, 32)
-random_mask = (torch.rand(1, *shape, generator=torch.Generator().manual_seed(1)) < 0.3).float()
-box = torch.ones(1, *shape)
-box[..., 8:24, 8:24] = 0
-kernel = dinv.physics.functional.gaussian_blur(sigma=(2.0, 2.0))
-problems = {
-    "super-resolution x4": dinv.physics.Downsampling(
-        img_size=shape, filter="gaussian", factor=4, padding="circular", noise_model=noise
-    ),
-    "Gaussian deblurring": dinv.physics.BlurFFT(shape, filter=kernel, noise_model=noise),
-    "random inpainting": dinv.physics.Inpainting(shape, mask=random_mask, noise_model=noise),
-    "box inpainting": dinv.physics.Inpainting(shape, mask=box, noise_model=noise),
-}
+names = ["sr4", "deblur-gaussian", "inpaint-random", "inpaint-box"]
+problems = {name: make_physics(name, (1, 32, 32), sigma_y=0.05) for name in names}
+torch.manual_seed(0)
 x = mnist_digits("validation", num=args.digits)
 measurements = {name: physics(x) for name, physics in problems.items()}
 prior = load_prior(args.prior)
@@ -85,14 +75,15 @@ def sample_diffpir(y, physics, zeta, lambda_):
 rng = random.Random(0)
 ud2m_settings = [
     {
-        "delta_first": rng.choice([2.0, 4.0, 8.0, 12.0]),
-        "delta_last": rng.choice([0.5, 1.0, 2.0]),
+        "delta_first": rng.choice([2.0, 3.0, 4.0, 6.0, 8.0]),
+        "delta_last": rng.choice([0.5, 1.0, 1.5, 2.0]),
         "rho": rng.choice([0.5, 1.0, 2.0, 4.0]),
         "reference_level": rng.choice([0.0, 0.05, 0.1, 0.2]),
         "eta": rng.choice([0.0, 0.5, 0.8, 1.0]),
     }
     for _ in range(args.settings)
 ]
+ud2m_settings = [dict(items) for items in dict.fromkeys(tuple(s.items()) for s in ud2m_settings)]
 diffpir_settings = [
     {"zeta": zeta, "lambda_": lambda_}
     for zeta, lambda_ in itertools.product([0.1, 0.3, 0.6, 1.0], [1.0, 3.0, 7.0, 15.0])

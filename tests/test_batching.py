@@ -5,12 +5,13 @@ import torch
 from deepinv.physics import Blur, BlurFFT, GaussianNoise, Inpainting, LinearPhysics, StackedLinearPhysics
 from deepinv.utils import TensorList
 
-from deepinv_ud2m.batching import RepeatedPhysics, repeat_batch
+from deepinv_ud2m.batching import RepeatedPhysics, is_shared, repeat_batch
 from deepinv_ud2m.proximal import has_closed_form, noise_level, posterior_prox
 
 N, B, REPEATS = 16, 3, 4
 CLOSED_FORM = {"BlurFFT": True, "Inpainting": True, "Blur": False, "stack": False}
 LEVELS = torch.tensor([0.02, 0.05, 0.1], dtype=torch.float64)
+LIKE = torch.zeros(B, 1, N, N, dtype=torch.float64)
 
 
 def rand(*shape, seed=0):
@@ -49,7 +50,7 @@ def assert_equal_copies(result, copies):
 @pytest.fixture(params=list(CLOSED_FORM))
 def case(request):
     physics = make(request.param)
-    repeated = RepeatedPhysics(physics, B, REPEATS, LEVELS)
+    repeated = RepeatedPhysics(physics, LIKE, REPEATS, LEVELS)
     x = rand(REPEATS * B, 1, N, N, seed=2)
     return request.param, physics, repeated, x, repeated.A(x)
 
@@ -91,7 +92,7 @@ def test_posterior_prox_equals_the_loop(case):
 
 def test_update_of_a_repeated_stack_is_refused_in_backward():
     physics = make("stack")
-    repeated = RepeatedPhysics(physics, B, REPEATS, LEVELS)
+    repeated = RepeatedPhysics(physics, LIKE, REPEATS, LEVELS)
     x = rand(REPEATS * B, 1, N, N).requires_grad_()
     z = posterior_prox(x, repeated.A(x.detach()), repeated, x, 0.2, 0.1)
     physics[0].update(filter=rand(B, 1, 5, 5, seed=9))
@@ -101,12 +102,12 @@ def test_update_of_a_repeated_stack_is_refused_in_backward():
 
 def test_noise_levels_follow_their_images():
     physics = make("Blur")
-    assert noise_level(RepeatedPhysics(physics, B, 2, LEVELS)).tolist() == LEVELS.tolist() * 2
+    assert noise_level(RepeatedPhysics(physics, LIKE, 2, LEVELS)).tolist() == LEVELS.tolist() * 2
     for level in (torch.tensor(0.1), torch.tensor([0.1]), torch.full((1, 1, 1, 1), 0.1)):
-        assert noise_level(RepeatedPhysics(physics, B, 2, level)).shape == (1,)
+        assert noise_level(RepeatedPhysics(physics, LIKE, 2, level)).shape == (1,)
     column = LEVELS.reshape(-1, 1, 1, 1)
-    assert noise_level(RepeatedPhysics(physics, B, 2, column)).tolist() == LEVELS.tolist() * 2
-    assert isinstance(RepeatedPhysics(physics, B, 2, LEVELS).noise_model, GaussianNoise)
+    assert noise_level(RepeatedPhysics(physics, LIKE, 2, column)).tolist() == LEVELS.tolist() * 2
+    assert isinstance(RepeatedPhysics(physics, LIKE, 2, LEVELS).noise_model, GaussianNoise)
 
 
 def test_batch_of_one_goes_through_in_one_call():
@@ -121,11 +122,11 @@ def test_batch_of_one_goes_through_in_one_call():
 
     x = rand(REPEATS, 1, N, N)
     physics = Counted()
-    assert torch.equal(RepeatedPhysics(physics, 1, REPEATS, LEVELS[:1]).A(x), 2 * x)
+    assert torch.equal(RepeatedPhysics(physics, LIKE[:1], REPEATS, LEVELS[:1]).A(x), 2 * x)
     assert physics.calls == 1
     for name in CLOSED_FORM:
         one = make(name, batch=1)
-        repeated = RepeatedPhysics(one, 1, REPEATS, LEVELS[:1])
+        repeated = RepeatedPhysics(one, LIKE[:1], REPEATS, LEVELS[:1])
         z = posterior_prox(x, repeated.A(x), repeated, x.flip(-1), 0.2, 0.1)
         for k in range(REPEATS):
             image = x[k : k + 1]
@@ -139,3 +140,11 @@ def test_repeat_batch():
     stacked = repeat_batch(TensorList([x, x[:, :, :1]]), 2)
     assert isinstance(stacked, TensorList)
     assert [part.shape for part in stacked] == [(2 * B, 1, 2, 2), (2 * B, 1, 1, 2)]
+
+
+@pytest.mark.parametrize("name", CLOSED_FORM)
+def test_a_shared_operator_is_told_from_one_per_image(name):
+    assert is_shared(make(name, batch=1), LIKE)
+    assert not is_shared(make(name), LIKE)
+    assert RepeatedPhysics(make(name, batch=1), LIKE, REPEATS, LEVELS).calls == 1
+    assert RepeatedPhysics(make(name), LIKE, REPEATS, LEVELS).calls == REPEATS

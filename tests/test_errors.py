@@ -218,7 +218,7 @@ def test_other_arguments():
         UnfoldedDenoiser(Untouchable(), reference_level=-0.1)
     with pytest.raises(TypeError, match="denoiser must be a deepinv Denoiser, got str"):
         UnfoldedDenoiser("drunet")
-    with pytest.raises(TypeError, match="unfolded must be a module, got function"):
+    with pytest.raises(TypeError, match="unfolded must be an unfolded denoiser, got function"):
         UD2M(lambda y, physics, x_s, sigma: x_s)
     for std in (0, -1.0, NAN):
         with pytest.raises(ValueError, match="std must be positive"):
@@ -340,3 +340,18 @@ def test_y_must_be_a_tensor(y):
 def test_y_must_not_be_empty():
     with pytest.raises(ValueError, match="y is empty"):
         UD2M(torch.nn.Identity())(torch.zeros(0, 1, 8, 8), dinv.physics.Denoising(GaussianNoise(0.1)))
+
+
+def test_a_prior_in_place_of_an_unfolded_denoiser_is_told():
+    with pytest.raises(TypeError, match=r"UD2M\(UnfoldedDenoiser\(D\)\)"):
+        UD2M(Untouchable())
+
+
+def test_types_of_schedule_generator_and_measurements():
+    with pytest.raises(TypeError, match="schedule"):
+        UD2M(torch.nn.Identity(), schedule="cosine")
+    model, physics = UD2M(torch.nn.Identity()), dinv.physics.Denoising(GaussianNoise(0.1))
+    with pytest.raises(TypeError, match="generator"):
+        model(torch.zeros(1, 1, 8, 8), physics, generator=0)
+    with pytest.raises(TypeError, match="floating type"):
+        model(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), physics)

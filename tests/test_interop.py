@@ -198,9 +198,10 @@ def test_state_dict(model, tiny_prior, tmp_path):
     assert not torch.equal(twin(y, physics, generator=_seeded()), x_hat)
     twin.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     assert torch.equal(twin(y, physics, generator=_seeded()), x_hat)
-    # What the constructor fixes is not in the file.
-    learned = [key for key in model.state_dict() if not key.startswith("unfolded.denoiser.")]
-    assert learned == ["unfolded.log_rho", "unfolded.log_delta", "unfolded.log_lambda"]
+    # What was learned, and what it multiplies; the levels are the constructor's.
+    keys = {key for key in model.state_dict() if not key.startswith("unfolded.denoiser.")}
+    scalars = ("rho", "delta", "lambda")
+    assert keys == {f"unfolded.{kind}_{name}" for kind in ("log", "start") for name in scalars}
 
 
 def test_double_precision(model):

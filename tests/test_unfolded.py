@@ -151,10 +151,23 @@ def _Zeros():
     return Zeros()
 
 
-def test_training_mode_leaves_the_prior_in_evaluation_mode():
-    network = torch.nn.Sequential(torch.nn.Dropout(0.5))
-    unfolded = UnfoldedDenoiser(network).train()
-    assert unfolded.training and not network.training and not network[0].training
+def test_the_prior_is_frozen_and_stays_in_evaluation_mode():
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.Dropout(0.5))
+    unfolded = UnfoldedDenoiser(_IgnoresLevel(network)).train()
+    x = torch.rand(1, 1, 8, 8)
+    delta = torch.full((1, 1, 1, 1), 0.1)
+    assert torch.equal(unfolded.denoise(x, delta), unfolded.denoise(x, delta))
+    trained = {name for name, parameter in unfolded.named_parameters() if parameter.requires_grad}
+    assert trained == {"log_rho", "log_delta", "log_lambda"}
+
+
+class _IgnoresLevel(torch.nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, sigma):
+        return self.network(x)
 
 
 def test_the_linear_initialiser_is_the_gaussian_posterior_mode(gaussian_problem):

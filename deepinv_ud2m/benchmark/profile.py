@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
 
-import deepinv as dinv
 import torch
 
-from deepinv_ud2m import UD2M, UnfoldedDenoiser, __version__, load_prior
+from deepinv_ud2m import UD2M, UnfoldedDenoiser, load_prior
+from deepinv_ud2m.benchmark.run import machine
+from deepinv_ud2m.benchmark.tasks import make_physics
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -31,25 +31,19 @@ def main(argv: list[str] | None = None) -> dict:
     args = _parse(argv)
     torch.set_num_threads(args.threads)
     prior = load_prior(args.prior, device=args.device)
-    rows = [measure_overhead(prior, batch_size, args) for batch_size in args.batch_sizes]
+    cases = [(batch_size, 1) for batch_size in args.batch_sizes] + [(4, 16)]
+    rows = [measure_overhead(prior, *case, args) for case in cases]
     result = {
         "command": "python -m deepinv_ud2m.benchmark.profile",
         "prior": args.prior,
-        "device": args.device,
-        "processor": platform.processor() or platform.machine(),
-        "threads": args.threads,
-        "versions": {
-            "deepinv_ud2m": __version__,
-            "deepinv": dinv.__version__,
-            "torch": torch.__version__,
-        },
+        "machine": machine(),
         "rows": rows,
     }
     for row in rows:
         print(
-            f"batch {row['batch_size']:3d} of {args.size}x{args.size}: overhead {row['overhead']:.3f} "
+            f"{row['measurements']:3d} x {row['samples']:2d} samples: overhead {row['overhead']:.3f} "
             f"[{row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f}], NFE {row['nfe']:.0f}, "
-            f"{row['seconds_per_sample_batch']:.3f} s a batch"
+            f"{row['seconds']:.3f} s"
         )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -57,46 +51,43 @@ def main(argv: list[str] | None = None) -> dict:
     return result
 
 
-def measure_overhead(prior: torch.nn.Module, batch_size: int, args: argparse.Namespace) -> dict:
+def measure_overhead(
+    prior: torch.nn.Module, measurements: int, samples: int, args: argparse.Namespace
+) -> dict:
     """
-    Overhead of one sample per measurement, super-resolution by four with circular borders.
+    Overhead on super-resolution by four.
 
     :param torch.nn.Module prior: the denoiser.
-    :param int batch_size: measurements sampled together.
+    :param int measurements: measurements sampled together.
+    :param int samples: samples of each, in the same pass.
     :param argparse.Namespace args: size, pairs, device.
     :returns: one row of the result.
     """
     shape = (prior.prior_info.channels, args.size, args.size)
-    physics = dinv.physics.Downsampling(
-        img_size=shape,
-        filter="gaussian",
-        factor=4,
-        padding="circular",
-        noise_model=dinv.physics.GaussianNoise(0.05),
-        device=args.device,
-    )
-    y = physics(torch.rand(batch_size, *shape, device=args.device))
+    physics = make_physics("sr4", shape, device=args.device)
+    y = physics(torch.rand(measurements, *shape, device=args.device))
     model = UD2M(UnfoldedDenoiser(prior)).to(args.device)
-    x = torch.rand(batch_size, *shape, device=args.device)
-    level = torch.full((batch_size,), 0.1, device=args.device)
+    x = torch.rand(measurements * samples, *shape, device=args.device)
+    level = torch.full((len(x),), 0.1, device=args.device)
 
-    model(y, physics)  # warm-up; also counts the network evaluations
+    model.sample(y, physics, samples)  # warm-up; also counts the network evaluations
     nfe = round(model.nfe)
     ratios, seconds = [], []
     for _ in range(args.pairs):
-        sample_time = _timed(lambda: model(y, physics), args.device)
+        sample_time = _timed(lambda: model.sample(y, physics, samples), args.device)
         network_time = _timed(lambda: [prior(x, level) for _ in range(nfe)], args.device)
         ratios.append(sample_time / network_time)
         seconds.append(sample_time)
     low, _, high = statistics.quantiles(ratios, n=4)
     return {
-        "batch_size": batch_size,
+        "measurements": measurements,
+        "samples": samples,
         "size": args.size,
         "nfe": nfe,
         "pairs": args.pairs,
         "overhead": statistics.median(ratios),
         "quartiles": [low, high],
-        "seconds_per_sample_batch": statistics.median(seconds),
+        "seconds": statistics.median(seconds),
     }
 
 

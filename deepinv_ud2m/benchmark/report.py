@@ -1,0 +1,238 @@
+"""Tables and figures of a folder of results."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepinv_ud2m.benchmark.run import file_name, read_rows
+from deepinv_ud2m.benchmark.tasks import TASKS
+from deepinv_ud2m.metrics import (
+    coverage_curve,
+    coverage_error,
+    coverage_error_quantile,
+    gaussian_frechet,
+)
+
+#: Metrics averaged over images: key, heading, digits.
+METRICS = [
+    ("psnr", "PSNR of a sample", 2),
+    ("psnr_mean", "PSNR of the mean", 2),
+    ("ssim", "SSIM", 3),
+    ("perceptual", "perceptual (digit classifier)", 4),
+    ("energy_score", "energy score", 3),
+    ("crps", "CRPS", 4),
+    ("consistency", "consistency", 2),
+]
+
+
+def report(folder: Path, x: Tensor, x_reference: Tensor | None = None, features=None) -> list[dict]:
+    """
+    Write ``summary.json``, ``table.csv``, ``report.md`` and the figures of a folder of results.
+
+    :param pathlib.Path folder: folder of results.
+    :param torch.Tensor x: the images of the run, for the sheets.
+    :param torch.Tensor x_reference: images to which the Frechet distance is taken.
+    :param Callable features: their features, the ones stored in the rows.
+    :returns: the lines of the summary.
+    :raises ValueError: if the folder has no results.
+    """
+    folder = Path(folder)
+    rows = read_rows(folder)
+    if not rows:
+        raise ValueError(f"{folder} has no results")
+    reference = None
+    if x_reference is not None and features is not None:
+        reference = torch.cat([features(part) for part in x_reference.split(256)]).double()
+    lines = summarise(rows, reference)
+    about = json.loads((folder / "setup.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(about | {"lines": lines}, indent=1) + "\n")
+    _write_csv(folder / "table.csv", lines)
+    (folder / "report.md").write_text(_markdown(about, lines))
+    _plot_calibration(folder / "calibration.png", rows)
+    _plot_quality_against_time(folder / "quality_time.png", lines)
+    for task in dict.fromkeys(row["task"] for row in rows):
+        _plot_sheet(folder, task, rows, x)
+    return lines
+
+
+def summarise(rows: list[dict], reference: Tensor | None = None) -> list[dict]:
+    """
+    One line per task, method and number of samples.
+
+    :param list[dict] rows: rows of :func:`deepinv_ud2m.benchmark.run.read_rows`.
+    :param torch.Tensor reference: features `[N, D]` for the Frechet distance of the first samples.
+    :returns: lines with the mean over images and its standard error for each metric, the coverage
+        error, counts of network evaluations, and seconds per sample and image.
+    """
+    lines = []
+    for (task, method, num_samples), group in _groups(rows).items():
+        line = {"task": task, "method": method, "samples": num_samples, "images": len(group)}
+        line["settings"] = group[0]["settings"]
+        line["nfe"] = float(np.mean([row["nfe"] for row in group]))
+        line["nfe_backward"] = float(np.mean([row["nfe_backward"] for row in group]))
+        line["seconds"] = float(np.median([row["seconds"] for row in group]))
+        line["peak_memory_gb"] = max(row["peak_memory_gb"] for row in group)
+        for key, _, _ in METRICS:
+            values = np.array([row[key] for row in group if key in row])
+            if len(values):
+                line[key] = float(values.mean())
+                line[f"{key}_se"] = float(values.std(ddof=min(1, len(values) - 1)) / len(values) ** 0.5)
+        for key in ("credible_level", "credible_level_features"):
+            if key in group[0]:
+                line[key.replace("credible_level", "coverage_error")] = coverage_error(
+                    *_curve(group, key)
+                ).item()
+                line["coverage_noise"] = coverage_error_quantile(len(group), num_samples)
+        if reference is not None and "features" in group[0] and len(group) > 1:
+            line["frechet"] = _frechet(group, reference)
+        lines.append(line)
+    return lines
+
+
+def _groups(rows: list[dict]) -> dict[tuple, list[dict]]:
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["task"], row["method"], row["num_samples"]].append(row)
+    return groups
+
+
+def _curve(group: list[dict], key: str) -> tuple[Tensor, Tensor]:
+    num_samples = group[0]["num_samples"]
+    levels = torch.arange(1, num_samples + 1, dtype=torch.float64) / (num_samples + 1)
+    return levels, coverage_curve(torch.tensor([row[key] for row in group]), levels)
+
+
+def _frechet(group: list[dict], reference: Tensor) -> float:
+    features = torch.tensor([row["features"] for row in group], dtype=torch.float64)
+    return gaussian_frechet(
+        features.mean(0), torch.cov(features.T), reference.mean(0), torch.cov(reference.T)
+    ).item()
+
+
+def _write_csv(file: Path, lines: list[dict]) -> None:
+    columns = list(dict.fromkeys(key for line in lines for key in line))
+    with open(file, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def _markdown(about: dict, lines: list[dict]) -> str:
+    setup, machine = about["setup"], about["machine"]
+    where = ", ".join(f"{name} {machine[name]}" for name in ("torch", "deepinv", "commit"))
+    parts = [
+        "# Benchmark",
+        "",
+        f"Prior `{setup['prior']}`, images `{setup['data']}`, noise {setup['sigma_y']}, seed "
+        f"{setup['seed']}, {setup['batch_size']} images sampled together; {machine['device']}, "
+        f"{machine['threads']} thread(s), {where}.",
+        "",
+        "Mean over images ± standard error. NFE: forward (+ backward) evaluations of the prior per "
+        "sample, counted by hooks. Seconds: per sample and image. Coverage error: largest deviation of "
+        "the coverage of norm balls from nominal, in pixels / features, with the 95 % quantile of an "
+        "exact sampler in brackets. Frechet: distance of one sample per image to the reference images "
+        "in the features of the digit classifier.",
+    ]
+    for task in dict.fromkeys(line["task"] for line in lines):
+        of_task = [line for line in lines if line["task"] == task]
+        shown = [metric for metric in METRICS if any(metric[0] in line for line in of_task)]
+        head = ["method", "images x samples", "NFE", "seconds", *(heading for _, heading, _ in shown)]
+        head += ["coverage error", "Frechet"]
+        parts += ["", f"## {TASKS[task].title}", "", _row(head), _row(["---"] * len(head))]
+        parts += [_row(_cells(line, shown)) for line in of_task]
+    return "\n".join(parts) + "\n"
+
+
+def _cells(line: dict, shown: list[tuple]) -> list[str]:
+    backward = f" + {line['nfe_backward']:.0f}" if line["nfe_backward"] else ""
+    cells = [
+        line["method"],
+        f"{line['images']} x {line['samples']}",
+        f"{line['nfe']:.0f}{backward}",
+        f"{line['seconds']:.3f}",
+    ]
+    for key, _, digits in shown:
+        cells.append(f"{line[key]:.{digits}f} ± {line[f'{key}_se']:.{digits}f}" if key in line else "-")
+    cells.append(
+        f"{line['coverage_error']:.3f} / {line.get('coverage_error_features', float('nan')):.3f} "
+        f"[{line['coverage_noise']:.3f}]"
+        if "coverage_error" in line
+        else "-"
+    )
+    return [*cells, f"{line['frechet']:.2f}" if "frechet" in line else "-"]
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _plot_calibration(file: Path, rows: list[dict]) -> None:
+    groups = {key: group for key, group in _groups(rows).items() if "credible_level" in group[0]}
+    tasks = list(dict.fromkeys(key[0] for key in groups))
+    if not tasks:
+        return
+    fig, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.6), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+        for (_, method, _), group in ((k, g) for k, g in groups.items() if k[0] == task):
+            levels, shares = _curve(group, "credible_level")
+            axis.plot([0, *levels, 1], [0, *shares, 1], label=method)
+        axis.set(title=TASKS[task].title, xlabel="nominal level", ylabel="coverage", aspect="equal")
+        axis.legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(file, dpi=110)
+    plt.close(fig)
+
+
+def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    fig, axes = plt.subplots(1, len(tasks), figsize=(3.8 * len(tasks), 3.4), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        curves = defaultdict(list)
+        for line in (line for line in lines if line["task"] == task):
+            curves[line["method"].partition(":")[0]].append((line["seconds"], line["psnr"]))
+        for method, points in curves.items():
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=method)
+        axis.set(title=TASKS[task].title, xscale="log", xlabel="seconds per sample", ylabel="PSNR (dB)")
+        axis.legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(file, dpi=110)
+    plt.close(fig)
+
+
+def _plot_sheet(folder: Path, task: str, rows: list[dict], x: Tensor, shown: int = 6) -> None:
+    """Truth, a sample of each method, and mean and standard deviation of the first random one."""
+    columns = {"truth": x[:shown].cpu().float().numpy()}
+    for _, method, num_samples in (key for key in _groups(rows) if key[0] == task):
+        batch = folder / "images" / f"{task}__{file_name(method)}__{num_samples}__00000.npz"
+        if not batch.is_file():
+            continue
+        with np.load(batch) as images:
+            columns[method] = images["sample"][:shown].astype(np.float32)
+            if num_samples > 1 and method.startswith("ud2m"):
+                columns[f"{method}, mean"] = images["mean"][:shown].astype(np.float32)
+                columns[f"{method}, 2 std"] = 2 * images["std"][:shown].astype(np.float32)
+    height = len(next(iter(columns.values())))
+    fig, axes = plt.subplots(
+        height, len(columns), figsize=(1.5 * len(columns), 1.5 * height + 0.4), squeeze=False
+    )
+    for column, (name, images) in zip(axes.T, columns.items(), strict=True):
+        column[0].set_title(name, fontsize=7)
+        for axis in column:
+            axis.set_axis_off()
+        for axis, image in zip(column, images, strict=False):
+            axis.imshow(image.transpose(1, 2, 0).squeeze().clip(0, 1), vmin=0, vmax=1, cmap="gray")
+    fig.tight_layout(pad=0.3)
+    fig.savefig(folder / f"sheet_{task}.png", dpi=110)
+    plt.close(fig)

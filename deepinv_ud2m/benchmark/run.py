@@ -1,0 +1,325 @@
+"""Run methods on tasks, one row per (task, method, image), resumable.
+
+The unit of work is a batch of images. Its rows are appended to ``rows.jsonl`` at once, when all its
+samples are drawn, so an interrupted run goes on where it stopped and nothing is computed twice. The
+measurement of an image and the seeds of its samples depend on the image and the seed of the run alone,
+not on what else is run.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import deepinv as dinv
+import numpy as np
+import torch
+from deepinv.models import Denoiser
+from deepinv.physics import Physics
+from torch import Tensor
+from tqdm import tqdm
+
+from deepinv_ud2m import __version__
+from deepinv_ud2m.benchmark.methods import METHODS, Method
+from deepinv_ud2m.benchmark.tasks import make_physics
+from deepinv_ud2m.metrics import (
+    DigitClassifier,
+    PerceptualDistance,
+    credible_level,
+    crps,
+    energy_score,
+    measurement_consistency,
+)
+from deepinv_ud2m.sampler import CallCounter
+
+
+@dataclass(frozen=True)
+class Setup:
+    """
+    What makes rows comparable: a folder of results belongs to one setup.
+
+    :param str prior: name or folder of the prior.
+    :param str data: name of the images.
+    :param float sigma_y: noise level.
+    :param int seed: of measurements and samples.
+    :param int batch_size: images sampled together.
+    """
+
+    prior: str
+    data: str
+    sigma_y: float
+    seed: int
+    batch_size: int
+
+
+class Results:
+    """
+    The rows of a folder, and the samples beside them.
+
+    :param pathlib.Path folder: where they are; made if it does not exist.
+    :param Setup setup: the setup of this run.
+    :raises ValueError: if the folder belongs to another setup; nothing in it is touched.
+    """
+
+    def __init__(self, folder: Path, setup: Setup):
+        self.folder = Path(folder)
+        self.setup = setup
+        stored = self.folder / "setup.json"
+        if stored.is_file():
+            there = json.loads(stored.read_text())
+            if there["setup"] != asdict(setup):
+                raise ValueError(
+                    f"{self.folder} holds results of another setup, {there['setup']}; this run is "
+                    f"{asdict(setup)}: choose another output folder"
+                )
+        else:
+            (self.folder / "images").mkdir(parents=True, exist_ok=True)
+            stored.write_text(
+                json.dumps({"setup": asdict(setup), "machine": machine()}, indent=2) + "\n"
+            )
+        self.rows = read_rows(self.folder)
+
+    def has(self, task: str, method: str, images: range, num_samples: int) -> bool:
+        """Whether all rows of a batch are there."""
+        done = {row["image"] for row in self.rows if _key(row) == (task, method, num_samples)}
+        return done.issuperset(images)
+
+    def add(self, rows: list[dict], samples: Tensor) -> None:
+        """Append the rows of a batch, in one write, after its pictures."""
+        first = rows[0]
+        label = f"{first['task']}__{file_name(first['method'])}__{first['num_samples']}"
+        np.savez_compressed(
+            self.folder / "images" / f"{label}__{first['image']:05d}.npz",
+            sample=samples[0].half().cpu().numpy(),
+            mean=samples.mean(0).half().cpu().numpy(),
+            std=samples.std(0, correction=0).half().cpu().numpy(),
+        )
+        with open(self.folder / "rows.jsonl", "a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+        self.rows += rows
+
+
+def read_rows(folder: Path) -> list[dict]:
+    """
+    The rows of a folder; a line cut short by a kill is dropped from the file.
+
+    :param pathlib.Path folder: folder of results.
+    """
+    file = Path(folder) / "rows.jsonl"
+    if not file.is_file():
+        return []
+    complete = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    file.write_text("".join(complete))
+    return [json.loads(line) for line in complete]
+
+
+def run_method(
+    results: Results,
+    prior: Denoiser,
+    x: Tensor,
+    task: str,
+    method: str,
+    settings: dict,
+    num_samples: int = 1,
+    progress: bool = True,
+) -> None:
+    """
+    Run one method on one task, skipping what is there already.
+
+    :param Results results: where the rows go.
+    :param deepinv.models.Denoiser prior: the prior all methods share.
+    :param torch.Tensor x: the images, `[N, C, H, W]` in [0, 1], on the device to run on.
+    :param str task: name of the task.
+    :param str method: label of the method: its name, or a name and settings,
+        ``"diffpir:num_steps=20"``.
+    :param dict settings: settings of the method; those in the label win.
+    :param int num_samples: samples S per image; metrics of a distribution need S >= 2.
+    :param bool progress: show a progress bar.
+    """
+    setup = results.setup
+    entry, overrides = parse_method(method)
+    physics = make_physics(task, tuple(x.shape[1:]), setup.sigma_y, x.device)
+    if not entry.applies(physics):
+        return
+    num_samples = num_samples if entry.random else 1
+    settings = dict(entry.defaults) | settings | overrides
+    sampler = entry.build(prior, setup.sigma_y, **settings)
+    starts = range(0, len(x), setup.batch_size)
+    bar = tqdm(starts, desc=f"{task}, {method}", disable=not progress)
+    for start in bar:
+        images = range(start, min(start + setup.batch_size, len(x)))
+        if results.has(task, method, images, num_samples):
+            continue
+        x_batch = x[images.start : images.stop]
+        y = measure(physics, x_batch, images, setup.seed)
+        prior(x_batch, torch.full((len(x_batch),), 0.1, device=x.device))  # warm-up
+        samples, cost = draw(sampler, prior, y, physics, num_samples, setup.seed + start)
+        rows = evaluate(samples, x_batch, y, physics)
+        head = {"task": task, "method": method, "settings": settings, "num_samples": num_samples}
+        results.add(
+            [head | {"image": i} | row | cost for i, row in zip(images, rows, strict=True)], samples
+        )
+
+
+def parse_method(label: str) -> tuple[Method, dict]:
+    """
+    A label as an entry of ``METHODS`` and settings.
+
+    :param str label: ``name`` or ``name:setting=value,setting=value``.
+    :raises ValueError: for an unknown name or a malformed setting.
+    """
+    name, _, rest = label.partition(":")
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {sorted(METHODS)}, got {name!r}")
+    settings = {}
+    for pair in filter(None, rest.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"settings of a method are written name=value, got {pair!r} in {label!r}")
+        try:
+            settings[key] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key] = value
+    return METHODS[name], settings
+
+
+def measure(physics: Physics, x: Tensor, images: range, seed: int) -> Tensor:
+    """Measurements of images, each with a noise of its own whatever the batch."""
+    measurements = []
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        for i, image in zip(images, x, strict=True):
+            torch.manual_seed(_mix(seed, i))
+            measurements.append(physics(image[None]))
+    return torch.cat(measurements)
+
+
+@torch.no_grad()
+def draw(
+    sampler: Callable, prior: Denoiser, y: Tensor, physics: Physics, num_samples: int, seed: int
+) -> tuple[Tensor, dict]:
+    """
+    Samples, and what one of them cost per image.
+
+    :returns: samples of shape `[S, B, C, H, W]`, clamped to [0, 1], and a dictionary: forward and
+        backward evaluations of the prior, counted by hooks, seconds, and peak memory.
+    """
+    if y.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    samples, seconds = [], []
+    with EvaluationCounter([prior]) as counter:
+        for s in range(num_samples):
+            _synchronize(y)
+            start = time.perf_counter()
+            sample = sampler(y, physics, _mix(seed, 1, s))
+            _synchronize(y)
+            seconds.append(time.perf_counter() - start)
+            samples.append(sample.float().clamp(0, 1))
+    per_image = num_samples * len(y)
+    return torch.stack(samples), {
+        "nfe": counter.images / per_image,
+        "nfe_backward": counter.backward_images / per_image,
+        "seconds": float(np.mean(seconds)) / len(y),
+        "peak_memory_gb": _peak_memory(y),
+    }
+
+
+def evaluate(samples: Tensor, x: Tensor, y: Tensor, physics: Physics) -> list[dict]:
+    """Metrics of the samples of each image."""
+    sample, mean = samples[0], samples.mean(0)
+    columns = {
+        "psnr": dinv.metric.PSNR()(sample, x),
+        "ssim": dinv.metric.SSIM()(sample, x),
+        "psnr_mean": dinv.metric.PSNR()(mean, x),
+        "consistency": measurement_consistency(samples, y, physics).mean(0),
+    }
+    if len(samples) > 1:
+        columns["energy_score"] = energy_score(samples, x)
+        columns["crps"] = crps(samples, x)
+        columns["credible_level"] = credible_level(samples, x)
+    if x.shape[1:] == (1, 32, 32):
+        features = DigitClassifier.from_pretrained().to(x.device).features
+        columns["perceptual"] = PerceptualDistance("digits", device=x.device)(sample, x)
+        columns["features"] = features(sample).double().round(decimals=4)
+        if len(samples) > 1:
+            columns["credible_level_features"] = credible_level(samples, x, features)
+    return [{name: column[i].tolist() for name, column in columns.items()} for i in range(x.shape[0])]
+
+
+class EvaluationCounter(CallCounter):
+    """Counts the images that go through networks, and those a gradient comes back from."""
+
+    def __init__(self, networks):
+        super().__init__(networks)
+        self.backward_images = 0
+
+    def _count(self, network, inputs, output):
+        super()._count(network, inputs, output)
+        # A hook on the output sees the gradients of torch.autograd and of torch.func alike.
+        if output.requires_grad:
+            output.register_hook(self._count_backward)
+
+    def _count_backward(self, gradient):
+        self.backward_images += gradient.shape[0]
+
+
+def machine() -> dict:
+    """Versions, processor and commit, for the record."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepinv": dinv.__version__,
+        "deepinv_ud2m": __version__,
+        "commit": commit or None,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _peak_memory(y: Tensor) -> float:
+    """Of the device; on the CPU, of the whole process since it started."""
+    if y.is_cuda:
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def _synchronize(y: Tensor) -> None:
+    if y.is_cuda:
+        torch.cuda.synchronize()
+
+
+def _mix(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _key(row: dict) -> tuple:
+    return row["task"], row["method"], row["num_samples"]
+
+
+def file_name(method: str) -> str:
+    """A label without the characters that file systems dislike."""
+    return method.replace(":", "_").replace(",", "_").replace("=", "-")

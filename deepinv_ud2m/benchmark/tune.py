@@ -1,0 +1,106 @@
+"""Search the settings of the methods, each on the same validation images.
+
+Every method is searched over the grid it declares. The criterion is the energy score of a few samples
+(mean squared error for a method that is not random): proper, so that neither a blurred mean nor an
+over-dispersed sampler wins. All scores and the winners are stored in one JSON file that runs read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from deepinv.models import Denoiser
+from torch import Tensor
+from tqdm import tqdm
+
+from deepinv_ud2m.benchmark.run import draw, measure, parse_method
+from deepinv_ud2m.benchmark.tasks import make_physics
+from deepinv_ud2m.metrics import energy_score
+
+
+def tune(
+    prior: Denoiser,
+    x: Tensor,
+    tasks: list[str],
+    methods: list[str],
+    file: Path,
+    sigma_y: float = 0.05,
+    num_samples: int = 2,
+    seed: int = 1000,
+    progress: bool = True,
+) -> dict:
+    """
+    Search every method on every task and store the result.
+
+    The file is written after each setting, and settings that are in it are not tried again.
+
+    :param deepinv.models.Denoiser prior: the prior.
+    :param torch.Tensor x: validation images, `[N, C, H, W]`.
+    :param list[str] tasks: names of tasks.
+    :param list[str] methods: labels of methods, see :func:`deepinv_ud2m.benchmark.run.parse_method`.
+    :param pathlib.Path file: JSON file of the result.
+    :param float sigma_y: noise level.
+    :param int num_samples: samples per image, at least 2.
+    :param int seed: of measurements and samples.
+    :param bool progress: show a progress bar.
+    :raises ValueError: if the file holds a search of another setup; it is not touched.
+    :returns: ``{"criterion": ..., "scores": {task: {method: [{"settings", "score"}, ...]}}}``.
+    """
+    result = (
+        json.loads(file.read_text()) if file.is_file() else _empty(len(x), sigma_y, num_samples, seed)
+    )
+    stated = _empty(len(x), sigma_y, num_samples, seed)
+    if {k: v for k, v in result.items() if k != "scores"} != {
+        k: v for k, v in stated.items() if k != "scores"
+    }:
+        raise ValueError(f"{file} holds a search of another setup: choose another file")
+    for task in tasks:
+        physics = make_physics(task, tuple(x.shape[1:]), sigma_y, x.device)
+        y = measure(physics, x, range(len(x)), seed)
+        for method in methods:
+            entry, overrides = parse_method(method)
+            if not entry.applies(physics):
+                continue
+            scores = result["scores"].setdefault(task, {}).setdefault(method, [])
+            tried = [score["settings"] for score in scores]
+            for settings in tqdm(entry.settings(), desc=f"{task}, {method}", disable=not progress):
+                if settings in tried:
+                    continue
+                sampler = entry.build(prior, sigma_y, **{**entry.defaults, **settings, **overrides})
+                samples, _ = draw(sampler, prior, y, physics, num_samples if entry.random else 1, seed)
+                scores.append({"settings": settings, "score": _criterion(samples, x)})
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def best_settings(result: dict, task: str, method: str) -> dict:
+    """
+    The winner of a search, or no settings where a method was not searched on a task.
+
+    :param dict result: what :func:`tune` returns or stored.
+    :param str task: name of the task.
+    :param str method: label of the method.
+    """
+    scores = result["scores"].get(task, {}).get(method, [])
+    return min(scores, key=lambda score: score["score"])["settings"] if scores else {}
+
+
+def _criterion(samples: Tensor, x: Tensor) -> float:
+    if len(samples) == 1:
+        return (samples[0] - x).square().mean().item()
+    score = energy_score(samples, x).mean().item()
+    return score if torch.isfinite(torch.tensor(score)) else float("inf")
+
+
+def _empty(num_images: int, sigma_y: float, num_samples: int, seed: int) -> dict:
+    return {
+        "criterion": "energy score (mean squared error where not random), smaller is better",
+        "validation_images": num_images,
+        "samples": num_samples,
+        "sigma_y": sigma_y,
+        "seed": seed,
+        "scores": {},
+    }

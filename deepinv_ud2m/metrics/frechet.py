@@ -1,0 +1,144 @@
+r"""Fréchet distance between two sets of images.
+
+It compares the *distribution* of a set of images to that of a reference set: features of both are
+fitted by Gaussians :math:`\mathcal{N}(m_1, C_1)` and :math:`\mathcal{N}(m_2, C_2)`, whose squared
+2-Wasserstein distance is
+
+.. math::
+
+    d^2 = \|m_1 - m_2\|_2^2
+        + \operatorname{tr}\left(C_1 + C_2 - 2 \left(C_1^{1/2} C_2 C_1^{1/2}\right)^{1/2}\right).
+
+With features of the Inception network this is the FID (`Heusel et al., 2017
+<https://arxiv.org/abs/1706.08500>`_). For digits, :class:`~deepinv_ud2m.metrics.DigitClassifier` gives
+features that know what a digit is, in few enough dimensions that a few thousand images determine the
+covariances; for colour images there is :class:`~deepinv_ud2m.metrics.EfficientNetLite0`.
+
+The distance alone says nothing about whether a sample is consistent with its measurement: report it
+next to a metric that does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from deepinv_ud2m.metrics.features import extract_features
+
+
+def gaussian_frechet(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
+    r"""
+    Squared Fréchet distance (2-Wasserstein) between two Gaussians.
+
+    .. math::
+
+        d^2 = \|m_1 - m_2\|_2^2 + \operatorname{tr}\left(
+            C_1 + C_2 - 2 \left(C_1^{1/2} C_2 C_1^{1/2}\right)^{1/2}\right)
+
+    (`Dowson and Landau, 1982 <https://doi.org/10.1016/0047-259X(82)90077-X>`_). The trace of the
+    last square root is the nuclear norm of :math:`C_1^{1/2} C_2^{1/2}`. It is computed as such, in
+    double precision, with both roots from eigendecompositions: nothing is inverted and no square is
+    formed, so singular covariances are fine.
+
+    :param torch.Tensor mean1: mean :math:`m_1`, ``[D]``.
+    :param torch.Tensor cov1: covariance :math:`C_1`, ``[D, D]``.
+    :param torch.Tensor mean2: mean :math:`m_2`, ``[D]``.
+    :param torch.Tensor cov2: covariance :math:`C_2`, ``[D, D]``.
+    :return: :math:`d^2 \geq 0`, a float64 tensor without dimensions, on the CPU.
+    """
+    # Double precision on the CPU: some devices have none, and the matrices are small.
+    mean1, cov1, mean2, cov2 = (
+        torch.as_tensor(t).detach().to("cpu", torch.float64) for t in (mean1, cov1, mean2, cov2)
+    )
+    if mean1.ndim != 1 or mean1.shape != mean2.shape:
+        raise ValueError(
+            f"Means must be vectors of one size, got {list(mean1.shape)} and {list(mean2.shape)}."
+        )
+    size = (mean1.numel(), mean1.numel())
+    if cov1.shape != size or cov2.shape != size:
+        raise ValueError(
+            f"Covariances must be {list(size)}, got {list(cov1.shape)} and {list(cov2.shape)}."
+        )
+    if not all(t.isfinite().all() for t in (mean1, cov1, mean2, cov2)):
+        raise ValueError("Means and covariances must be finite.")
+
+    fidelity = torch.linalg.svdvals(_sqrt_psd(cov1) @ _sqrt_psd(cov2)).sum()
+    distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * fidelity
+    # Equal Gaussians may come out at minus a rounding error.
+    return distance.clamp(min=0)
+
+
+def _sqrt_psd(matrix: Tensor) -> Tensor:
+    """Symmetric square root of a positive semi-definite matrix."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    # Estimated covariances may have eigenvalues a rounding error below zero; others never do.
+    if values[0] < -1e-5 * values[-1].abs():
+        raise ValueError(f"Covariance with a negative eigenvalue, {values[0].item():.3g}.")
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
+
+
+def frechet_distance(
+    x: Tensor, x_ref: Tensor, features: Callable[[Tensor], Tensor], *, batch_size: int = 256
+) -> Tensor:
+    r"""
+    Fréchet distance between two sets of images, in a space of features.
+
+    The means :math:`m` and (unbiased) covariances :math:`C` of the features of the two sets are
+    compared as Gaussians:
+
+    .. math::
+
+        d^2 = \|m_1 - m_2\|_2^2 + \operatorname{tr}\left(
+            C_1 + C_2 - 2 \left(C_1^{1/2} C_2 C_1^{1/2}\right)^{1/2}\right)
+
+    With Inception features this is the FID of `Heusel et al., 2017
+    <https://arxiv.org/abs/1706.08500>`_, who, as here, call the squared distance the Fréchet
+    distance. See :func:`gaussian_frechet`.
+
+    .. warning::
+
+        The estimate is **biased upwards**, by an amount that shrinks like one over the number of
+        images: two small sets of the same distribution are not at distance 0. With fewer images
+        than features the covariance is singular and the number means little. The bias also depends
+        on what is compared (`Bińkowski et al., 2018 <https://arxiv.org/abs/1801.01401>`_; `Chong
+        and Forsyth, 2020 <https://arxiv.org/abs/1911.07023>`_). Compare only numbers with the same
+        features, the same reference and the same number of images, next to the distance between two
+        sets of true images of those sizes.
+
+    :param torch.Tensor x: images ``[N, C, H, W]``, for instance posterior samples; at least two.
+    :param torch.Tensor x_ref: reference images ``[M, C, H, W]``; at least two.
+    :param Callable features: maps images ``[B, C, H, W]`` to features ``[B, D]``, such as
+        :meth:`DigitClassifier.features <deepinv_ud2m.metrics.DigitClassifier.features>`. It gets the
+        images as they are, on their device. A network should be in evaluation mode.
+    :param int batch_size: number of images per call of ``features``.
+    :return: :math:`d^2 \geq 0`, a float64 tensor without dimensions, on the CPU.
+
+    :Examples:
+
+    >>> from deepinv_ud2m.data import mnist_digits
+    >>> from deepinv_ud2m.metrics import DigitClassifier, frechet_distance
+    >>> classifier = DigitClassifier.from_pretrained()
+    >>> x, x_ref = mnist_digits("test"), mnist_digits("validation")
+    >>> near = frechet_distance(x, x_ref, classifier.features)
+    >>> far = frechet_distance(x.roll(6, dims=-1), x_ref, classifier.features)
+    >>> bool(near < far)
+    True
+    """
+    for name, images in {"x": x, "x_ref": x_ref}.items():
+        if images.ndim == 4 and len(images) < 2:
+            raise ValueError(f"A covariance needs at least 2 images, {name} has {len(images)}.")
+    z = extract_features(x, features, batch_size, "x")
+    z_ref = extract_features(x_ref, features, batch_size, "x_ref")
+    if z.shape[1] != z_ref.shape[1]:
+        raise ValueError(f"Features of x and x_ref differ in size: {z.shape[1]} and {z_ref.shape[1]}.")
+    return gaussian_frechet(*_gaussian_fit(z), *_gaussian_fit(z_ref))
+
+
+def _gaussian_fit(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean ``[D]`` and unbiased covariance ``[D, D]`` of features ``[N, D]``."""
+    mean = z.mean(0)
+    # Centre first: the difference of second moments would lose digits.
+    centred = z - mean
+    return mean, centred.mT @ centred / (len(z) - 1)

@@ -1,0 +1,152 @@
+r"""Does one image look like another? Distances between activations of a network."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from deepinv.loss.metric import Metric
+from torch import Tensor, nn
+
+from deepinv_ud2m.metrics.features import DigitClassifier, EfficientNetLite0, check_images
+
+
+class PerceptualDistance(Metric):
+    r"""
+    Perceptual distance between two images.
+
+    Activations :math:`\phi_\ell` of the layers of a network, in each pixel divided by their norm over
+    channels, are compared:
+
+    .. math::
+
+        d(\hat x, x) = \frac{1}{L} \sum_{\ell=1}^{L} \frac{1}{H_\ell W_\ell} \sum_{h, w}
+        \left\| \hat\phi_\ell(\hat x)_{hw} - \hat\phi_\ell(x)_{hw} \right\|_2^2 ,
+        \qquad \hat\phi = \frac{\phi}{\sqrt{\|\phi\|_2^2 + 10^{-6}}} .
+
+    This is the unweighted form of LPIPS (`Zhang et al., 2018 <https://arxiv.org/abs/1801.03924>`_):
+    **no weights are learned from human judgements**, except with ``"lpips"``, which weights the
+    channels by its own and adds the layers up. It is 0 for equal images and, without learned weights,
+    at most 4. Lower is better. Numbers of different networks are not comparable: the attribute
+    ``network`` names the one that was used, for reports.
+
+    ============== ========== ================================================= ================
+    ``network``    images     activations                                       needs
+    ============== ========== ================================================= ================
+    "digits"       1x32x32    three of :class:`DigitClassifier`                 nothing, shipped
+    "efficientnet" 3xHxW      five of :class:`EfficientNetLite0`, at 224x224    two packages
+    "lpips"        3xHxW,     five of AlexNet                                   a download of
+                   H, W >= 32                                                   AlexNet's weights
+    ============== ========== ================================================= ================
+
+    Images are expected in [0, 1]; others are compared as they are (``norm_inputs="clip"`` clips them).
+    Parameters are frozen and always in evaluation mode; gradients reach the images.
+
+    :param str network: ``"digits"``, ``"efficientnet"`` or ``"lpips"`` (default: ``"digits"``).
+    :param bool download: allow ``"lpips"`` to fetch the weights of AlexNet, 233 MB, if they are not in
+        the cache of torch.hub (default: ``False``).
+    :param str, torch.device device: where the network is (default: the CPU).
+    :param kwargs: of :class:`deepinv.loss.metric.Metric`, such as ``reduction`` and ``center_crop``.
+    :raises ValueError: for an unknown network.
+    :raises ImportError: if the packages of the network are missing; it names them.
+    :raises RuntimeError: if weights would have to be downloaded and ``download`` is ``False``; it says
+        from where, how large, and to where.
+
+    :Examples:
+
+    >>> from deepinv_ud2m.data import mnist_digits
+    >>> from deepinv_ud2m.metrics import PerceptualDistance
+    >>> x = mnist_digits(num=2)
+    >>> metric = PerceptualDistance("digits")
+    >>> metric(x, x)
+    tensor([0., 0.])
+    """
+
+    def __init__(
+        self,
+        network: str = "digits",
+        *,
+        download: bool = False,
+        device: str | torch.device | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if network == "digits":
+            self.distance = _FeatureDistance(DigitClassifier.from_pretrained())
+            self.network = "DigitClassifier (deepinv_ud2m mnist-classifier), unweighted"
+        elif network == "efficientnet":
+            backbone = EfficientNetLite0()
+            self.distance = _FeatureDistance(backbone)
+            self.network = f"{backbone.name}, unweighted"
+        elif network == "lpips":
+            self.distance = _LPIPS(download)
+            self.network = f"LPIPS AlexNet v0.1 (lpips {version('lpips')})"
+        else:
+            raise ValueError(f'network must be "digits", "efficientnet" or "lpips", got {network!r}.')
+        self.eval().requires_grad_(False).to(device)
+        self.lower_better = True
+
+    def train(self, mode: bool = True) -> PerceptualDistance:
+        """Sets the mode of the metric; its network stays in evaluation mode."""
+        super().train(mode)
+        self.distance.eval()
+        return self
+
+    def metric(self, x_net: Tensor, x: Tensor | None = None, *args, **kwargs) -> Tensor:
+        r"""
+        The distance, for each image.
+
+        :param torch.Tensor x_net: images ``[B, C, H, W]``.
+        :param torch.Tensor x: reference images, of the same shape.
+        :return: distances ``[B]``; NaN without reference.
+        """
+        if x is None:
+            return torch.full((len(x_net),), torch.nan)
+        if x_net.shape != x.shape:
+            raise ValueError(f"Images differ in shape: {list(x_net.shape)} and {list(x.shape)}.")
+        parameter = next(self.parameters())
+        return self.distance(x_net.to(parameter), x.to(parameter))
+
+
+class _FeatureDistance(nn.Module):
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x_net: Tensor, x: Tensor) -> Tensor:
+        pairs = zip(self.backbone.activations(x_net), self.backbone.activations(x), strict=True)
+        layers = [(_normalized(a) - _normalized(b)).square().sum(1).mean((1, 2)) for a, b in pairs]
+        return torch.stack(layers).mean(0)
+
+
+def _normalized(activations: Tensor) -> Tensor:
+    # Not clamped after the root, whose gradient at zero is infinite.
+    return activations / (activations.square().sum(1, keepdim=True) + 1e-6).sqrt()
+
+
+class _LPIPS(nn.Module):
+    def __init__(self, download: bool):
+        super().__init__()
+        import lpips
+        from torchvision.models import AlexNet_Weights
+
+        weights = AlexNet_Weights.IMAGENET1K_V1
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+        if not (download or file.is_file()):
+            raise RuntimeError(
+                f"LPIPS needs the weights of AlexNet, {weights.meta['_file_size']:.0f} MB from "
+                f"{weights.url}: pass download=True, or put the file at {file}. "
+                'Without it, use network="efficientnet", whose weights are a package.'
+            )
+        with warnings.catch_warnings():
+            # lpips asks torchvision for its weights in a deprecated way.
+            warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
+            self.network = lpips.LPIPS(net="alex", verbose=False)
+
+    def forward(self, x_net: Tensor, x: Tensor) -> Tensor:
+        check_images(x, (3, None, None), "colour images")
+        if min(x.shape[2:]) < 32:
+            raise ValueError(f"LPIPS needs images of at least 32 x 32 pixels, got {list(x.shape)}.")
+        return self.network(x_net, x, normalize=True).flatten()

@@ -1,0 +1,209 @@
+"""The benchmark: honest counts, rows that do not depend on interruptions, clear refusals."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from deepinv_ud2m.benchmark.__main__ import main
+from deepinv_ud2m.benchmark.methods import METHODS
+from deepinv_ud2m.benchmark.report import report, summarise
+from deepinv_ud2m.benchmark.run import Results, Setup, draw, measure, parse_method, read_rows, run_method
+from deepinv_ud2m.benchmark.tasks import TASKS, make_physics
+from deepinv_ud2m.benchmark.tune import best_settings, tune
+from deepinv_ud2m.data import mnist_digits
+
+SETUP = Setup(prior="tiny", data="test", sigma_y=0.05, seed=0, batch_size=2)
+TIMES = ("seconds", "peak_memory_gb")
+
+
+def metrics_of(rows):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 48, 64)])
+def test_tasks_are_linear_physics_at_any_size(name, shape):
+    physics = make_physics(name, shape, sigma_y=0.03)
+    x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    assert physics.adjointness_test(img_size=shape) < 1e-3
+    assert physics.noise_model.sigma.item() == pytest.approx(0.03)
+    assert physics.A_adjoint(physics(x)).shape == x.shape
+    again = make_physics(name, shape, sigma_y=0.03)
+    assert torch.equal(physics.A(x), again.A(x)), "masks and kernels must not change between runs"
+
+
+def test_the_kernel_of_the_paper():
+    """3x3, Gaussian of variance 3."""
+    kernel = make_physics("sr4-paper", (1, 32, 32)).filter
+    assert kernel.shape[-2:] == (3, 3)
+    assert kernel.sum().item() == pytest.approx(1)
+    assert (kernel[0, 0, 1, 0] / kernel[0, 0, 1, 1]).item() == pytest.approx(np.exp(-1 / 6), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method, forward, backward",
+    [
+        ("ud2m", 9, 0),
+        ("ud2m:num_steps=2,num_iterations=4", 8, 0),
+        ("diffpir:num_steps=7", 7, 0),
+        ("ddrm:num_steps=5", 5, 0),
+        ("dps:num_steps=6", 6, 6),
+        ("pigdm:num_steps=6", 6, 6),
+        ("dpir", 8, 0),
+        ("pinv", 0, 0),
+    ],
+)
+def test_evaluations_are_counted_by_hooks(tiny_prior, method, forward, backward):
+    physics = make_physics("inpaint-random", (1, 32, 32))
+    y = physics(mnist_digits("test", num=2))
+    entry, settings = parse_method(method)
+    sampler = entry.build(tiny_prior, 0.05, **{**entry.defaults, **settings})
+    samples, cost = draw(sampler, tiny_prior, y, physics, 2, seed=0)
+    assert samples.shape == (2, 2, 1, 32, 32) and samples.isfinite().all()
+    assert (cost["nfe"], cost["nfe_backward"]) == (forward, backward)
+    assert not entry.random or not torch.equal(samples[0], samples[1])
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].random])
+def test_samplers_repeat_with_their_seed(tiny_prior, name):
+    physics = make_physics("inpaint-random", (1, 32, 32))
+    y = physics(mnist_digits("test", num=2))
+    entry = METHODS[name]
+    sampler = entry.build(tiny_prior, 0.05, num_steps=4, **entry.defaults)
+    with torch.no_grad():
+        first, again, other = sampler(y, physics, 0), sampler(y, physics, 0), sampler(y, physics, 1)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_methods_apply_where_they_can():
+    """DDRM needs a singular value decomposition."""
+    assert METHODS["ddrm"].applies(make_physics("inpaint-box", (1, 32, 32)))
+    assert not METHODS["ddrm"].applies(make_physics("sr4", (1, 32, 32)))
+
+
+def test_a_measurement_depends_on_its_image_alone():
+    x = mnist_digits("test", num=4)
+    physics = make_physics("sr4", (1, 32, 32))
+    together = measure(physics, x, range(4), seed=3)
+    assert torch.equal(together[2:], measure(physics, x[2:], range(2, 4), seed=3))
+    assert not torch.equal(together, measure(physics, x, range(4), seed=4))
+
+
+def run_all(folder, prior, methods=("ud2m", "pinv"), images=4):
+    results = Results(folder, SETUP)
+    for method in methods:
+        run_method(
+            results, prior, mnist_digits("test", num=images), "sr4", method, {}, 2, progress=False
+        )
+    return results.rows
+
+
+def test_the_same_seed_gives_the_same_rows(tiny_prior, tmp_path):
+    assert metrics_of(run_all(tmp_path / "a", tiny_prior)) == metrics_of(
+        run_all(tmp_path / "b", tiny_prior)
+    )
+
+
+def test_a_killed_run_resumes_to_the_same_rows(tiny_prior, tmp_path):
+    whole = run_all(tmp_path / "whole", tiny_prior)
+    run_all(tmp_path / "killed", tiny_prior, methods=["ud2m"], images=2)
+    with open(tmp_path / "killed" / "rows.jsonl", "a") as file:
+        file.write('{"task": "sr4", "method": "ud2m", "im')  # killed while writing
+    resumed = run_all(tmp_path / "killed", tiny_prior)
+    assert metrics_of(resumed) == metrics_of(whole)
+    assert metrics_of(read_rows(tmp_path / "killed")) == metrics_of(whole)
+
+
+def test_nothing_is_computed_twice(tiny_prior, tmp_path):
+    run_all(tmp_path, tiny_prior)
+    before = (tmp_path / "rows.jsonl").read_text()
+    prior = tiny_prior.register_forward_hook(lambda *_: pytest.fail("the network was called"))
+    run_all(tmp_path, tiny_prior)
+    prior.remove()
+    assert (tmp_path / "rows.jsonl").read_text() == before
+
+
+def test_a_folder_of_another_setup_is_refused_and_left_alone(tiny_prior, tmp_path):
+    run_all(tmp_path, tiny_prior)
+    before = (tmp_path / "rows.jsonl").read_text()
+    with pytest.raises(ValueError, match="another setup"):
+        Results(tmp_path, Setup("tiny", "test", 0.1, 0, 2))
+    assert (tmp_path / "rows.jsonl").read_text() == before
+
+
+def test_report_writes_tables_and_figures(tiny_prior, tmp_path):
+    rows = run_all(tmp_path, tiny_prior)
+    features = torch.tensor([row["features"] for row in rows])
+    x = mnist_digits("test", num=4)
+    lines = report(tmp_path, x, x.repeat(50, 1, 1, 1), lambda images: features.repeat(40, 1))
+    assert {(line["method"], line["images"]) for line in lines} == {("ud2m", 4), ("pinv", 4)}
+    of_ud2m = [row["psnr"] for row in rows if row["method"] == "ud2m"]
+    line = next(line for line in lines if line["method"] == "ud2m")
+    assert line["psnr"] == pytest.approx(np.mean(of_ud2m))
+    assert line["psnr_se"] == pytest.approx(np.std(of_ud2m, ddof=1) / 2)
+    assert line["nfe"] == 9
+    text = (tmp_path / "report.md").read_text()
+    assert f"{line['psnr']:.2f} ± {line['psnr_se']:.2f}" in text
+    assert json.loads((tmp_path / "summary.json").read_text())["lines"] == lines
+    for figure in ("calibration.png", "quality_time.png", "sheet_sr4.png"):
+        assert (tmp_path / figure).stat().st_size > 1000
+    assert (tmp_path / "table.csv").read_text().count("\n") == 3
+
+
+def test_coverage_of_an_exact_sampler_is_within_its_noise():
+    """Uniform ranks, with a fixed seed; an exact sampler passes its 95 % quantile 1 time in 20."""
+    generator = torch.Generator().manual_seed(0)
+    ranks = torch.randint(0, 17, (256,), generator=generator)
+    rows = [
+        {
+            "task": "sr4", "method": "exact", "num_samples": 16, "image": i, "settings": {}, "nfe": 1,
+            "nfe_backward": 0, "seconds": 1.0, "peak_memory_gb": 1.0, "psnr": 0.0,
+            "credible_level": [r.item() / 17, (r.item() + 1) / 17],
+        }
+        for i, r in enumerate(ranks)
+    ]  # fmt: skip
+    line = summarise(rows)[0]
+    assert line["coverage_error"] < line["coverage_noise"]
+    for row in rows:
+        row["credible_level"] = [0.0, 1 / 17]
+    assert summarise(rows)[0]["coverage_error"] > 0.9
+
+
+def test_tuning_finds_the_minimum_and_resumes(tiny_prior, tmp_path):
+    file = tmp_path / "settings.json"
+    x = mnist_digits("validation", num=2)
+    result = tune(tiny_prior, x, ["sr4"], ["ud2m"], file, progress=False)
+    scores = result["scores"]["sr4"]["ud2m"]
+    assert [score["settings"] for score in scores] == METHODS["ud2m"].settings()
+    best = min(scores, key=lambda score: score["score"])
+    assert best_settings(result, "sr4", "ud2m") == best["settings"]
+    assert best_settings(result, "inpaint-box", "ud2m") == {}
+    hook = tiny_prior.register_forward_hook(lambda *_: pytest.fail("the network was called"))
+    assert tune(tiny_prior, x, ["sr4"], ["ud2m"], file, progress=False) == result
+    hook.remove()
+    with pytest.raises(ValueError, match="another setup"):
+        tune(tiny_prior, x, ["sr4"], ["ud2m"], file, sigma_y=0.1, progress=False)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--tasks", "sr5"], "task must be one of"),
+        (["--methods", "diffpire"], "method must be one of"),
+        (["--methods", "diffpir:num_steps"], "name=value"),
+        (["--prior", "nowhere"], "name must be one of the priors"),
+        (["--images", "0"], "--images"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(arguments, message, tmp_path, capsys):
+    assert main(["run", "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "rows.jsonl").exists()
+
+
+def test_small_images_are_refused():
+    with pytest.raises(ValueError, match="multiples of 4"):
+        make_physics("sr4", (1, 14, 14))

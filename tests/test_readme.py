@@ -1,0 +1,44 @@
+"""What the README says is what the stored results and the package say."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import deepinv_ud2m
+from deepinv_ud2m.benchmark.readme import updated
+
+README = Path(__file__).parents[1] / "README.md"
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(deepinv_ud2m.__path__, "deepinv_ud2m.")
+    if not module.name.endswith("__main__")
+)
+
+
+def test_measured_figures_are_those_of_the_stored_results():
+    assert updated(README.read_text()) == README.read_text()
+
+
+def test_python_blocks_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert "9.0" in capsys.readouterr().out
+
+
+def test_files_that_are_linked_exist():
+    links = re.findall(r"\]\(([^)#]+)\)", README.read_text())
+    for link in (link for link in links if not link.startswith("http")):
+        assert (README.parent / link).is_file(), link
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    results = doctest.testmod(importlib.import_module(name), optionflags=flags)
+    assert results.failed == 0
