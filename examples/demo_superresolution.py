@@ -34,12 +34,9 @@ generator = torch.Generator().manual_seed(0)
 # The problem: test digits, which the prior has never seen, and a deepinv physics.
 x = mnist_digits("test", num=NUM_DIGITS)
 physics = dinv.physics.Downsampling(
-    img_size=(1, 32, 32),
-    filter="gaussian",
-    factor=4,
-    padding="circular",
-    noise_model=dinv.physics.GaussianNoise(0.05, rng=generator),
+    img_size=(1, 32, 32), filter="gaussian", factor=4, padding="circular"
 )
+physics.set_noise_model(dinv.physics.GaussianNoise(0.05, rng=generator))
 y = physics(x)
 
 # %%
@@ -53,7 +50,7 @@ mean, std = samples.mean(0), samples.std(0)
 
 # %%
 # DiffPIR: the same prior, 100 network evaluations, its two parameters tuned on other digits
-# (examples/tune_zero_shot.py).
+# (``python -m deepinv_ud2m.benchmark tune --tasks sr4 --methods diffpir``).
 diffpir = dinv.sampling.DiffPIR(
     prior, dinv.optim.data_fidelity.L2(), sigma=0.05, max_iter=100, zeta=0.3, lambda_=7.0
 )
