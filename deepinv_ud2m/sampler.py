@@ -58,7 +58,7 @@ class UD2M(Reconstructor):
         :math:`p(x \mid y, x_s)` when called as ``(y, physics, x_s, sigma, *, generator=None)``;
         it draws its noise with :func:`deepinv_ud2m.randomness.randn`.
     :param int, None num_steps: number N of levels (default: 3).
-    :param float eta: randomness of the steps, in [0, 1] (default: 0.8).
+    :param float eta: randomness of the steps, in [0, 1] (default: 1, the exact step).
     :param deepinv_ud2m.VPSchedule schedule: where the levels are taken from; the linear schedule of
         1000 times by default.
     :param Sequence[float] levels: levels to use in place of ``num_steps`` and ``schedule``, positive
@@ -96,7 +96,7 @@ class UD2M(Reconstructor):
         self,
         unfolded: nn.Module,
         num_steps: int | None = None,
-        eta: float = 0.8,
+        eta: float = 1.0,
         schedule: VPSchedule | None = None,
         *,
         levels: Sequence[float] | Tensor | None = None,

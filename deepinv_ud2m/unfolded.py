@@ -32,8 +32,9 @@ from deepinv_ud2m.proximal import (
 from deepinv_ud2m.randomness import SampleStreams, randn
 
 #: Untrained multipliers of delta in the first and in the last iteration, and of rho; the level of
-#: detail that the prior works at beyond the noise. Chosen by examples/tune_zero_shot.py.
-DELTA_FIRST, DELTA_LAST, RHO, REFERENCE_LEVEL = 3.0, 1.5, 2.0, 0.2
+#: detail that the prior works at beyond the noise. The winners of the search by
+#: examples/tune_zero_shot.py, stored in benchmark/results/zero_shot.json.
+DELTA_FIRST, DELTA_LAST, RHO, REFERENCE_LEVEL = 4.0, 1.0, 2.0, 0.2
 
 
 class UnfoldedDenoiser(Reconstructor):
@@ -59,11 +60,13 @@ class UnfoldedDenoiser(Reconstructor):
     :param int num_iterations: number K of iterations (default: 3).
     :param torch.nn.Module initializer: gives the first iterate
         (default: :class:`deepinv_ud2m.initializers.LinearInitializer`).
-    :param float, Sequence[float] rho: untrained multipliers :math:`r_k`, one or K, positive.
-    :param float, Sequence[float] delta: untrained multipliers :math:`d_k`, likewise; a geometric
-        schedule by default.
+    :param float, Sequence[float] rho: untrained multipliers :math:`r_k`, one or K, positive
+        (default: 2).
+    :param float, Sequence[float] delta: untrained multipliers :math:`d_k`, likewise (default:
+        geometric from 4 in the first to 1 in the last iteration).
     :param float, Sequence[float] lambda_: untrained :math:`l_k`, likewise (default: 1).
-    :param float reference_level: :math:`\sigma_0`, in units of the image, non-negative.
+    :param float reference_level: :math:`\sigma_0`, in units of the image, non-negative
+        (default: 0.2).
     :param bool shared: learn one set of scalars for all iterations rather than one per iteration
         (default: ``False``).
     :param float tol: relative error of the prox where it is iterative (default: 1e-5).
@@ -115,7 +118,8 @@ class UnfoldedDenoiser(Reconstructor):
         self.initializer = initializer if initializer is not None else LinearInitializer()
         self.reference_level, self.tol, self.max_iter = reference_level, tol, max_iter
         if delta is None:
-            delta = torch.logspace(*torch.tensor([DELTA_FIRST, DELTA_LAST]).log10(), num_iterations)
+            ends = torch.tensor([DELTA_LAST, DELTA_FIRST]).log10()
+            delta = torch.logspace(*ends, num_iterations).flip(0)
         num_learned = 1 if shared else num_iterations
         for name, start in (("rho", rho), ("delta", delta), ("lambda", lambda_)):
             argument = "lambda_" if name == "lambda" else name

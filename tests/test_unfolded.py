@@ -1,5 +1,8 @@
 """The unfolded denoiser against the closed-form law of K LATINO iterations."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import GaussianProblem
@@ -7,7 +10,14 @@ from deepinv.models import DRUNet
 from deepinv.physics import BlurFFT, Denoising, GaussianNoise, Inpainting
 from test_sampler import SHAPE, assert_gaussian, blur, inpainting
 
-from deepinv_ud2m import LinearInitializer, PseudoInverseInitializer, UnfoldedDenoiser, posterior_prox
+import deepinv_ud2m
+from deepinv_ud2m import (
+    UD2M,
+    LinearInitializer,
+    PseudoInverseInitializer,
+    UnfoldedDenoiser,
+    posterior_prox,
+)
 
 
 def latino_law(problem, unfolded, x_s, s):
@@ -86,6 +96,22 @@ def test_default_delta_decreases_for_any_number_of_iterations():
     for num_iterations in (1, 2, 3, 8):
         delta = UnfoldedDenoiser(torch.nn.Identity(), num_iterations).start_delta
         assert len(delta) == num_iterations and (delta.diff() < 0).all()
+
+
+def test_defaults_are_the_winners_of_the_stored_search():
+    """benchmark/results/zero_shot.json, ranked as examples/tune_zero_shot.py does."""
+    results = Path(deepinv_ud2m.__file__).parent / "benchmark" / "results" / "zero_shot.json"
+    rows = json.loads(results.read_text())["rows"]
+    best = {task: min(row["energy_score"][task] for row in rows) for task in rows[0]["energy_score"]}
+    winner = min(rows, key=lambda row: sum(row["energy_score"][task] / best[task] for task in best))
+    unfolded = UnfoldedDenoiser(torch.nn.Identity(), 3)
+    assert pytest.approx(winner["setting"]) == {
+        "delta_first": unfolded.start_delta[0].item(),
+        "delta_last": unfolded.start_delta[-1].item(),
+        "rho": unfolded.start_rho[0].item(),
+        "reference_level": unfolded.reference_level,
+        "eta": UD2M(unfolded).eta,
+    }
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -61,7 +61,7 @@ class Method:
         ]
 
 
-def _ud2m(prior: Denoiser, sigma_y: float, num_steps=3, num_iterations=3, eta=0.8) -> Sampler:
+def _ud2m(prior: Denoiser, sigma_y: float, num_steps=3, num_iterations=3, eta=1.0) -> Sampler:
     model = UD2M(UnfoldedDenoiser(prior, num_iterations), num_steps, eta)
 
     def sample(y, physics, seed):
@@ -152,7 +152,7 @@ def _seeded_by_generator(
 _LAST_LEVEL = 0.002
 
 METHODS = {
-    "ud2m": Method("UD2M, untrained", _ud2m, grid={"eta": [0.0, 0.5, 0.8, 1.0]}, defaults={"eta": 0.8}),
+    "ud2m": Method("UD2M, untrained", _ud2m, grid={"eta": [0.0, 0.5, 0.8, 1.0]}, defaults={"eta": 1.0}),
     "diffpir": Method(
         "DiffPIR",
         _diffpir,
