@@ -52,15 +52,20 @@ class RepeatedPhysics(LinearPhysics):
         return _join([function(*part, **kwargs) for part in parts])
 
 
-def is_shared(physics: Physics, like: Tensor) -> bool:
+def is_shared(physics: Physics, like: Tensor, sigma_y: float | Tensor = 1.0) -> bool:
     """
-    Whether a physics is the same for all images of a batch: it then commutes with permuting them.
+    Whether operator and noise level are the same for all images of a batch.
+
+    Such an operator commutes with permuting the images, which is tried on random ones.
 
     :param deepinv.physics.Physics physics: the physics.
     :param torch.Tensor like: images `[B, C, H, W]`, for shape, dtype and device.
+    :param float, torch.Tensor sigma_y: noise level, with 1 or B elements.
     """
     if like.shape[0] == 1:
         return True
+    if torch.as_tensor(sigma_y).numel() > 1:
+        return False
     generator = torch.Generator(like.device).manual_seed(0)
     x = torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
     permuted, y = physics.A(x.roll(1, 0)), physics.A(x)

@@ -7,6 +7,7 @@ quadratic, whose minimiser is one call to ``physics.prox_l2`` (Mbakam et al. 202
 
 from __future__ import annotations
 
+import copy
 import warnings
 from numbers import Number
 
@@ -151,6 +152,28 @@ def check_has_prox(physics: Physics) -> None:
             f"physics must have a prox_l2, which every deepinv LinearPhysics has; "
             f"{type(physics).__name__} has none"
         )
+
+
+def remember_backprojection(physics: Physics, y: Tensor | TensorList) -> Physics:
+    r"""
+    A view of a physics that computes :math:`A^\top y` once.
+
+    Every prox needs it, and deepinv computes it anew in each; for super-resolution it is most of the
+    cost. The view shares all parameters with the physics, which is left as it is.
+
+    :param deepinv.physics.Physics physics: the physics, with ``A_adjoint``.
+    :param torch.Tensor, deepinv.utils.TensorList y: the measurements to remember it for.
+    """
+    view = copy.copy(physics)
+    backprojection = view.A_adjoint(y)
+
+    def A_adjoint(measurements, **kwargs):
+        if measurements is y and not kwargs:
+            return backprojection
+        return physics.A_adjoint(measurements, **kwargs)
+
+    view.A_adjoint = A_adjoint
+    return view
 
 
 def has_closed_form(physics: Physics, shape: torch.Size) -> bool:

@@ -25,7 +25,7 @@ from deepinv.utils import TensorList
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from deepinv_ud2m.batching import RepeatedPhysics, repeat_batch
+from deepinv_ud2m.batching import RepeatedPhysics, is_shared, repeat_batch
 from deepinv_ud2m.checks import check_count
 from deepinv_ud2m.proximal import Scalar, check_has_prox, expand_scalar, noise_level
 from deepinv_ud2m.randomness import SampleStreams, draw_seeds, randn
@@ -209,8 +209,9 @@ class UD2M(Reconstructor):
     def _chain(self, y, physics, like, sigma_y, seeds, bar) -> Iterator[tuple[Tensor, Tensor]]:
         """Go down the levels for one batch of streams; yields each state and the draw from it."""
         repeats = len(seeds) // like.shape[0]
-        if sigma_y is not None or (repeats > 1 and like.shape[0] > 1):
-            physics = RepeatedPhysics(physics, like, repeats, noise_level(physics, sigma_y))
+        level = noise_level(physics, sigma_y)
+        if sigma_y is not None or (repeats > 1 and not is_shared(physics, like, level)):
+            physics = RepeatedPhysics(physics, like, repeats, level)
         y, like = repeat_batch(y, repeats), repeat_batch(like, repeats)
         streams = SampleStreams(seeds, like.device, block=self._draws_per_level())
         levels = self.levels.to(like.device, like.dtype)

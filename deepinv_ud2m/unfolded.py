@@ -28,6 +28,7 @@ from deepinv_ud2m.proximal import (
     expand_scalar,
     noise_level,
     posterior_prox,
+    remember_backprojection,
 )
 from deepinv_ud2m.randomness import SampleStreams, randn
 
@@ -162,6 +163,7 @@ class UnfoldedDenoiser(Reconstructor):
         """
         sigma_y = expand_scalar(noise_level(physics, sigma_y), x_s, "sigma_y")
         sigma = expand_scalar(sigma, x_s, "sigma")
+        physics = remember_backprojection(physics, y)
         x = self.initializer(y, physics, x_s, sigma, sigma_y)
         iterates = []
         for k in range(self.num_iterations):

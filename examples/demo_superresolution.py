@@ -52,7 +52,7 @@ mean, std = samples.mean(0), samples.std(0)
 # DiffPIR: the same prior, 100 network evaluations, its two parameters tuned on other digits
 # (``python -m deepinv_ud2m.benchmark tune --tasks sr4 --methods diffpir``).
 diffpir = dinv.sampling.DiffPIR(
-    prior, dinv.optim.data_fidelity.L2(), sigma=0.05, max_iter=100, zeta=0.3, lambda_=7.0
+    prior, dinv.optim.data_fidelity.L2(), sigma=0.05, max_iter=100, zeta=0.6, lambda_=3.0
 )
 start = time.perf_counter()
 with torch.no_grad(), CallCounter([prior]) as counter:

@@ -34,6 +34,7 @@ from deepinv_ud2m.proximal import (
     has_closed_form,
     noise_level,
     posterior_prox,
+    remember_backprojection,
 )
 
 N = 16
@@ -472,3 +473,30 @@ def test_no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         posterior_prox(x.requires_grad_(), y, physics, x_s, S, RHO, 1.0, 0.05).sum().backward()
+
+
+# ------------------------------------------------------------------------- the back-projection of y
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_remembered_backprojection_changes_nothing(name):
+    physics, x, x_s, y = problem(name)
+    args = (S, RHO, LAMBDA, 0.05)
+    expected = posterior_prox(x, y, physics, x_s, *args)
+    view = remember_backprojection(physics, y)
+    assert torch.equal(posterior_prox(x, y, view, x_s, *args), expected)
+    other = physics.A(x)
+    assert not torch.equal(flat(other), flat(y))
+    assert torch.equal(view.A_adjoint(other), physics.A_adjoint(other))
+    assert "A_adjoint" not in vars(physics)
+
+
+def test_backprojection_is_computed_once():
+    physics, x, x_s, y = problem("Downsampling bicubic")
+    calls = []
+    adjoint = physics.A_adjoint
+    physics.A_adjoint = lambda *args, **kwargs: calls.append(0) or adjoint(*args, **kwargs)
+    view = remember_backprojection(physics, y)
+    for _ in range(3):
+        posterior_prox(x, y, view, x_s, S, RHO, LAMBDA, 0.05)
+    assert len(calls) == 1
