@@ -27,7 +27,7 @@ from deepinv_ud2m.sampler import CallCounter
 
 matplotlib.use("Agg")
 OUT = Path(__file__).parent / "output"
-NUM_DIGITS, NUM_SAMPLES, SHOWN = 16, 8, 6
+NUM_DIGITS, NUM_SAMPLES, SHOWN = 16, 8, 4
 generator = torch.Generator().manual_seed(0)
 
 # %%
@@ -88,7 +88,7 @@ dinv.utils.plot(
     rescale_mode="clip",
     show=False,
     save_fn=OUT / "superresolution.png",
-    figsize=(1.3 * len(columns), 1.3 * SHOWN),
+    figsize=(1.3 * len(columns), 1.4 * SHOWN),
     fontsize=9,
     dpi=100,
 )

@@ -34,8 +34,9 @@ def updated(text: str) -> str:
 def measured() -> str:
     """The section on what was measured."""
     card = json.loads((_PACKAGE / "weights" / "prior-mnist" / "config.json").read_text())
-    profile = json.loads((_PACKAGE / "benchmark" / "results" / "overhead.json").read_text())
-    return f"## Measured\n\n{_prior(card)}\n\n{_overhead(profile)}"
+    results = sorted((_PACKAGE / "benchmark" / "results").glob("overhead*.json"))
+    profiles = [json.loads(file.read_text()) for file in results]
+    return f"## Measured\n\n{_prior(card)}\n\n{_overhead(profiles)}"
 
 
 def _prior(card: dict) -> str:
@@ -58,23 +59,24 @@ def _prior(card: dict) -> str:
     )
 
 
-def _overhead(profile: dict) -> str:
-    machine = profile["machine"]
+def _overhead(profiles: list[dict]) -> str:
+    machine = profiles[0]["machine"]
     lines = [
         "**Overhead of the sampler** over the network evaluations it is made of: time of a call of "
-        f"`sample` over that of as many evaluations of the prior, measured alternately "
-        f"(`{profile['command']}`; {machine['device']}, {machine['threads']} threads, torch "
-        f"{machine['torch']}; median of {profile['rows'][0]['pairs']} pairs and quartiles).",
+        "`sample` over that of as many evaluations of the prior, measured alternately "
+        f"(`{profiles[0]['command']}`; {machine['device']}, torch {machine['torch']}).",
         "",
-        "| measurements x samples | NFE | overhead | quartiles |",
-        "|---|---|---|---|",
+        "| threads | measurements x samples | NFE | overhead, median | quartiles | pairs |",
+        "|---|---|---|---|---|---|",
     ]
-    for row in profile["rows"]:
-        low, high = row["quartiles"]
-        lines.append(
-            f"| {row['measurements']} x {row['samples']}, {row['size']}x{row['size']} | {row['nfe']} "
-            f"| {row['overhead']:.3f} | {low:.3f} to {high:.3f} |"
-        )
+    for profile in profiles:
+        for row in profile["rows"]:
+            low, high = row["quartiles"]
+            lines.append(
+                f"| {profile['machine']['threads']} | {row['measurements']} x {row['samples']}, "
+                f"{row['size']}x{row['size']} | {row['nfe']} | {row['overhead']:.3f} "
+                f"| {low:.3f} to {high:.3f} | {row['pairs']} |"
+            )
     return "\n".join(lines)
 
 
