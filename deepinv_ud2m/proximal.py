@@ -103,7 +103,7 @@ def posterior_prox(
         mean = (x * rho**-2 + x_s * sigma**-2) / precision
         gamma = 1 / (precision * lambda_ * sigma_y**2)
         if has_closed_form(physics, x.shape):
-            return physics.prox_l2(mean, y, gamma)
+            return _checked(physics.prox_l2(mean, y, gamma), mean, physics)
         backprojection = physics.A_adjoint(y)
         return _ConjugateGradients.apply(mean, backprojection, gamma, physics, tol, max_iter)
 
@@ -147,6 +147,8 @@ def check_has_prox(physics: Physics) -> None:
     :param deepinv.physics.Physics physics: the physics.
     :raises TypeError: if it has no ``prox_l2``.
     """
+    if isinstance(physics, type):
+        raise TypeError(f"physics must be an instance, got the class {physics.__name__}")
     if not callable(getattr(physics, "prox_l2", None)):
         raise TypeError(
             f"physics must have a prox_l2, which every deepinv LinearPhysics has; "
@@ -229,6 +231,16 @@ def expand_scalar(value: Scalar, like: Tensor, name: str) -> Tensor:
             f"{[batch_size, *ones]}; got shape {list(value.shape)}"
         )
     return value.reshape(-1, *ones).expand(batch_size, *ones)
+
+
+def _checked(z: Tensor, mean: Tensor, physics: Physics) -> Tensor:
+    # deepinv broadcasts parameters of too few dimensions, such as a filter [1, 1, w], silently.
+    if z.shape != mean.shape:
+        raise ValueError(
+            f"the prox of {type(physics).__name__} turned images of shape {list(mean.shape)} into "
+            f"{list(z.shape)}: its parameters (filters must be [b, c, h, w]) do not fit the images"
+        )
+    return z
 
 
 class _ConjugateGradients(torch.autograd.Function):

@@ -355,3 +355,17 @@ def test_types_of_schedule_generator_and_measurements():
         model(torch.zeros(1, 1, 8, 8), physics, generator=0)
     with pytest.raises(TypeError, match="floating type"):
         model(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), physics)
+
+
+def test_a_filter_of_too_few_dimensions_is_told():
+    """deepinv's gaussian_blur(sigma=2.0) is one-dimensional; BlurFFT takes it and broadcasts."""
+    kernel = dinv.physics.functional.gaussian_blur(sigma=2.0)
+    physics = dinv.physics.BlurFFT((1, 32, 32), kernel, noise_model=GaussianNoise(0.1))
+    y = physics(torch.rand(2, 1, 32, 32))
+    with pytest.raises(ValueError, match=r"filters must be \[b, c, h, w\]"):
+        UD2M(UnfoldedDenoiser(Untouchable()))(y, physics)
+
+
+def test_a_class_in_place_of_a_physics_is_told():
+    with pytest.raises(TypeError, match="physics must be an instance, got the class Denoising"):
+        UD2M(torch.nn.Identity())(torch.zeros(1, 1, 8, 8), dinv.physics.Denoising)
