@@ -459,11 +459,14 @@ def test_physics_without_prox_is_refused():
 def test_own_prox_is_used_as_it_is(base):
     class Own(base):
         def prox_l2(self, z, y, gamma):
-            return z, y, gamma
+            self.given = z, y, gamma
+            return 2 * z
 
     x, x_s, y = rand(2, 1, 4, 4), rand(2, 1, 4, 4, seed=1), rand(2, 1, 4, 4, seed=2)
-    mean, data, gamma = posterior_prox(x, y, Own(), x_s, S, RHO, LAMBDA, sigma_y_for(30.0))
-    assert data is y
+    physics = Own()
+    z = posterior_prox(x, y, physics, x_s, S, RHO, LAMBDA, sigma_y_for(30.0))
+    mean, data, gamma = physics.given
+    assert data is y and torch.equal(z, 2 * mean)
     torch.testing.assert_close(mean, (x / RHO**2 + x_s / S**2) / (RHO**-2 + S**-2))
     torch.testing.assert_close(gamma, torch.full((2, 1, 1, 1), 30.0, dtype=torch.float64))
 
