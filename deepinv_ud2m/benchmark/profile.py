@@ -73,11 +73,15 @@ def measure_overhead(
     model.sample(y, physics, samples)  # warm-up; also counts the network evaluations
     nfe = round(model.nfe)
     ratios, seconds = [], []
-    for _ in range(args.pairs):
-        sample_time = _timed(lambda: model.sample(y, physics, samples), args.device)
-        network_time = _timed(lambda: [prior(x, level) for _ in range(nfe)], args.device)
-        ratios.append(sample_time / network_time)
-        seconds.append(sample_time)
+    work = {
+        "sample": lambda: model.sample(y, physics, samples),
+        "network": lambda: [prior(x, level) for _ in range(nfe)],
+    }
+    for pair in range(args.pairs):
+        order = list(work) if pair % 2 else list(work)[::-1]  # a drift of the machine cancels
+        spent = {name: _timed(work[name], args.device) for name in order}
+        ratios.append(spent["sample"] / spent["network"])
+        seconds.append(spent["sample"])
     low, _, high = statistics.quantiles(ratios, n=4)
     return {
         "measurements": measurements,
