@@ -213,7 +213,7 @@ class UD2M(Reconstructor):
         if sigma_y is not None or (repeats > 1 and not is_shared(physics, like, level)):
             physics = RepeatedPhysics(physics, like, repeats, level)
         y, like = repeat_batch(y, repeats), repeat_batch(like, repeats)
-        streams = SampleStreams(seeds, like.device, block=self._draws_per_level())
+        streams = SampleStreams(seeds, like.device, block=self._draws())
         levels = self.levels.to(like.device, like.dtype)
         x_s = 0.5 + levels[0] * randn(like, streams)
         for n in range(self.num_steps):
@@ -247,8 +247,9 @@ class UD2M(Reconstructor):
         kept = ratio * (1 - self.eta**2 * (1 - ratio**2)) ** 0.5
         return x0 + kept * (x_s - x0) + tau * randn(x_s, generator)
 
-    def _draws_per_level(self) -> int:
-        return getattr(self.unfolded, "num_iterations", 1) + 1
+    def _draws(self) -> int:
+        """Noise images of one sample: the start, K for each draw of x, one for each step between."""
+        return self.num_steps * (getattr(self.unfolded, "num_iterations", 1) + 1)
 
     def _check(self, y, physics, num_samples, batch_size, generator, sigma_y) -> Tensor:
         """Refuse what cannot work before any network call; an image of the right shape otherwise."""
