@@ -11,7 +11,8 @@ from deepinv_ud2m.benchmark.methods import METHODS
 from deepinv_ud2m.benchmark.report import report, summarise
 from deepinv_ud2m.benchmark.run import Results, Setup, draw, measure, parse_method, read_rows, run_method
 from deepinv_ud2m.benchmark.tasks import TASKS, make_physics
-from deepinv_ud2m.benchmark.tune import best_settings, tune
+from deepinv_ud2m.benchmark.timing import time_methods
+from deepinv_ud2m.benchmark.tune import best_settings, merge_searches, tune
 from deepinv_ud2m.data import mnist_digits
 
 SETUP = Setup(prior="tiny", data="test", sigma_y=0.05, seed=0, batch_size=2)
@@ -126,6 +127,72 @@ def test_nothing_is_computed_twice(tiny_prior, tmp_path):
     assert (tmp_path / "rows.jsonl").read_text() == before
 
 
+def test_more_images_are_added_to_those_with_more_samples(tiny_prior, tmp_path):
+    """The first sample of an image is the same however many there are, so it is not drawn again."""
+    results = Results(tmp_path, SETUP)
+    x = mnist_digits("test", num=6)
+    run_method(results, tiny_prior, x[:2], "sr4", "ud2m", {}, num_samples=3, progress=False)
+    run_method(results, tiny_prior, x, "sr4", "ud2m", {}, num_samples=1, progress=False)
+    assert [(row["image"], row["num_samples"]) for row in results.rows] == [
+        (0, 3), (1, 3), (2, 1), (3, 1), (4, 1), (5, 1),
+    ]  # fmt: skip
+    line = summarise(results.rows)[0]
+    assert (line["images"], line["images_with_samples"], line["samples"]) == (6, 2, 3)
+    assert line["psnr"] == pytest.approx(np.mean([row["psnr"] for row in results.rows]))
+    assert line["psnr_mean"] == pytest.approx(np.mean([row["psnr_mean"] for row in results.rows[:2]]))
+    alone = Results(tmp_path / "alone", SETUP)
+    run_method(alone, tiny_prior, x, "sr4", "ud2m", {}, num_samples=1, progress=False)
+    assert [row["psnr"] for row in alone.rows] == [row["psnr"] for row in results.rows]
+
+
+def test_methods_are_timed_in_turn(tiny_prior, tmp_path):
+    rows = run_all(tmp_path, tiny_prior)
+    x = mnist_digits("test", num=4)
+    timings = time_methods(
+        tmp_path,
+        tiny_prior,
+        x,
+        ["sr4"],
+        ["ud2m", "pinv", "ddrm"],
+        {"scores": {}},
+        rounds=2,
+        progress=False,
+    )
+    assert timings["seconds"]["sr4"].keys() == {"ud2m", "pinv"}, "DDRM does not apply"
+    assert all(len(seconds) == 2 for seconds in timings["seconds"]["sr4"].values())
+    lines = report(tmp_path, x)
+    assert [line["seconds"] for line in lines] == [
+        pytest.approx(np.median(timings["seconds"]["sr4"][line["method"]])) for line in lines
+    ]
+    assert "side by side" in (tmp_path / "report.md").read_text()
+    assert len(rows) == 8
+    with pytest.raises(ValueError, match="rounds must be at least 1"):
+        time_methods(tmp_path, tiny_prior, x, ["sr4"], ["pinv"], {"scores": {}}, rounds=0)
+    with pytest.raises(ValueError, match="not a folder of results"):
+        time_methods(tmp_path / "nowhere", tiny_prior, x, ["sr4"], ["pinv"], {"scores": {}})
+
+
+def test_defaults_win_over_tuned_settings():
+    _, settings = parse_method("diffpir:num_steps=20,defaults")
+    assert settings == {"num_steps": 20, **METHODS["diffpir"].defaults}
+
+
+def test_searches_are_merged_and_stand_for_other_numbers_of_steps(tmp_path):
+    def search(score):
+        return [{"settings": {"weight": score}, "score": score}, {"settings": {"weight": 9}, "score": 9}]
+
+    (tmp_path / "a.json").write_text(json.dumps({"scores": {"sr4": {"dps:num_steps=100": search(1)}}}))
+    (tmp_path / "b.json").write_text(json.dumps({"scores": {"sr4": {"dps:num_steps=1000": search(2)}}}))
+    merged = merge_searches([tmp_path / "a.json", tmp_path / "b.json"])
+    assert best_settings(merged, "sr4", "dps:num_steps=1000") == {"weight": 2}
+    assert best_settings(merged, "sr4", "dps:num_steps=10") == {"weight": 1}
+    assert best_settings(merged, "sr4", "diffpir") == {}
+    (tmp_path / "c.json").write_text("{}")
+    for name in ("c.json", "nowhere.json"):
+        with pytest.raises(ValueError, match="--settings"):
+            merge_searches([tmp_path / name])
+
+
 def test_a_folder_of_another_setup_is_refused_and_left_alone(tiny_prior, tmp_path):
     run_all(tmp_path, tiny_prior)
     before = (tmp_path / "rows.jsonl").read_text()
@@ -181,6 +248,7 @@ def test_tuning_finds_the_minimum_and_resumes(tiny_prior, tmp_path):
     best = min(scores, key=lambda score: score["score"])
     assert best_settings(result, "sr4", "ud2m") == best["settings"]
     assert best_settings(result, "inpaint-box", "ud2m") == {}
+    assert METHODS["dps"].settings(fixed=["guidance"])[0].keys() == {"weight"}
     hook = tiny_prior.register_forward_hook(lambda *_: pytest.fail("the network was called"))
     assert tune(tiny_prior, x, ["sr4"], ["ud2m"], file, progress=False) == result
     hook.remove()

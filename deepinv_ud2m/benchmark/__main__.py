@@ -1,9 +1,8 @@
-"""Command line: ``python -m deepinv_ud2m.benchmark {run,tune,report}``; see ``--help`` of each."""
+"""Command line: ``python -m deepinv_ud2m.benchmark {run,time,tune,report}``; see ``--help`` of each."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from deepinv_ud2m.benchmark.methods import METHODS
 from deepinv_ud2m.benchmark.report import report
 from deepinv_ud2m.benchmark.run import Results, Setup, parse_method, run_method
 from deepinv_ud2m.benchmark.tasks import TASKS
-from deepinv_ud2m.benchmark.tune import best_settings, tune
+from deepinv_ud2m.benchmark.timing import time_methods
+from deepinv_ud2m.benchmark.tune import best_settings, merge_searches, tune
 from deepinv_ud2m.data import mnist_digits
 from deepinv_ud2m.metrics import DigitClassifier
 from deepinv_ud2m.priors import load_prior
@@ -39,9 +39,7 @@ def _run(args: argparse.Namespace) -> None:
         args.tasks, args.methods = ["sr4", "inpaint-random"], ["ud2m", "diffpir", "pinv"]
         args.images, args.samples = 4, 4
     x = _images(args)
-    tuned = json.loads(args.settings.read_text()) if args.settings else {"scores": {}}
-    for method in args.methods:
-        parse_method(method)
+    tuned = merge_searches(args.settings)
     setup = Setup(args.prior, args.data, args.sigma_y, args.seed, args.batch_size)
     results = Results(args.out, setup)
     prior = load_prior(args.prior, args.device)
@@ -49,6 +47,14 @@ def _run(args: argparse.Namespace) -> None:
         for method in args.methods:
             settings = best_settings(tuned, task, method)
             run_method(results, prior, x, task, method, settings, args.samples)
+    _report(args)
+
+
+def _time(args: argparse.Namespace) -> None:
+    x = _images(args)
+    tuned = merge_searches(args.settings)
+    prior = load_prior(args.prior, args.device)
+    time_methods(args.out, prior, x, args.tasks, args.methods, tuned, args.sigma_y, args.rounds)
     _report(args)
 
 
@@ -75,6 +81,8 @@ def _images(args: argparse.Namespace) -> Tensor:
     for task in args.tasks:
         if task not in TASKS:
             raise ValueError(f"task must be one of {sorted(TASKS)}, got {task!r}")
+    for method in args.methods:
+        parse_method(method)
     return mnist_digits(args.data, num=args.images).to(args.device)
 
 
@@ -83,10 +91,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     helps = {
         "run": "run methods on tasks, and report",
+        "time": "measure seconds and memory of the methods side by side, and report",
         "tune": "search the settings of the methods on validation images",
         "report": "write tables and figures of a folder of results",
     }
-    for name, command, images in (("run", _run, 64), ("tune", _tune, 16), ("report", _report, 64)):
+    for name, command, images in (
+        ("run", _run, 64),
+        ("time", _time, 16),
+        ("tune", _tune, 16),
+        ("report", _report, 64),
+    ):
         sub = commands.add_parser(name, help=helps[name])
         sub.set_defaults(command=command)
         sub.add_argument("--prior", default="mnist", help="name or folder of the prior")
@@ -105,13 +119,19 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--out", type=Path, default=Path("runs/benchmark"), help="folder of results"
             )
-    run, tune_, _ = commands.choices.values()
+        if name in ("run", "time"):
+            sub.add_argument(
+                "--settings",
+                type=Path,
+                nargs="+",
+                default=[],
+                help="results of tune; the defaults of the methods without them",
+            )
+    run, time_, tune_, _ = commands.choices.values()
     run.add_argument("--samples", type=int, default=1, help="samples per image")
     run.add_argument("--batch-size", type=int, default=16, help="images sampled together")
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument(
-        "--settings", type=Path, help="result of tune; the defaults of the methods without it"
-    )
+    time_.add_argument("--rounds", type=int, default=3, help="times each method is measured")
     run.add_argument("--quick", action="store_true", help="2 tasks, 3 methods, 4 images")
     tune_.add_argument("--settings", type=Path, default=Path("runs/settings.json"), help="file to write")
     return parser

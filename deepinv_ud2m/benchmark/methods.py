@@ -8,7 +8,7 @@ A method turns a prior, the settings and the noise level into a sampler, a funct
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,12 +53,10 @@ class Method:
     applies: Callable[[Physics], bool] = lambda physics: True
     random: bool = True
 
-    def settings(self) -> list[dict]:
-        """All settings of the grid."""
-        return [
-            dict(zip(self.grid, values, strict=True))
-            for values in itertools.product(*self.grid.values())
-        ]
+    def settings(self, fixed: Collection[str] = ()) -> list[dict]:
+        """All settings of the grid, without those that are ``fixed``."""
+        grid = {name: values for name, values in self.grid.items() if name not in fixed}
+        return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
 def _ud2m(prior: Denoiser, sigma_y: float, num_steps=3, num_iterations=3, eta=1.0) -> Sampler:

@@ -35,6 +35,9 @@ METRICS = [
     ("consistency", "consistency", 2),
 ]
 
+#: Those that need several samples of an image.
+METRICS_OF_SEVERAL = {"psnr_mean", "energy_score", "crps"}
+
 
 def report(folder: Path, x: Tensor, x_reference: Tensor | None = None, features=None) -> list[dict]:
     """
@@ -56,6 +59,9 @@ def report(folder: Path, x: Tensor, x_reference: Tensor | None = None, features=
         reference = torch.cat([features(part) for part in x_reference.split(256)]).double()
     lines = summarise(rows, reference)
     about = json.loads((folder / "setup.json").read_text())
+    if (folder / "timings.json").is_file():
+        about["timings"] = json.loads((folder / "timings.json").read_text())
+        _take_timings(lines, about["timings"])
     (folder / "summary.json").write_text(json.dumps(about | {"lines": lines}, indent=1) + "\n")
     _write_csv(folder / "table.csv", lines)
     (folder / "report.md").write_text(_markdown(about, lines))
@@ -68,7 +74,10 @@ def report(folder: Path, x: Tensor, x_reference: Tensor | None = None, features=
 
 def summarise(rows: list[dict], reference: Tensor | None = None) -> list[dict]:
     """
-    One line per task, method and number of samples.
+    One line per task and method.
+
+    Metrics of one sample are averaged over all images, those of a distribution over the images that
+    have the most samples.
 
     :param list[dict] rows: rows of :func:`deepinv_ud2m.benchmark.run.read_rows`.
     :param torch.Tensor reference: features `[N, D]` for the Frechet distance of the first samples.
@@ -76,35 +85,55 @@ def summarise(rows: list[dict], reference: Tensor | None = None) -> list[dict]:
         error, counts of network evaluations, and seconds per sample and image.
     """
     lines = []
-    for (task, method, num_samples), group in _groups(rows).items():
-        line = {"task": task, "method": method, "samples": num_samples, "images": len(group)}
-        line["settings"] = group[0]["settings"]
+    for (task, method), group in _groups(rows).items():
+        several = _with_most_samples(group)
+        line = {"task": task, "method": method, "settings": group[0]["settings"]}
+        line |= {"images": len(group), "samples": several[0]["num_samples"]}
+        line["images_with_samples"] = len(several)
         line["nfe"] = float(np.mean([row["nfe"] for row in group]))
         line["nfe_backward"] = float(np.mean([row["nfe_backward"] for row in group]))
         line["seconds"] = float(np.median([row["seconds"] for row in group]))
         line["peak_memory_gb"] = max(row["peak_memory_gb"] for row in group)
         for key, _, _ in METRICS:
-            values = np.array([row[key] for row in group if key in row])
+            of = several if key in METRICS_OF_SEVERAL else group
+            values = np.array([row[key] for row in of if key in row])
             if len(values):
                 line[key] = float(values.mean())
                 line[f"{key}_se"] = float(values.std(ddof=min(1, len(values) - 1)) / len(values) ** 0.5)
         for key in ("credible_level", "credible_level_features"):
-            if key in group[0]:
-                line[key.replace("credible_level", "coverage_error")] = coverage_error(
-                    *_curve(group, key)
-                ).item()
-                line["coverage_noise"] = coverage_error_quantile(len(group), num_samples)
+            if key in several[0]:
+                error = coverage_error(*_curve(several, key)).item()
+                line[key.replace("credible_level", "coverage_error")] = error
+                line["coverage_noise"] = coverage_error_quantile(len(several), line["samples"])
         if reference is not None and "features" in group[0] and len(group) > 1:
             line["frechet"] = _frechet(group, reference)
         lines.append(line)
     return lines
 
 
+def _take_timings(lines: list[dict], timings: dict) -> None:
+    """Times measured side by side in place of those of the run."""
+    for line in lines:
+        seconds = timings["seconds"].get(line["task"], {}).get(line["method"])
+        if seconds:
+            line["seconds"] = float(np.median(seconds))
+            line["peak_memory_gb"] = timings["peak_memory_gb"][line["task"]][line["method"]]
+
+
 def _groups(rows: list[dict]) -> dict[tuple, list[dict]]:
-    groups = defaultdict(list)
+    """Rows per task and method, of each image the one with the most samples."""
+    groups = defaultdict(dict)
     for row in rows:
-        groups[row["task"], row["method"], row["num_samples"]].append(row)
-    return groups
+        group = groups[row["task"], row["method"]]
+        there = group.get(row["image"])
+        if there is None or there["num_samples"] < row["num_samples"]:
+            group[row["image"]] = row
+    return {key: [group[image] for image in sorted(group)] for key, group in groups.items()}
+
+
+def _with_most_samples(group: list[dict]) -> list[dict]:
+    most = max(row["num_samples"] for row in group)
+    return [row for row in group if row["num_samples"] == most]
 
 
 def _curve(group: list[dict], key: str) -> tuple[Tensor, Tensor]:
@@ -139,15 +168,33 @@ def _markdown(about: dict, lines: list[dict]) -> str:
         f"{machine['threads']} thread(s), {where}.",
         "",
         "Mean over images ± standard error. NFE: forward (+ backward) evaluations of the prior per "
-        "sample, counted by hooks. Seconds: per sample and image. Coverage error: largest deviation of "
-        "the coverage of norm balls from nominal, in pixels / features, with the 95 % quantile of an "
+        "sample, counted by hooks. Seconds: per sample and image. PSNR of the mean, energy score, CRPS "
+        "and coverage: over the images with several samples (images; images x samples). Coverage error: "
+        "largest deviation of the coverage of norm balls from nominal, in pixels / features, with the 95 % quantile of an "
         "exact sampler in brackets. Frechet: distance of one sample per image to the reference images "
         "in the features of the digit classifier.",
     ]
+    if "timings" in about:
+        timings = about["timings"]
+        parts += [
+            "",
+            f"Seconds and memory were measured side by side in one run: {timings['images']} images, the "
+            f"methods in turn, {timings['rounds']} times, medians; {timings['machine']['device']}, "
+            f"{timings['machine']['threads']} thread(s). Memory is that of the process, libraries and "
+            "prior included, at its peak.",
+        ]
     for task in dict.fromkeys(line["task"] for line in lines):
         of_task = [line for line in lines if line["task"] == task]
         shown = [metric for metric in METRICS if any(metric[0] in line for line in of_task)]
-        head = ["method", "images x samples", "NFE", "seconds", *(heading for _, heading, _ in shown)]
+        head = [
+            "method",
+            "settings",
+            "images",
+            "NFE",
+            "seconds",
+            "memory (GB)",
+            *(heading for _, heading, _ in shown),
+        ]
         head += ["coverage error", "Frechet"]
         parts += ["", f"## {TASKS[task].title}", "", _row(head), _row(["---"] * len(head))]
         parts += [_row(_cells(line, shown)) for line in of_task]
@@ -156,11 +203,16 @@ def _markdown(about: dict, lines: list[dict]) -> str:
 
 def _cells(line: dict, shown: list[tuple]) -> list[str]:
     backward = f" + {line['nfe_backward']:.0f}" if line["nfe_backward"] else ""
+    images = str(line["images"])
+    if line["samples"] > 1:
+        images += f"; {line['images_with_samples']} x {line['samples']}"
     cells = [
         line["method"],
-        f"{line['images']} x {line['samples']}",
+        ", ".join(f"{name} {value}" for name, value in line["settings"].items()) or "-",
+        images,
         f"{line['nfe']:.0f}{backward}",
-        f"{line['seconds']:.3f}",
+        f"{line['seconds']:.4f}",
+        f"{line['peak_memory_gb']:.2f}",
     ]
     for key, _, digits in shown:
         cells.append(f"{line[key]:.{digits}f} ± {line[f'{key}_se']:.{digits}f}" if key in line else "-")
@@ -178,14 +230,15 @@ def _row(cells: list[str]) -> str:
 
 
 def _plot_calibration(file: Path, rows: list[dict]) -> None:
-    groups = {key: group for key, group in _groups(rows).items() if "credible_level" in group[0]}
+    groups = {key: _with_most_samples(group) for key, group in _groups(rows).items()}
+    groups = {key: group for key, group in groups.items() if "credible_level" in group[0]}
     tasks = list(dict.fromkeys(key[0] for key in groups))
     if not tasks:
         return
     fig, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.6), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-        for (_, method, _), group in ((k, g) for k, g in groups.items() if k[0] == task):
+        for (_, method), group in ((key, group) for key, group in groups.items() if key[0] == task):
             levels, shares = _curve(group, "credible_level")
             axis.plot([0, *levels, 1], [0, *shares, 1], label=method)
         axis.set(title=TASKS[task].title, xlabel="nominal level", ylabel="coverage", aspect="equal")
@@ -214,7 +267,9 @@ def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:
 def _plot_sheet(folder: Path, task: str, rows: list[dict], x: Tensor, shown: int = 6) -> None:
     """Truth, a sample of each method, and mean and standard deviation of the first random one."""
     columns = {"truth": x[:shown].cpu().float().numpy()}
-    for _, method, num_samples in (key for key in _groups(rows) if key[0] == task):
+    groups = {method: group for (name, method), group in _groups(rows).items() if name == task}
+    for method, group in groups.items():
+        num_samples = group[0]["num_samples"]
         batch = folder / "images" / f"{task}__{file_name(method)}__{num_samples}__00000.npz"
         if not batch.is_file():
             continue

@@ -8,6 +8,7 @@ not on what else is run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import resource
@@ -87,8 +88,12 @@ class Results:
         self.rows = read_rows(self.folder)
 
     def has(self, task: str, method: str, images: range, num_samples: int) -> bool:
-        """Whether all rows of a batch are there."""
-        done = {row["image"] for row in self.rows if _key(row) == (task, method, num_samples)}
+        """Whether all rows of a batch are there, of as many samples or more."""
+        done = {
+            row["image"]
+            for row in self.rows
+            if (row["task"], row["method"]) == (task, method) and row["num_samples"] >= num_samples
+        }
         return done.issuperset(images)
 
     def add(self, rows: list[dict], samples: Tensor) -> None:
@@ -173,7 +178,8 @@ def parse_method(label: str) -> tuple[Method, dict]:
     """
     A label as an entry of ``METHODS`` and settings.
 
-    :param str label: ``name`` or ``name:setting=value,setting=value``.
+    :param str label: ``name`` or ``name:setting=value,setting=value``; the word ``defaults`` among the
+        settings stands for the defaults of the method, which then win over tuned ones.
     :raises ValueError: for an unknown name or a malformed setting.
     """
     name, _, rest = label.partition(":")
@@ -181,6 +187,9 @@ def parse_method(label: str) -> tuple[Method, dict]:
         raise ValueError(f"method must be one of {sorted(METHODS)}, got {name!r}")
     settings = {}
     for pair in filter(None, rest.split(",")):
+        if pair == "defaults":
+            settings = dict(METHODS[name].defaults) | settings
+            continue
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"settings of a method are written name=value, got {pair!r} in {label!r}")
@@ -211,8 +220,7 @@ def draw(
     :returns: samples of shape `[S, B, C, H, W]`, clamped to [0, 1], and a dictionary: forward and
         backward evaluations of the prior, counted by hooks, seconds, and peak memory.
     """
-    if y.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
+    _reset_peak_memory(y)
     samples, seconds = [], []
     with EvaluationCounter([prior]) as counter:
         for s in range(num_samples):
@@ -299,12 +307,29 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def _reset_peak_memory(y: Tensor) -> None:
+    if y.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    elif _CLEAR_REFS.exists():
+        with contextlib.suppress(OSError):  # not everywhere allowed
+            _CLEAR_REFS.write_text("5")
+
+
 def _peak_memory(y: Tensor) -> float:
-    """Of the device; on the CPU, of the whole process since it started."""
+    """
+    Of the device; on the CPU resident memory, libraries and prior included: since the last reset on
+    Linux, since the process started elsewhere.
+    """
     if y.is_cuda:
         return torch.cuda.max_memory_allocated() / 2**30
+    if _STATUS.exists():
+        lines = _STATUS.read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def _synchronize(y: Tensor) -> None:
@@ -314,10 +339,6 @@ def _synchronize(y: Tensor) -> None:
 
 def _mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def _key(row: dict) -> tuple:
-    return row["task"], row["method"], row["num_samples"]
 
 
 def file_name(method: str) -> str:

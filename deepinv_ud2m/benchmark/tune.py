@@ -65,7 +65,9 @@ def tune(
                 continue
             scores = result["scores"].setdefault(task, {}).setdefault(method, [])
             tried = [score["settings"] for score in scores]
-            for settings in tqdm(entry.settings(), desc=f"{task}, {method}", disable=not progress):
+            for settings in tqdm(
+                entry.settings(overrides), desc=f"{task}, {method}", disable=not progress
+            ):
                 if settings in tried:
                     continue
                 sampler = entry.build(prior, sigma_y, **{**entry.defaults, **settings, **overrides})
@@ -82,10 +84,31 @@ def best_settings(result: dict, task: str, method: str) -> dict:
 
     :param dict result: what :func:`tune` returns or stored.
     :param str task: name of the task.
-    :param str method: label of the method.
+    :param str method: label of the method; where the label was not searched, another number of steps,
+        say, the first search of the same method counts.
     """
-    scores = result["scores"].get(task, {}).get(method, [])
+    searches = result["scores"].get(task, {})
+    same = [label for label in searches if label.partition(":")[0] == method.partition(":")[0]]
+    scores = searches.get(method) or (searches[same[0]] if same else [])
     return min(scores, key=lambda score: score["score"])["settings"] if scores else {}
+
+
+def merge_searches(files: list[Path]) -> dict:
+    """
+    Several results of :func:`tune` as one.
+
+    :param list[pathlib.Path] files: their files.
+    :raises ValueError: if a file does not exist or is no result of :func:`tune`.
+    """
+    scores = {}
+    for file in files:
+        try:
+            found = json.loads(Path(file).read_text())["scores"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--settings: {file} is not a result of tune: {error!r}") from error
+        for task, searches in found.items():
+            scores[task] = scores.get(task, {}) | searches
+    return {"scores": scores}
 
 
 def _criterion(samples: Tensor, x: Tensor) -> float:
