@@ -28,7 +28,7 @@ from deepinv.sampling import (
 from torch import Tensor
 
 from deepinv_ud2m.sampler import UD2M
-from deepinv_ud2m.unfolded import UnfoldedDenoiser
+from deepinv_ud2m.unfolded import REFERENCE_LEVEL, UnfoldedDenoiser
 
 Sampler = Callable[[Tensor, Physics, int], Tensor]
 
@@ -59,8 +59,16 @@ class Method:
         return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def _ud2m(prior: Denoiser, sigma_y: float, num_steps=3, num_iterations=3, eta=1.0) -> Sampler:
-    model = UD2M(UnfoldedDenoiser(prior, num_iterations), num_steps, eta)
+def _ud2m(
+    prior: Denoiser,
+    sigma_y: float,
+    num_steps=3,
+    num_iterations=3,
+    eta=1.0,
+    reference_level=REFERENCE_LEVEL,
+) -> Sampler:
+    unfolded = UnfoldedDenoiser(prior, num_iterations, reference_level=reference_level)
+    model = UD2M(unfolded, num_steps, eta)
 
     def sample(y, physics, seed):
         return model(y, physics, generator=torch.Generator(y.device).manual_seed(seed))
@@ -150,24 +158,31 @@ def _seeded_by_generator(
 _LAST_LEVEL = 0.002
 
 METHODS = {
-    "ud2m": Method("UD2M, untrained", _ud2m, grid={"eta": [0.0, 0.5, 0.8, 1.0]}, defaults={"eta": 1.0}),
+    "ud2m": Method(
+        "UD2M, untrained",
+        _ud2m,
+        grid={"eta": [0.0, 0.5, 0.8, 1.0], "reference_level": [0.1, 0.2, 0.4]},
+        defaults={"eta": 1.0, "reference_level": REFERENCE_LEVEL},
+    ),
     "diffpir": Method(
         "DiffPIR",
         _diffpir,
-        grid={"zeta": [0.1, 0.3, 0.6, 1.0], "lambda_": [1.0, 3.0, 7.0, 15.0]},
+        grid={"zeta": [0.1, 0.3, 0.6, 1.0], "lambda_": [0.3, 1.0, 3.0, 7.0, 15.0]},
         defaults={"zeta": 0.1, "lambda_": 7.0},
     ),
     "dps": Method(
         "DPS",
         _dps,
-        grid={"guidance": ["norm", "annealed"], "weight": [0.1, 0.3, 1.0, 3.0, 10.0]},
+        grid={"guidance": ["norm", "annealed"], "weight": [0.3, 1.0, 3.0, 10.0, 30.0, 100.0]},
         defaults={"guidance": "norm", "weight": 1.0},
     ),
-    "pigdm": Method("PiGDM", _pigdm, grid={"weight": [0.3, 0.6, 1.0, 1.5]}, defaults={"weight": 1.0}),
+    "pigdm": Method(
+        "PiGDM", _pigdm, grid={"weight": [0.1, 0.3, 0.6, 1.0, 1.5, 2.5, 4.0]}, defaults={"weight": 1.0}
+    ),
     "ddrm": Method(
         "DDRM",
         _ddrm,
-        grid={"eta": [0.6, 0.85, 1.0], "sigma_max": [1.0, 10.0, 80.0]},
+        grid={"eta": [0.6, 0.85, 1.0], "sigma_max": [0.5, 1.0, 10.0, 80.0]},
         defaults={"eta": 0.85, "sigma_max": 1.0},
         applies=lambda physics: isinstance(physics, DecomposablePhysics),
     ),

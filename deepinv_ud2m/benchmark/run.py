@@ -166,7 +166,9 @@ def run_method(
         x_batch = x[images.start : images.stop]
         y = measure(physics, x_batch, images, setup.seed)
         prior(x_batch, torch.full((len(x_batch),), 0.1, device=x.device))  # warm-up
-        samples, cost = draw(sampler, prior, y, physics, num_samples, setup.seed + start)
+        # Mixed once more, so that no sample shares its seed with a measurement.
+        seed = _mix(setup.seed, 2, start + 1)
+        samples, cost = draw(sampler, prior, y, physics, num_samples, seed)
         rows = evaluate(samples, x_batch, y, physics)
         head = {"task": task, "method": method, "settings": settings, "num_samples": num_samples}
         results.add(
