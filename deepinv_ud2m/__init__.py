@@ -2,7 +2,7 @@
 
 from deepinv_ud2m.__about__ import __version__
 from deepinv_ud2m.initializers import LinearInitializer, PseudoInverseInitializer
-from deepinv_ud2m.lora import add_lora, lora_disabled, merge_lora, unmerge_lora
+from deepinv_ud2m.lora import add_lora, lora_disabled, merge_lora, remove_lora, unmerge_lora
 from deepinv_ud2m.priors import PriorInfo, load_prior, save_prior
 from deepinv_ud2m.proximal import posterior_prox
 from deepinv_ud2m.sampler import UD2M, Trajectory
@@ -23,6 +23,7 @@ __all__ = [
     "lora_disabled",
     "merge_lora",
     "posterior_prox",
+    "remove_lora",
     "save_prior",
     "unmerge_lora",
 ]

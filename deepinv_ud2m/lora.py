@@ -41,10 +41,14 @@ __all__ = [
     "freeze_prior",
     "has_lora",
     "load_lora_state_dict",
+    "lora_config",
     "lora_disabled",
     "lora_parameters",
     "lora_state_dict",
     "merge_lora",
+    "prior_parameters",
+    "prior_state_dict",
+    "remove_lora",
     "unmerge_lora",
 ]
 
@@ -178,8 +182,38 @@ def has_lora(denoiser: Denoiser) -> bool:
     return any(True for _ in _lora_layers(denoiser))
 
 
+def remove_lora(denoiser: Denoiser) -> None:
+    r"""
+    Take the adapter off, and what it learned with it: the layers are the prior's again, bit for bit,
+    under their own names, frozen. Without adapter there is nothing to do.
+
+    :param deepinv.models.Denoiser denoiser: the denoiser.
+    """
+    unmerge_lora(denoiser)
+    for name, layer in list(_lora_layers(denoiser)):
+        parent, _, child = name.rpartition(".")
+        setattr(denoiser.get_submodule(parent), child, layer.get_base_layer())
+    # What peft notes on the model, and would warn of when the next adapter is added.
+    vars(denoiser).pop("peft_config", None)
+
+
 # -------------------------------------------------------------------------------------------------
 # Training and storing
+
+
+def lora_config(denoiser: Denoiser) -> dict | None:
+    r"""
+    What :func:`add_lora` was called with, read off the adapter.
+
+    :param deepinv.models.Denoiser denoiser: the denoiser.
+    :return: (dict, None) ``"rank"``, ``"alpha"``, and ``"targets"``, the full names of the adapted
+        layers in the order of the network; ``None`` without adapter.
+    """
+    layers = dict(_lora_layers(denoiser))
+    if not layers:
+        return None
+    layer = next(iter(layers.values()))
+    return {"rank": layer.r[_ADAPTER], "alpha": layer.lora_alpha[_ADAPTER], "targets": list(layers)}
 
 
 def lora_parameters(denoiser: Denoiser) -> Iterator[nn.Parameter]:
@@ -225,6 +259,36 @@ def load_lora_state_dict(denoiser: Denoiser, state: Mapping[str, Tensor]) -> Non
     with _unmerged(denoiser), torch.no_grad():
         for key, factor in factors.items():
             factor.copy_(state[key])
+
+
+def prior_parameters(denoiser: Denoiser) -> Iterator[tuple[str, nn.Parameter]]:
+    r"""
+    The parameters of the prior under the names they have without adapter. While the adapter is
+    merged, the adapted ones hold merged values: see :func:`prior_state_dict`.
+
+    :param deepinv.models.Denoiser denoiser: the denoiser, with or without adapter.
+    :return: (Iterator[tuple[str, torch.nn.Parameter]])
+    """
+    adapted = [name for name, _ in _lora_layers(denoiser)]
+    for key, parameter in denoiser.named_parameters():
+        name = _prior_name(key, adapted)
+        if name is not None:
+            yield name, parameter
+
+
+def prior_state_dict(denoiser: Denoiser) -> dict[str, Tensor]:
+    r"""
+    The prior alone, and nothing of the adapter: its ``state_dict`` as it was before :func:`add_lora`,
+    in names and in values, also while the adapter is merged.
+
+    :param deepinv.models.Denoiser denoiser: the denoiser, with or without adapter.
+    :return: (dict[str, torch.Tensor]) detached tensors, which share the memory of the prior.
+    """
+    adapted = dict(_lora_layers(denoiser))
+    state = {_prior_name(key, adapted): value for key, value in denoiser.state_dict().items()}
+    state.pop(None, None)
+    originals = {f"{n}.weight": layer.prior_weight for n, layer in adapted.items() if layer.merged}
+    return state | originals
 
 
 # -------------------------------------------------------------------------------------------------
@@ -505,6 +569,16 @@ def _factors(denoiser: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, layer in _lora_layers(denoiser):
         yield f"{name}.lora_A.weight", layer.lora_A[_ADAPTER].weight
         yield f"{name}.lora_B.weight", layer.lora_B[_ADAPTER].weight
+
+
+def _prior_name(key: str, adapted: Iterable[str]) -> str | None:
+    """The name of a tensor before the adapter came, ``None`` if it came with the adapter."""
+    for name in adapted:
+        if key.startswith(f"{name}."):
+            inner = key.removeprefix(f"{name}.")
+            base = inner.removeprefix("base_layer.")
+            return None if base == inner else f"{name}.{base}"
+    return key
 
 
 def _check_scale(rank: int, alpha: float | None) -> None:

@@ -15,8 +15,9 @@ for any gap between levels, with :math:`\eta = 0` it is deterministic DDIM.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from deepinv.models import Denoiser, Reconstructor
@@ -246,6 +247,52 @@ class UD2M(Reconstructor):
         tau = self.eta * sigma_next * (1 - ratio**2) ** 0.5
         kept = ratio * (1 - self.eta**2 * (1 - ratio**2)) ** 0.5
         return x0 + kept * (x_s - x0) + tau * randn(x_s, generator)
+
+    def save_pretrained(
+        self, folder: str | Path, *, prior: str | None = None, metadata: Mapping | None = None
+    ) -> None:
+        """
+        Write what was trained, and how to build the rest; see
+        :func:`deepinv_ud2m.pretrained.save_pretrained`.
+        """
+        from deepinv_ud2m.pretrained import save_pretrained
+
+        save_pretrained(self, folder, prior=prior, metadata=metadata)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        prior: Denoiser | str | Path | None = None,
+        initializer: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        merge: bool = True,
+        revision: str | None = None,
+    ) -> UD2M:
+        """
+        A trained sampler by name, from a folder, or from the Hugging Face Hub; see
+        :func:`deepinv_ud2m.pretrained.from_pretrained`.
+        """
+        from deepinv_ud2m.pretrained import from_pretrained
+
+        return from_pretrained(
+            name_or_path,
+            prior=prior,
+            initializer=initializer,
+            device=device,
+            merge=merge,
+            revision=revision,
+        )
+
+    def push_to_hub(self, repo_id: str, **options) -> str:
+        """
+        Upload what :meth:`save_pretrained` writes to the Hugging Face Hub; see
+        :func:`deepinv_ud2m.pretrained.push_to_hub` for the options.
+        """
+        from deepinv_ud2m.pretrained import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
 
     def _draws(self) -> int:
         """Noise images of one sample: the start, K for each draw of x, one for each step between."""

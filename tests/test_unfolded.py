@@ -75,8 +75,8 @@ def test_iterate_is_prox_noise_denoise(gaussian_problem):
     unfolded = UnfoldedDenoiser(problem.denoiser, 3)
     x_s = torch.full((1, *SHAPE), 0.4, dtype=torch.float64)
     rho, delta, lambda_ = unfolded.scalars(1, 0.5, 0.1)
-    got = unfolded.iterate(1, x_s, problem.y, problem.physics, x_s, 0.5, 0.1, torch.manual_seed(0))
     noise = torch.randn(x_s.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    got = unfolded.iterate(1, x_s, problem.y, problem.physics, x_s, 0.5, 0.1, noise)
     z = posterior_prox(x_s, problem.y, problem.physics, x_s, 0.5, rho, lambda_, 0.1)
     assert torch.allclose(got, problem.denoiser(z + delta * noise, delta))
 

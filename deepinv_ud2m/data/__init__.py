@@ -7,6 +7,8 @@ black, so no edge appears.
 A few digits are shipped with the package (see ``LICENSES.md`` next to this file) and are enough for
 tests, demonstrations and benchmarks without a network; training needs the whole of MNIST, from a
 file (:func:`mnist_arrays`) or from the internet (:func:`load_mnist`).
+
+Images of any other origin are read by :func:`load_images`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["load_mnist", "mnist_arrays", "mnist_digits"]
+from deepinv_ud2m.data.images import load_images
+
+__all__ = ["load_images", "load_mnist", "mnist_arrays", "mnist_digits"]
 
 _SHIPPED = Path(__file__).parent / "mnist_digits.npz"
 _SPLITS = ("test", "validation")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from deepinv.loss.metric import Metric
@@ -27,32 +28,33 @@ class PerceptualDistance(Metric):
         \qquad \hat\phi = \frac{\phi}{\sqrt{\|\phi\|_2^2 + 10^{-6}}} .
 
     This is the unweighted form of LPIPS (`Zhang et al., 2018 <https://arxiv.org/abs/1801.03924>`_):
-    **no weights are learned from human judgements**, except with ``"lpips"``, which weights the
+    **no weights are learned from human judgements**, except with LPIPS itself, which weights the
     channels by its own and adds the layers up. It is 0 for equal images and, without learned weights,
     at most 4. Lower is better. Numbers of different networks are not comparable: the attribute
     ``network`` names the one that was used, for reports.
 
-    ============== ========== ================================================= ================
-    ``network``    images     activations                                       needs
-    ============== ========== ================================================= ================
-    "digits"       1x32x32    three of :class:`DigitClassifier`                 nothing, shipped
-    "efficientnet" 3xHxW      five of :class:`EfficientNetLite0`, at 224x224    two packages
-    "lpips"        3xHxW,     five of AlexNet                                   a download of
-                   H, W >= 32                                                   AlexNet's weights
-    ============== ========== ================================================= ================
+    =============== ========== ================================================ ================
+    ``network``     images     activations                                      needs
+    =============== ========== ================================================ ================
+    "digits"        1x32x32    three of :class:`DigitClassifier`                nothing, shipped
+    "efficientnet"  3xHxW      five of :class:`EfficientNetLite0`, at 224x224   two packages
+    "lpips-alex"    3xHxW,     five of AlexNet; "lpips" is the same             a download of the
+    "lpips-vgg"     H, W >= 32 five of VGG16                                    weights of the
+    "lpips-squeeze"            seven of SqueezeNet 1.1                          network
+    =============== ========== ================================================ ================
 
     Images are expected in [0, 1]; others are compared as they are (``norm_inputs="clip"`` clips them).
     Parameters are frozen and always in evaluation mode; gradients reach the images.
 
-    :param str network: ``"digits"``, ``"efficientnet"`` or ``"lpips"`` (default: ``"digits"``).
-    :param bool download: allow ``"lpips"`` to fetch the weights of AlexNet, 233 MB, if they are not in
-        the cache of torch.hub (default: ``False``).
+    :param str network: one of the table (default: ``"digits"``).
+    :param bool download: allow LPIPS to fetch the weights of its network (AlexNet 233 MB, VGG16 528 MB,
+        SqueezeNet 5 MB), if they are not in the cache of torch.hub (default: ``False``).
     :param str, torch.device device: where the network is (default: the CPU).
     :param kwargs: of :class:`deepinv.loss.metric.Metric`, such as ``reduction`` and ``center_crop``.
     :raises ValueError: for an unknown network.
     :raises ImportError: if the packages of the network are missing; it names them.
-    :raises RuntimeError: if weights would have to be downloaded and ``download`` is ``False``; it says
-        from where, how large, and to where.
+    :raises RuntimeError: if weights would have to be downloaded and ``download`` is ``False``, or the
+        download fails; it says from where, how large, and to where.
 
     :Examples:
 
@@ -80,11 +82,12 @@ class PerceptualDistance(Metric):
             backbone = EfficientNetLite0()
             self.distance = _FeatureDistance(backbone)
             self.network = f"{backbone.name}, unweighted"
-        elif network == "lpips":
-            self.distance = _LPIPS(download)
-            self.network = f"LPIPS AlexNet v0.1 (lpips {version('lpips')})"
+        elif network in _LPIPS.BACKBONES:
+            self.distance = _LPIPS(network, download)
+            self.network = f"LPIPS {self.distance.name} v0.1 (lpips {version('lpips')})"
         else:
-            raise ValueError(f'network must be "digits", "efficientnet" or "lpips", got {network!r}.')
+            names = ", ".join(f'"{name}"' for name in ("digits", "efficientnet", *_LPIPS.BACKBONES))
+            raise ValueError(f"network must be one of {names}, got {network!r}.")
         self.eval().requires_grad_(False).to(device)
         self.lower_better = True
 
@@ -127,23 +130,37 @@ def _normalized(activations: Tensor) -> Tensor:
 
 
 class _LPIPS(nn.Module):
-    def __init__(self, download: bool):
+    #: Name in the package lpips, name in torchvision, its name in messages.
+    BACKBONES: ClassVar = {
+        "lpips": ("alex", "AlexNet_Weights", "AlexNet"),
+        "lpips-alex": ("alex", "AlexNet_Weights", "AlexNet"),
+        "lpips-vgg": ("vgg", "VGG16_Weights", "VGG16"),
+        "lpips-squeeze": ("squeeze", "SqueezeNet1_1_Weights", "SqueezeNet 1.1"),
+    }
+
+    def __init__(self, network: str, download: bool):
         super().__init__()
         import lpips
-        from torchvision.models import AlexNet_Weights
+        import torchvision
 
-        weights = AlexNet_Weights.IMAGENET1K_V1
+        net, weights, self.name = self.BACKBONES[network]
+        weights = getattr(torchvision.models, weights).IMAGENET1K_V1
         file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+        size = f"{weights.meta['_file_size']:.0f} MB"
+        needs = f"LPIPS needs the weights of {self.name}, {size} from {weights.url}"
+        instead = (
+            f"put the file at {file}. Without it, use "
+            'network="efficientnet", whose weights are a package, or "digits" for digits.'
+        )
         if not (download or file.is_file()):
-            raise RuntimeError(
-                f"LPIPS needs the weights of AlexNet, {weights.meta['_file_size']:.0f} MB from "
-                f"{weights.url}: pass download=True, or put the file at {file}. "
-                'Without it, use network="efficientnet", whose weights are a package.'
-            )
+            raise RuntimeError(f"{needs}: pass download=True, or {instead}")
         with warnings.catch_warnings():
             # lpips asks torchvision for its weights in a deprecated way.
             warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
-            self.network = lpips.LPIPS(net="alex", verbose=False)
+            try:
+                self.network = lpips.LPIPS(net=net, verbose=False)
+            except OSError as error:
+                raise RuntimeError(f"{needs}, which failed ({error}): {instead}") from error
 
     def forward(self, x_net: Tensor, x: Tensor) -> Tensor:
         check_images(x, (3, None, None), "colour images")

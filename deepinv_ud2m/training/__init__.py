@@ -1,5 +1,13 @@
-"""Training: the unconditional priors."""
+"""Training: distillation of posterior samplers, and the unconditional priors they start from."""
 
+from deepinv_ud2m.training.discriminator import ConditionalDiscriminator
+from deepinv_ud2m.training.losses import (
+    AdversarialDiscriminatorLoss,
+    AdversarialGeneratorLoss,
+    EnergyScoreLoss,
+    L2Loss,
+    PerceptualLoss,
+)
 from deepinv_ud2m.training.prior import (
     EDMLoss,
     LogNormalSigmaGenerator,
@@ -7,11 +15,20 @@ from deepinv_ud2m.training.prior import (
     denoising_psnr,
     warmup_cosine,
 )
+from deepinv_ud2m.training.trainer import DistillationTrainer, parameter_groups
 
 __all__ = [
+    "AdversarialDiscriminatorLoss",
+    "AdversarialGeneratorLoss",
+    "ConditionalDiscriminator",
+    "DistillationTrainer",
     "EDMLoss",
+    "EnergyScoreLoss",
+    "L2Loss",
     "LogNormalSigmaGenerator",
+    "PerceptualLoss",
     "PriorTrainer",
     "denoising_psnr",
+    "parameter_groups",
     "warmup_cosine",
 ]

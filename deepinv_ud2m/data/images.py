@@ -1,0 +1,265 @@
+r"""Images of any origin as one tensor: a folder, a file, or a dataset of deepinv or of one's own.
+
+What cannot be used is refused, with its name: an image that is skipped, stretched or padded in silence
+would change an experiment.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepinv as dinv
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from deepinv_ud2m.checks import check_count
+
+#: Endings of the files that are taken for images in a folder, in lower case.
+EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def load_images(
+    source: str | Path | Dataset,
+    channels: int,
+    size: int,
+    num: int | None = None,
+    multiple: int = 1,
+    root: str | Path | None = None,
+) -> Tensor:
+    r"""
+    Images as one tensor: centre crops of one size, with one number of channels, in ``[0, 1]``.
+
+    RGB is turned to grey as by PIL's mode "L" (luma of ITU-R 601-2, without the rounding to bytes), grey
+    to RGB by repetition; alpha is dropped, the EXIF orientation is applied, and 16-bit grey images keep
+    their 16 bits.
+
+    :param str, pathlib.Path, torch.utils.data.Dataset source: one of
+
+        - a folder: its images in the order of their names, those of subfolders not included. Which files
+          are images is told by their ending, one of :data:`EXTENSIONS`;
+        - an image file;
+        - the name of a dataset of :mod:`deepinv.datasets`, such as ``"Set14HR"``; unless it is in
+          ``root`` already, it is **downloaded** by deepinv, from where and how large its documentation
+          says. A folder or file of that name comes first;
+        - a dataset whose items are images, tuples that begin with one, or dictionaries with one under
+          ``"x"``. An image is of PIL, or a tensor ``[C, H, W]`` or ``[H, W]``, uint8 or floating
+          in ``[0, 1]``.
+    :param int channels: channels C of the result, 1 or 3.
+    :param int size: side of the centre crop.
+    :param int, None num: how many images, from the first; all if ``None``.
+    :param int multiple: the side must be a multiple of it, the ``size_multiple`` of a prior, say.
+    :param str, pathlib.Path, None root: folder of a dataset given by name; that of deepinv's cache by
+        default.
+    :return: images ``[N, C, size, size]``, float32.
+    :raises ValueError: for a source that does not exist or has no images, fewer images than ``num``,
+        an image that is unreadable or smaller than the crop, or arguments that are out of range.
+    :raises TypeError: for a source of another type.
+
+    :Examples:
+
+    >>> import torch
+    >>> from deepinv_ud2m.data import load_images
+    >>> load_images(torch.utils.data.StackDataset(torch.rand(4, 3, 40, 48)), channels=1, size=32).shape
+    torch.Size([4, 1, 32, 32])
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3, got {channels!r}")
+    check_count("size", size)
+    if size % check_count("multiple", multiple):
+        raise ValueError(f"size must be a multiple of {multiple}, got {size}")
+    if num is not None:
+        check_count("num", num)
+    images = _open(source, root)
+    if num is not None and num > len(images.labels):
+        raise ValueError(f"num must be at most {len(images.labels)}, the images of {images}, got {num}")
+    labels = images.labels if num is None else images.labels[:num]
+    return torch.stack([_prepare(images, i, label, channels, size) for i, label in enumerate(labels)])
+
+
+@dataclass(frozen=True)
+class _Images:
+    """What :func:`load_images` reads from; the names are for messages."""
+
+    name: str
+    labels: Sequence[str]
+    read: Callable[[int], Any]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _open(source: str | Path | Dataset, root: str | Path | None) -> _Images:
+    if not isinstance(source, str | Path):
+        return _open_dataset(source, type(source).__name__)
+    path = Path(source)
+    if path.is_dir():
+        return _open_folder(path)
+    if path.is_file():
+        return _open_files(str(path), [path])
+    known = _deepinv_datasets()
+    if str(source) in known:
+        return _download(known[str(source)], root)
+    raise ValueError(
+        "source must be a folder of images, an image file, or the name of a deepinv dataset, one of "
+        f"{sorted(known)}; there is no {str(source)!r}"
+    )
+
+
+def _open_folder(folder: Path) -> _Images:
+    # Not through deepinv's ImageFolder: it descends into subfolders, in the order of the file system,
+    # knows lower-case endings only, and reads 16 bits as 8 and photographs without their orientation.
+    files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
+    files = sorted(file for file in files if file.suffix.lower() in EXTENSIONS)
+    if not files:
+        raise ValueError(
+            f"source must be a folder of images, but {folder} itself has no file that ends with one of "
+            f"{', '.join(EXTENSIONS)}"
+        )
+    return _open_files(str(folder), files)
+
+
+def _open_files(name: str, files: list[Path]) -> _Images:
+    return _Images(name, [str(file) for file in files], lambda i: _read_file(files[i]))
+
+
+def _read_file(file: Path) -> Image.Image:
+    with Image.open(file) as image:
+        image.load()
+        return image.copy()
+
+
+def _deepinv_datasets() -> dict[str, type]:
+    """Datasets that deepinv downloads, by name."""
+    classes = inspect.getmembers(dinv.datasets, inspect.isclass)
+    return {
+        name: kind
+        for name, kind in classes
+        if issubclass(kind, Dataset)
+        and {"root", "download"} <= inspect.signature(kind).parameters.keys()
+    }
+
+
+def _download(kind: type, root: str | Path | None) -> _Images:
+    where = "deepinv's cache" if root is None else str(root)
+    try:
+        dataset = kind(root=None if root is None else str(root), download=True)
+    # Each dataset has errors of its own: no network, a damaged archive, a package that is missing.
+    except Exception as error:
+        raise ValueError(
+            f"the dataset {kind.__name__} is not in {where} and could not be downloaded: {error}"
+        ) from error
+    # deepinv lists files in the order of the file system, which differs between machines.
+    if isinstance(dataset, dinv.datasets.ImageFolder) and dataset.y_paths is None:
+        dataset.x_paths = sorted(dataset.x_paths)
+    return _open_dataset(dataset, kind.__name__)
+
+
+def _open_dataset(dataset: Dataset, name: str) -> _Images:
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise TypeError(
+            "source must be a path, the name of a deepinv dataset, or a dataset with a length whose "
+            f"items have an index, got {name}"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"source must have at least one image, but the dataset {name} is empty")
+    labels = [f"item {i} of {name}" for i in range(len(dataset))]
+    if isinstance(dataset, dinv.datasets.ImageFolder) and dataset.x_paths is not None:
+        labels = [str(path) for path in dataset.x_paths]
+    return _Images(name, labels, dataset.__getitem__)
+
+
+def _prepare(images: _Images, index: int, label: str, channels: int, size: int) -> Tensor:
+    try:
+        image = _image_of(images.read(index))
+    # Of a damaged file, PIL raises what its decoder happens to meet (SyntaxError, struct.error, ...).
+    except Exception as error:
+        raise ValueError(f"{label} cannot be read as an image: {error}") from error
+    height, width = image.shape[-2:] if isinstance(image, Tensor) else (image.height, image.width)
+    if min(height, width) < size:
+        raise ValueError(f"{label} is {height}x{width} pixels, but the crops are {size}x{size}")
+    top, left = (height - size) // 2, (width - size) // 2
+    try:
+        if isinstance(image, Tensor):
+            values = _from_tensor(image[..., top : top + size, left : left + size])
+        else:
+            values = _from_pil(image.crop((left, top, left + size, top + size)))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{label} cannot be used: {error}") from error
+    return _with_channels(values, channels)
+
+
+def _image_of(item: Any) -> Tensor | Image.Image:
+    """The image of an item of a dataset."""
+    if isinstance(item, Mapping):
+        if "x" not in item:
+            raise ValueError(f'as a dictionary it must have the key "x", got {sorted(map(str, item))}')
+        item = item["x"]
+    elif isinstance(item, tuple | list):
+        item = item[0]
+    if isinstance(item, Image.Image):
+        return ImageOps.exif_transpose(item)
+    if not isinstance(item, Tensor):
+        raise ValueError(f"it must be an image of PIL or a tensor, got {type(item).__name__}")
+    if item.ndim not in (2, 3):
+        raise ValueError(f"it must be a tensor [C, H, W] or [H, W], got {list(item.shape)}")
+    return item
+
+
+def _from_pil(image: Image.Image) -> Tensor:
+    """Values in [0, 1], of shape `[C, H, W]` with 1 or 3 channels."""
+    if image.mode == "F":
+        return _from_tensor(torch.from_numpy(np.array(image)))
+    if image.mode.startswith("I"):  # integers of more than 8 bits
+        values = np.array(image).astype(np.float64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(
+                f"it has values from {values.min():.0f} to {values.max():.0f}: more than 16 bits"
+            )
+        return _from_tensor(torch.from_numpy(values / 65535))
+    if image.mode in ("1", "L", "LA"):
+        return _from_bytes(image.convert("L"))[None]
+    if image.mode == "P":  # through RGBA, or PIL warns about transparent colours
+        image = image.convert("RGBA")
+    return _from_bytes(image.convert("RGB")).permute(2, 0, 1)
+
+
+def _from_bytes(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).float() / 255
+
+
+def _from_tensor(image: Tensor) -> Tensor:
+    """Values in [0, 1], of shape `[C, H, W]` with 1 or 3 channels."""
+    image = image.detach().cpu()
+    image = image[None] if image.ndim == 2 else image
+    if image.shape[0] not in (1, 3, 4):
+        raise ValueError(f"it must have 1, 3 or (with alpha) 4 channels, got shape {list(image.shape)}")
+    image = image[:3]
+    if image.dtype == torch.uint8:
+        return image.float() / 255
+    if not image.is_floating_point():
+        raise ValueError(f"it must be uint8 or floating in [0, 1], got {image.dtype}")
+    if not ((image > -_ROUNDING) & (image < 1 + _ROUNDING)).all():
+        low, high = image.min().item(), image.max().item()
+        raise ValueError(f"floating values must be in [0, 1], got {low:.4g} to {high:.4g}")
+    return image.float().clamp(0, 1)
+
+
+def _with_channels(image: Tensor, channels: int) -> Tensor:
+    if len(image) == channels:
+        return image
+    if channels == 3:
+        return image.expand(3, -1, -1)
+    return (_LUMA[:, None, None] * image).sum(0, keepdim=True)
+
+
+_LUMA = torch.tensor([0.299, 0.587, 0.114])
+
+#: By how much rounding may take floating images out of [0, 1].
+_ROUNDING = 1e-5

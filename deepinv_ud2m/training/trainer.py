@@ -1,0 +1,745 @@
+r"""Distillation: training an unfolded denoiser to draw from :math:`p(x \mid y, x_s)`.
+
+One step (Mbakam et al. 2025, section 4): images x from the data, measurements y of them through one of
+the physics, a level s per image, states :math:`x_s = x + s \varepsilon`, and draws
+:math:`\hat x = L(y, x_s, s)`. What is trainable in the unfolded denoiser (LoRA, the logarithms of rho,
+lambda and delta, an initialiser) follows the gradient of the losses, a discriminator that of its own.
+
+This is the one file that builds on deepinv's trainers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from deepinv.loss import Loss
+from deepinv.loss.metric import Metric
+from deepinv.physics import Physics
+from deepinv.training import AdversarialOptimizer, AdversarialTrainer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
+
+from deepinv_ud2m.batching import RepeatedPhysics, is_shared, repeat_batch
+from deepinv_ud2m.metrics import energy_score
+from deepinv_ud2m.pretrained import load_trained_state_dict, save_pretrained, trained_state_dict
+from deepinv_ud2m.proximal import check_has_prox, expand_scalar, noise_level
+from deepinv_ud2m.sampler import UD2M
+from deepinv_ud2m.schedule import VPSchedule
+from deepinv_ud2m.training.checkpoint import read_checkpoint, write_checkpoint
+from deepinv_ud2m.training.losses import condition
+from deepinv_ud2m.training.randomness import BatchStream, find_generators, seed_all
+from deepinv_ud2m.unfolded import UnfoldedDenoiser
+
+# Kinds of randomness, so that no two share a seed.
+_STEP, _DATA, _EVALUATION = range(3)
+
+
+def parameter_groups(
+    unfolded: UnfoldedDenoiser,
+    lr: float = 1e-4,
+    lr_scalars: float = 1e-3,
+    lr_initializer: float = 1e-5,
+    weight_decay: float = 0.01,
+) -> list[dict]:
+    """
+    What is trainable in an unfolded denoiser, as parameter groups of an optimiser.
+
+    :param deepinv_ud2m.UnfoldedDenoiser unfolded: the unfolded denoiser.
+    :param float lr: learning rate of the adapter and of whatever else of the prior is trainable
+        (default: 1e-4, as in the paper's Table 9).
+    :param float lr_scalars: of the logarithms of rho, lambda and delta (default: 1e-3).
+    :param float lr_initializer: of an initialiser, RAM say (default: 1e-5, Table 9).
+    :param float weight_decay: of all but the scalars (default: 0.01, Table 9).
+    :returns: the groups that have parameters, each with its ``name``.
+    """
+    scalars = {"log_rho", "log_delta", "log_lambda"}
+    trainable = {n: p for n, p in unfolded.named_parameters() if p.requires_grad}
+    rates = {"prior": lr, "scalars": lr_scalars, "initializer": lr_initializer}
+    groups = {name: [] for name in rates}
+    for name, parameter in trainable.items():
+        in_initializer = name.startswith("initializer.")
+        group = "scalars" if name in scalars else "initializer" if in_initializer else "prior"
+        groups[group].append(parameter)
+    return [
+        {
+            "name": name,
+            "params": parameters,
+            "lr": rates[name],
+            "weight_decay": 0.0 if name == "scalars" else weight_decay,
+        }
+        for name, parameters in groups.items()
+        if parameters
+    ]
+
+
+@dataclass(kw_only=True)
+class DistillationTrainer(AdversarialTrainer):
+    r"""
+    Trains the unfolded denoiser of a :class:`deepinv_ud2m.UD2M`; evaluation runs the full sampler.
+
+    It is deepinv's :class:`deepinv.training.AdversarialTrainer`, with its data (``train_dataloader``
+    gives images x, or x and y with ``online_measurements=False``), physics, ``physics_generator``,
+    metrics, loggers and :meth:`test`. It counts in optimiser steps rather than epochs: ``steps``,
+    ``eval_interval`` and ``ckp_interval``; ``epochs``, ``max_batch_steps``, ``early_stop`` and
+    ``ckpt_pretrained`` are not used.
+
+    Several physics (with one loader for all, or one each) are the multi-operator setting: each is used
+    once, in random order, before any is used again.
+
+    A run is repeatable: all that is random in a step follows from ``seed`` and the number of the step
+    (the global random generators are seeded by it). With ``save_path``, a checkpoint is written every
+    ``ckp_interval`` steps, and a run that was stopped at any moment goes on from it when it is started
+    again with the same arguments; on a CPU it ends with the same bits as one that was never stopped.
+
+    When training ends the model holds the moving average of what was trained, which is also what is
+    evaluated and exported.
+
+    :param deepinv_ud2m.UD2M model: the sampler, with an :class:`deepinv_ud2m.UnfoldedDenoiser`; what
+        has ``requires_grad`` in it is trained. Put LoRA on its prior first
+        (:func:`deepinv_ud2m.add_lora`).
+    :param deepinv.physics.Physics, list physics: one or several.
+    :param torch.utils.data.DataLoader, list train_dataloader: images.
+    :param Loss, list[Loss] losses: losses of the draws (:mod:`deepinv_ud2m.training.losses`), which
+        are added up; any deepinv loss of ``x`` and ``x_net`` will do.
+    :param Loss, list[Loss] losses_d: losses of the discriminator.
+    :param torch.nn.Module D: the discriminator, if there is one.
+    :param torch.optim.Optimizer, AdversarialOptimizer optimizer: of :func:`parameter_groups`, with a
+        discriminator both. AdamW by default, as in the paper's Table 9.
+    :param Callable lr_schedule: factor on the learning rates as a function of the step, such as
+        :func:`deepinv_ud2m.training.warmup_cosine`; constant by default.
+    :param int steps: optimiser steps of the whole run (default: 10000).
+    :param Callable levels: ``levels(batch_size) -> Tensor [batch_size]`` draws the levels s of the
+        states; those of :meth:`deepinv_ud2m.VPSchedule.training_levels` by default.
+    :param int accumulate: batches per optimiser step (default: 1).
+    :param bool checkpointing: keep only the input of each unfolded iteration for the backward pass
+        (default: ``False``).
+    :param float ema_decay: decay of the moving average per step, warmed up (default: 0.999).
+    :param int max_skipped: steps in a row without finite loss and gradient, each of them skipped, after
+        which training stops (default: 10).
+    :param int eval_samples: samples of each measurement in evaluation (default: 4).
+    :param Mapping sample_metrics: metrics of the samples, ``name: f(samples, x) -> Tensor [B]``, smaller
+        is better; the first decides which weights are the best. The energy score by default.
+    :param int eval_interval: steps between evaluations, if there is an ``eval_dataloader``
+        (default: 1000).
+    :param int ckp_interval: steps between checkpoints (default: 500).
+    :param int log_interval: steps whose mean is one point of the history (default: 50).
+    :param str, pathlib.Path save_path: folder for ``checkpoint.pt``, ``history.json``, ``curves.png``,
+        pictures of evaluations, and the exported models ``best`` and ``final`` (default: ``None``,
+        nothing is written).
+    :param bool resume: go on from the checkpoint in ``save_path``, if there is one (default: ``True``).
+    :param int seed: of the run (default: 0).
+    :raises TypeError, ValueError: for arguments that cannot work, before anything is computed.
+
+    |sep|
+
+    :Examples:
+
+        >>> import deepinv as dinv, torch
+        >>> from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora, load_prior
+        >>> from deepinv_ud2m.data import mnist_digits
+        >>> from deepinv_ud2m.training import DistillationTrainer, L2Loss
+        >>> prior = load_prior("mnist")
+        >>> layers = add_lora(prior)
+        >>> trainer = DistillationTrainer(
+        ...     model=UD2M(UnfoldedDenoiser(prior, num_iterations=1)),
+        ...     physics=dinv.physics.Inpainting((1, 32, 32), mask=0.3,
+        ...                                     noise_model=dinv.physics.GaussianNoise(0.05)),
+        ...     train_dataloader=torch.utils.data.DataLoader(mnist_digits("validation", 4), batch_size=2),
+        ...     losses=L2Loss(), steps=1, device="cpu", verbose=False,
+        ... )
+        >>> model = trainer.train()
+    """
+
+    optimizer: torch.optim.Optimizer | AdversarialOptimizer | None = None
+    losses: Loss | list[Loss] = None
+    lr_schedule: Callable[[int], float] | None = None
+    steps: int = 10_000
+    levels: Callable[[int], Tensor] | None = None
+    accumulate: int = 1
+    checkpointing: bool = False
+    ema_decay: float = 0.999
+    max_skipped: int = 10
+    eval_samples: int = 4
+    sample_metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None
+    eval_interval: int = 1000
+    ckp_interval: int = 500
+    log_interval: int = 50
+    save_path: str | Path | None = None
+    resume: bool = True
+    seed: int = 0
+    online_measurements: bool = True
+    optimizer_step_multi_dataset: bool = False
+    compute_train_metrics: bool = False
+    freq_update_progress_bar: int = 10
+    non_blocking_transfers: bool = False
+    history: dict[str, list[tuple[int, float]]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self):
+        self._check()
+        super().__post_init__()
+        self.model.to(self.device)
+        self.physics = _as_list(self.physics)
+        self.losses, self.losses_d = _as_list(self.losses), _as_list(self.losses_d)
+        self.physics_generator = self.physics_generator and _as_list(self.physics_generator)
+        self.metrics = _as_list(self.metrics)
+        self.train_dataloader = self._loader_of_each(self.train_dataloader)
+        self.eval_dataloader = self._loader_of_each(self.eval_dataloader)
+        if self.sample_metrics is None:
+            self.sample_metrics = {"energy score": energy_score} if self.eval_samples > 1 else {}
+        if self.levels is None:
+            self.levels = VPSchedule().to(self.device).training_levels
+        self.folder = Path(self.save_path) if self.save_path else None
+        self.num_draws = max(getattr(loss, "num_samples", 1) for loss in self.losses)
+        self.unfolded.checkpointing = self.checkpointing
+        self._set_up_optimizers()
+
+    # ---------------------------------------------------------------------------------------------
+    # Setting up
+
+    @property
+    def unfolded(self) -> UnfoldedDenoiser:
+        """The unfolded denoiser that is trained."""
+        return self.model.unfolded
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that are trained, those of the discriminator apart."""
+        return [parameter for parameter in self.unfolded.parameters() if parameter.requires_grad]
+
+    def _check(self) -> None:
+        if not isinstance(self.model, UD2M) or not isinstance(self.model.unfolded, UnfoldedDenoiser):
+            raise TypeError(
+                f"model must be UD2M(UnfoldedDenoiser(prior)), got {type(self.model).__name__}"
+            )
+        if not self.losses:
+            raise ValueError("losses is empty: give at least one loss, such as L2Loss()")
+        for name in (
+            "steps", "accumulate", "max_skipped", "eval_samples", "eval_interval", "ckp_interval",
+            "log_interval", "step_ratio_D",
+        ):  # fmt: skip
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
+                raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)!r}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if (self.D is None) != (not self.losses_d):
+            raise ValueError("D and losses_d belong together: give both or none")
+        if self.mixed_precision in (True, "float16", "fp16", torch.float16):
+            raise ValueError("mixed_precision must be 'bfloat16' or False, got float16")
+        if self.compute_eval_losses or self.compute_train_metrics:
+            raise ValueError(
+                "compute_eval_losses and compute_train_metrics are not available: losses are of draws at "
+                "random levels, metrics of samples"
+            )
+        if not self.trained:
+            raise ValueError(
+                "model has nothing to train: put LoRA on its prior with add_lora(denoiser) before"
+            )
+        for physics in _as_list(self.physics):
+            check_has_prox(physics)
+        generators = _as_list(self.physics_generator)
+        if generators and len(generators) != len(_as_list(self.physics)):
+            raise ValueError(
+                f"physics_generator must be one per physics, {len(_as_list(self.physics))}, "
+                f"got {len(generators)}"
+            )
+
+    def _loader_of_each(self, loaders) -> list | None:
+        """One loader per physics; a single one serves all."""
+        if loaders is None:
+            return None
+        loaders, number = _as_list(loaders), len(self.physics)
+        if len(loaders) not in (1, number):
+            raise ValueError(
+                f"data loaders must be one, or one per physics ({number}), got {len(loaders)}"
+            )
+        return loaders * number if len(loaders) == 1 else loaders
+
+    def _set_up_optimizers(self) -> None:
+        optimizer = self.optimizer
+        if optimizer is None:
+            optimizer = torch.optim.AdamW(parameter_groups(self.unfolded))
+            if self.D is not None:
+                of_d = torch.optim.AdamW(self.D.parameters(), lr=1e-4, weight_decay=0.01)
+                optimizer = AdversarialOptimizer(optimizer, of_d)
+        if (self.D is not None) != isinstance(optimizer, AdversarialOptimizer):
+            raise TypeError(
+                "optimizer must be an AdversarialOptimizer with a discriminator, and a torch optimizer "
+                f"without; got {type(optimizer).__name__}"
+            )
+        self.optimizer = optimizer
+        both = [optimizer.G, optimizer.D] if self.D is not None else [optimizer]
+        self.optimizer_g, self.optimizers = both[0], both
+        if self.D is not None:
+            self.D.to(self.device)
+        factor = self.lr_schedule or (lambda step: 1.0)
+        self.schedulers = [LambdaLR(optimizer, factor) for optimizer in both]
+
+    def setup_train(self, train: bool = True, **kwargs) -> None:
+        """deepinv's set-up of metrics and loggers, without the folder named by the second."""
+        save_path, self.save_path = self.save_path, None
+        super().setup_train(train=train, **kwargs)
+        self.save_path = save_path
+        if not train:
+            return
+        self.step_start, self.skipped, self._skipped_in_a_row = 0, 0, 0
+        self.best = math.inf
+        self.history = defaultdict(list)
+        self._sums, self._counts = defaultdict(float), defaultdict(int)
+        self._ema = [parameter.detach().clone() for parameter in self.trained]
+        self._generators = find_generators(self.physics, self.physics_generator)
+        distinct = {id(loader): loader for loader in self.train_dataloader}
+        streams = {
+            key: BatchStream(loader, [self.seed, _DATA, i])
+            for i, (key, loader) in enumerate(distinct.items())
+        }
+        self._streams = [streams[id(loader)] for loader in self.train_dataloader]
+        if self.folder and self.resume and (self.folder / "checkpoint.pt").is_file():
+            self._load(self.folder / "checkpoint.pt")
+
+    def load_model(self, ckpt_pretrained=None, strict: bool = True) -> None:
+        """deepinv's way to resume, which unpickles; not used."""
+
+    # ---------------------------------------------------------------------------------------------
+    # Training
+
+    def train(self) -> UD2M:
+        """
+        Train, from the checkpoint in ``save_path`` where there is one.
+
+        :returns: the model, with the moving average of what was trained.
+        :raises RuntimeError: after ``max_skipped`` steps in a row without finite loss; the state before
+            them is in the checkpoint.
+        :raises ValueError: if the checkpoint is damaged or of another run; it is left as it is.
+        """
+        self.setup_train()
+        bar = tqdm(
+            initial=self.step_start,
+            total=self.steps,
+            desc="Distillation",
+            disable=not (self.verbose and self.show_progress_bar),
+        )
+        step = self.step_start
+        try:
+            for step in range(self.step_start, self.steps):
+                logs = self.train_step(step)
+                self._log(step, logs, bar)
+                if self.eval_dataloader and (step + 1) % self.eval_interval == 0:
+                    self._evaluate_and_keep_the_best(step + 1)
+                if (step + 1) % self.ckp_interval == 0:
+                    self._save(step + 1)
+        except KeyboardInterrupt:
+            # A step that was cut short may have moved a part of the weights; the last checkpoint has not.
+            bar.write(f"interrupted at step {step}: start again to go on from the last checkpoint")
+            raise
+        finally:
+            bar.close()
+        return self._finish()
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """
+        One optimiser step; skipped if the loss or its gradient is not finite.
+
+        :param int step: number of the step, which fixes its randomness.
+        :returns: losses, gradient norms and learning rate, by name.
+        """
+        logs = defaultdict(float)
+        self.optimizer_g.zero_grad(set_to_none=True)
+        batches, finite = [], True
+        for i in range(self.accumulate):
+            loss, batch, terms = self._backward(step * self.accumulate + i, step)
+            for name, value in terms.items():
+                logs[name] += value / self.accumulate
+            finite = finite and math.isfinite(loss)
+            batches.append(batch)
+            if not finite:
+                break
+        norm = nn.utils.clip_grad_norm_(self.trained, self.grad_clip or math.inf).item()
+        logs["gradient norm"] = norm
+        if not (finite and math.isfinite(norm)):
+            self._skip(step)
+            return logs
+        self._skipped_in_a_row = 0
+        self.optimizer_g.step()
+        if self.D is not None:
+            for _ in range(self.step_ratio_D):
+                logs |= self._train_discriminator(batches)
+        logs["learning rate"] = self.optimizer_g.param_groups[0]["lr"]
+        for scheduler in self.schedulers:
+            scheduler.step()
+        self._update_average(step)
+        return logs
+
+    def _backward(self, micro_step: int, step: int) -> tuple[float, dict, dict[str, float]]:
+        """Losses of one batch, and their gradients; the draws serve the discriminator too."""
+        seed_all([self.seed, _STEP, micro_step], self._generators)
+        operator = self._operator(micro_step)
+        x, y, physics = self.get_samples(self._streams, operator)
+        batch = self.draw(x, y, physics) | {"step": step}
+        with self.get_autocast_context():
+            losses = [self._loss(loss, batch) for loss in self.losses]
+        total = sum(losses)
+        if total.isfinite():
+            (total / self.accumulate).backward()
+        terms = {"loss": total.item()}
+        if len(losses) > 1:
+            terms |= dict(zip(_names(self.losses), (loss.item() for loss in losses), strict=True))
+        batch["samples"], batch["x_net"] = batch["samples"].detach(), batch["x_net"].detach()
+        return total.item(), batch, terms
+
+    def draw(self, x: Tensor, y: Tensor, physics: Physics) -> dict:
+        r"""
+        States at random levels, and draws from the unfolded denoiser.
+
+        :param torch.Tensor x: images, `[B, C, H, W]`.
+        :param torch.Tensor y: their measurements.
+        :param deepinv.physics.Physics physics: the physics.
+        :returns: what losses are called with: ``x, x_net, samples, x_s, sigma, y, physics, condition``.
+        """
+        sigma = self.levels(len(x)).to(x)
+        x_s = x + expand_scalar(sigma, x, "levels") * torch.randn_like(x)
+        draws, level = self.num_draws, noise_level(physics)
+        repeated = physics
+        if draws > 1 and not is_shared(physics, x, level):
+            repeated = RepeatedPhysics(physics, x, draws, level)
+        with self.get_autocast_context():
+            samples = self.unfolded(
+                repeat_batch(y, draws), repeated, repeat_batch(x_s, draws), sigma.repeat(draws)
+            ).unflatten(0, (draws, len(x)))
+        batch = {"x": x, "y": y, "physics": physics, "sigma": sigma, "x_s": x_s}
+        batch |= {"samples": samples, "x_net": samples[0]}
+        if self.D is not None:
+            batch["condition"] = condition(y, physics)
+        return batch
+
+    def _loss(self, loss: Loss, batch: dict) -> Tensor:
+        return loss(**batch, model=self.model, D=self.D, epoch=0).mean()
+
+    def _train_discriminator(self, batches: list[dict]) -> dict[str, float]:
+        logs = defaultdict(float)
+        optimizer = self.optimizers[1]
+        optimizer.zero_grad(set_to_none=True)
+        for batch in batches:
+            with self.get_autocast_context():
+                losses = [self._loss(loss, batch) for loss in self.losses_d]
+            (sum(losses) / len(batches)).backward()
+            for name, loss in zip(_names(self.losses_d), losses, strict=True):
+                logs[f"D: {name}"] += loss.item() / len(batches)
+        norm = nn.utils.clip_grad_norm_(self.D.parameters(), self.grad_clip or math.inf)
+        if norm.isfinite():
+            optimizer.step()
+        return logs
+
+    def _operator(self, micro_step: int) -> int:
+        """Each physics once in every round, in an order that follows from the round."""
+        turn, place = divmod(micro_step, len(self.physics))
+        order = np.random.default_rng([self.seed, _STEP, turn]).permutation(len(self.physics))
+        return int(order[place])
+
+    def _skip(self, step: int) -> None:
+        self.optimizer_g.zero_grad(set_to_none=True)
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= self.max_skipped:
+            good = step + 1 - self._skipped_in_a_row
+            if self.folder:
+                self._save(good)
+            raise RuntimeError(
+                f"the loss or its gradient was not finite in {self._skipped_in_a_row} steps in a row, "
+                f"from step {good} on; the weights before them are "
+                + (f"in {self.folder / 'checkpoint.pt'}" if self.folder else "in the model")
+            )
+
+    @torch.no_grad()
+    def _update_average(self, step: int) -> None:
+        # Short at first, so that a short run is not an average with the starting point.
+        decay = min(self.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._ema, [p.detach() for p in self.trained], 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with the moving average in place of the weights of the last step."""
+        self._swap_average()
+        try:
+            yield
+        finally:
+            self._swap_average()
+
+    @torch.no_grad()
+    def _swap_average(self) -> None:
+        for parameter, average in zip(self.trained, self._ema, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+
+    def _finish(self) -> UD2M:
+        if self.folder:
+            self._save(self.steps)
+        with torch.no_grad():
+            for parameter, average in zip(self.trained, self._ema, strict=True):
+                parameter.copy_(average)
+        if self.folder:
+            save_pretrained(self.model, self.folder / "final")
+        if self.wandb_vis:
+            import wandb
+
+            wandb.finish()
+        if self.mlflow_vis:
+            import mlflow
+
+            mlflow.end_run()
+        return self.model.eval()
+
+    # ---------------------------------------------------------------------------------------------
+    # What deepinv's test() and its evaluation call
+
+    def compute_loss(self, physics, x, y, train=True, epoch=None, step=False):
+        """deepinv's loss of a batch; in evaluation there is none, only metrics of samples."""
+        if train:
+            raise NotImplementedError("train() goes by train_step")
+        return 0.0, None, {}
+
+    def model_inference(self, y, physics, x=None, train=False, **kwargs) -> Tensor:
+        """One posterior sample of the full sampler."""
+        return self.model(y, physics)
+
+    # ---------------------------------------------------------------------------------------------
+    # Evaluation
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """
+        Metrics of the full sampler on ``eval_dataloader``, with the moving average.
+
+        Measurements and samples are the same at each evaluation.
+
+        :returns: mean of each metric over physics and images; with several physics also of each, by
+            ``name [number of the physics]``.
+        """
+        values = defaultdict(list)
+        with self.averaged():
+            for operator, loader in enumerate(self.eval_dataloader):
+                for name, value in self._evaluate_on(operator, loader).items():
+                    values[name].append(value)
+                    if len(self.physics) > 1:
+                        values[f"{name} [{operator}]"].append(value)
+        return {name: float(np.mean(of)) for name, of in values.items()}
+
+    def _evaluate_on(self, operator: int, loader) -> dict[str, float]:
+        values = defaultdict(list)
+        stream = BatchStream(loader, [self.seed, _EVALUATION, operator])
+        for i in range(len(loader)):
+            seed_all([self.seed, _EVALUATION, operator, i], self._generators)
+            x, y, physics = self.get_samples({operator: stream}, operator)
+            samples = self.model.sample(y, physics, self.eval_samples)
+            for name, metric in zip(_names(self.metrics), self.metrics, strict=True):
+                of = metric(x=x, x_net=samples[0], y=y, physics=physics, model=self.model)
+                values[name] += of.flatten().tolist()
+            for name, metric in self.sample_metrics.items():
+                values[name] += metric(samples, x).flatten().tolist()
+            if i == 0 and self.plot_images and self.folder:
+                _plot_sheet(self.folder / f"samples_{operator}.png", x, y, physics, samples)
+        return {name: float(np.mean(of)) for name, of in values.items()}
+
+    def _evaluate_and_keep_the_best(self, step: int) -> None:
+        results = self.evaluate()
+        for name, value in results.items():
+            self.history[f"eval: {name}"].append((step, value))
+        self.log_metrics_mlops(results, step=step, train=False)
+        score = self._score(results)
+        if score < self.best:
+            self.best = score
+            if self.folder:
+                with self.averaged():
+                    save_pretrained(self.model, self.folder / "best", metadata={"step": step, **results})
+        if self.verbose:
+            text = ", ".join(f"{name} {value:.4g}" for name, value in results.items() if "[" not in name)
+            tqdm.write(f"step {step}: {text}")
+        self._write_history()
+
+    def _score(self, results: dict[str, float]) -> float:
+        """What the best weights are best in, smaller is better."""
+        if self.sample_metrics:
+            return results[next(iter(self.sample_metrics))]
+        if not self.metrics:
+            return 0.0
+        metric: Metric = self.metrics[0]
+        value = results[_names(self.metrics)[0]]
+        return value if getattr(metric, "lower_better", True) else -value
+
+    # ---------------------------------------------------------------------------------------------
+    # Records
+
+    def _log(self, step: int, logs: dict[str, float], bar: tqdm) -> None:
+        for name, value in logs.items():
+            self._sums[name] += value
+            self._counts[name] += 1
+        bar.update()
+        if (step + 1) % self.freq_update_progress_bar == 0:
+            means = {name: self._sums[name] / self._counts[name] for name in self._sums}
+            bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()} | self._skips())
+        if (step + 1) % self.log_interval == 0:
+            means = {name: self._sums[name] / self._counts[name] for name in self._sums}
+            for name, value in means.items():
+                self.history[name].append((step + 1, value))
+            self.log_metrics_mlops(means, step=step + 1, train=True)
+            self._sums.clear()
+            self._counts.clear()
+
+    def _skips(self) -> dict[str, int]:
+        return {"skipped": self.skipped} if self.skipped else {}
+
+    def _write_history(self) -> None:
+        if self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "history.json").write_text(json.dumps(self.history, indent=1) + "\n")
+            _plot_curves(self.folder / "curves.png", self.history)
+
+    def _save(self, step: int) -> None:
+        if not self.folder:
+            return
+        names = [name for name, p in self.unfolded.named_parameters() if p.requires_grad]
+        state = {
+            "run": self._identity(),
+            "step": step,
+            "trained": trained_state_dict(self.unfolded),
+            "average": dict(zip(names, self._ema, strict=True)),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [_plain(scheduler.state_dict()) for scheduler in self.schedulers],
+            "D": self.D.state_dict() if self.D is not None else {},
+            "data": [(stream.epoch, stream.position) for stream in self._streams],
+            "history": {name: list(points) for name, points in self.history.items()},
+            "sums": dict(self._sums),
+            "counts": dict(self._counts),
+            "skipped": self.skipped,
+            "best": self.best,
+        }
+        write_checkpoint(state, self.folder / "checkpoint.pt")
+        self._write_history()
+
+    def _load(self, file: Path) -> None:
+        state = read_checkpoint(file, self.device)
+        self._check_identity(file, state["run"])
+        load_trained_state_dict(self.unfolded, state["trained"])
+        self._ema = [average.clone() for average in state["average"].values()]
+        for optimizer, of in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(of)
+        for scheduler, of in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(of)
+        if self.D is not None:
+            self.D.load_state_dict(state["D"])
+        places = dict(zip(map(id, self._streams), state["data"], strict=True))
+        for stream in {id(stream): stream for stream in self._streams}.values():
+            stream.seek(*places[id(stream)])
+        self.history |= {name: [tuple(p) for p in points] for name, points in state["history"].items()}
+        self._sums.update(state["sums"])
+        self._counts.update(state["counts"])
+        self.step_start, self.skipped, self.best = state["step"], state["skipped"], state["best"]
+        if self.verbose:
+            tqdm.write(f"going on from step {self.step_start} of {file}")
+
+    def _identity(self) -> dict:
+        """What must be equal for a checkpoint to be of the same run."""
+        shapes = {n: list(p.shape) for n, p in self.unfolded.named_parameters() if p.requires_grad}
+        loaders = [getattr(loader, "batch_size", None) for loader in self.train_dataloader]
+        return {
+            "num_iterations": self.unfolded.num_iterations,
+            "trained parameters": shapes,
+            "discriminator": type(self.D).__name__ if self.D is not None else None,
+            "physics": [type(physics).__name__ for physics in self.physics],
+            "losses": [*_names(self.losses), *_names(self.losses_d)],
+            "batch sizes": loaders,
+            "accumulate": self.accumulate,
+            "seed": self.seed,
+        }
+
+    def _check_identity(self, file: Path, stored: dict) -> None:
+        here = self._identity()
+        differ = [name for name in here if here[name] != stored.get(name)]
+        if differ:
+            name = differ[0]
+            raise ValueError(
+                f"the checkpoint {file} is of another run: its {name} is {_short(stored.get(name))}, here "
+                f"it is {_short(here[name])}. Choose another save_path, or resume=False to overwrite it"
+            )
+
+
+def _as_list(things) -> list:
+    if things is None:
+        return []
+    return list(things) if isinstance(things, list | tuple) else [things]
+
+
+def _names(things: Sequence) -> list[str]:
+    """Class names, numbered where they repeat."""
+    names = [type(thing).__name__ for thing in things]
+    return [
+        f"{name} {names[:i].count(name) + 1}" if names.count(name) > 1 else name
+        for i, name in enumerate(names)
+    ]
+
+
+def _plain(state: dict) -> dict:
+    """Without the functions of the schedule, which are given anew."""
+    return {name: value for name, value in state.items() if name != "lr_lambdas"} | {
+        "lr_lambdas": [None] * len(state["lr_lambdas"])
+    }
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) < 200 else text[:200] + "..."
+
+
+def _plot_curves(file: Path, history: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    shown = {name: points for name, points in history.items() if len(points) > 1 and "[" not in name}
+    if not shown:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(4, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.4 * rows), squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_axis_off()
+    for axis, (name, points) in zip(axes.flat, shown.items(), strict=False):
+        axis.plot(*zip(*points, strict=True))
+        axis.set_title(name, fontsize=8)
+        axis.set_xlabel("step", fontsize=7)
+        axis.tick_params(labelsize=7)
+    fig.tight_layout()
+    fig.savefig(file, dpi=100)
+    plt.close(fig)
+
+
+def _plot_sheet(file: Path, x: Tensor, y: Tensor, physics: Physics, samples: Tensor, shown=6) -> None:
+    """Truth, back-projected measurement, samples, mean and standard deviation, an image per row."""
+    columns = {"truth": x, "measurement": condition(y, physics)}
+    columns |= {f"sample {i + 1}": sample for i, sample in enumerate(samples[:3])}
+    columns |= {"mean": samples.mean(0), "2 std": 2 * samples.std(0, correction=0)}
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    height = min(shown, len(x))
+    fig, axes = plt.subplots(
+        height, len(columns), figsize=(1.4 * len(columns), 1.4 * height + 0.3), squeeze=False
+    )
+    for column, (name, images) in zip(axes.T, columns.items(), strict=True):
+        column[0].set_title(name, fontsize=8)
+        for axis, image in zip(column, images, strict=False):
+            axis.imshow(image.permute(1, 2, 0).squeeze().clamp(0, 1).cpu(), vmin=0, vmax=1, cmap="gray")
+            axis.set_axis_off()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fig.tight_layout(pad=0.3)
+    fig.savefig(file, dpi=100)
+    plt.close(fig)

@@ -1,0 +1,411 @@
+"""RAM as the initialiser, with exact solvers of the joint problem in its place, and itself untrained."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from conftest import GaussianProblem, dense_matrix
+from deepinv.models import RAM
+from deepinv.physics import (
+    Blur,
+    BlurFFT,
+    Denoising,
+    Downsampling,
+    GaussianNoise,
+    Inpainting,
+    LinearPhysics,
+    Physics,
+    StackedLinearPhysics,
+    ZeroNoise,
+)
+from deepinv.utils import TensorList
+from test_sampler import SHAPE, blur, inpainting
+
+from deepinv_ud2m import UD2M, LinearInitializer, UnfoldedDenoiser
+from deepinv_ud2m.initializers import RAMInitializer, WhitenedPhysics
+
+B, N = 3, 8
+LEVELS = torch.tensor([0.01, 0.5, 78.0])
+NOISE_LEVELS = torch.tensor([0.3, 0.1, 0.02])
+
+
+def rand(*shape, seed=0, dtype=torch.float64):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def make(name, n=N, dtype=torch.float64, images=slice(None)):
+    """A physics with an operator of its own for each of a batch of B, or for some images of it."""
+    kernels = rand(B, 1, 3, 3, dtype=dtype)
+    kernels = (kernels / kernels.sum((-2, -1), keepdim=True))[images]
+    masks = (rand(B, 1, n, n, seed=1) < 0.5).to(dtype)[images]
+    return {
+        "Inpainting": lambda: Inpainting((1, n, n), masks),
+        "BlurFFT": lambda: BlurFFT((1, n, n), kernels),
+        "Downsampling": lambda: Downsampling((1, n, n), kernels, factor=2, padding="circular"),
+        "Blur": lambda: Blur(kernels, padding="valid"),
+        "stack": lambda: StackedLinearPhysics(
+            [Blur(kernels, padding="valid"), Inpainting((1, n, n), masks)]
+        ),
+        "Fourier": Fourier,
+    }[name]()
+
+
+PHYSICS = ["Inpainting", "BlurFFT", "Downsampling", "Blur", "stack"]
+
+
+class Fourier(LinearPhysics):
+    """Complex measurements."""
+
+    def A(self, x, **kwargs):
+        return torch.fft.rfft2(x, norm="ortho")[..., 1:-1]
+
+    def A_adjoint(self, y, **kwargs):  # half of the spectrum stands for all of it
+        return torch.fft.irfft2(torch.nn.functional.pad(y / 2, (1, 1)), norm="ortho")
+
+
+class ExactRAM(torch.nn.Module):
+    """E[x | y] for x ~ N(mean, covariance), from nothing but the problem that it is given."""
+
+    def __init__(self, mean, covariance):
+        super().__init__()
+        self.mean, self.precision = mean, torch.linalg.inv(covariance)
+
+    def forward(self, y, physics, sigma):
+        images = torch.eye(len(self.mean), dtype=y[-1].dtype).reshape(-1, 1, *y[-1].shape[1:])
+        columns = [flat(physics.A(image.expand_as(y[-1]))) for image in images]
+        A, y = torch.stack(columns, -1), flat(y)  # [B, m, d], [B, m]
+        variance = sigma.reshape(-1, 1, 1) ** 2
+        hessian = self.precision + A.mT @ A / variance
+        right = self.precision @ self.mean + (A.mT @ y[..., None] / variance)[..., 0]
+        return torch.linalg.solve(hessian, right).reshape(len(y), *images.shape[2:])
+
+
+def flat(y):
+    return torch.cat([part.flatten(1) for part in y], 1)
+
+
+class SmallRAM(torch.nn.Module):
+    """A network of RAM's call and manners: one channel, rescales y in place, has a dropout."""
+
+    in_channels = (1,)
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.dropout = torch.nn.Conv2d(1, 1, 3, padding=1), torch.nn.Dropout(0.5)
+        self.autocast = None
+
+    def forward(self, y, physics, sigma):
+        self.autocast = torch.is_autocast_enabled("cpu")
+        for part in y:
+            part /= 2
+        x = 2 * physics.A_adjoint(y)
+        return x + sigma.reshape(-1, 1, 1, 1) * self.dropout(self.conv(x))
+
+
+@pytest.fixture
+def small_ram():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return SmallRAM()
+
+
+@pytest.fixture(scope="module")
+def ram():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return RAM(in_channels=(1,), pretrained=False)
+
+
+# The whitening
+
+
+@pytest.mark.parametrize("s", [0.01, 0.1, 3.0, 78.0])
+@pytest.mark.parametrize("make_physics", [inpainting, blur])
+def test_an_exact_network_gives_the_exact_posterior_mean(make_physics, s):
+    problem = GaussianProblem(make_physics(), SHAPE)
+    x_s = 0.5 + s * (rand(2, *SHAPE) - 0.5)
+    y = problem.y.expand(2, *problem.y.shape[1:])
+    network = ExactRAM(problem.mean, problem.covariance)
+    got = RAMInitializer(network)(y, problem.physics, x_s, s, problem.sigma_y)
+    mean, _ = problem.posterior(x_s, s)
+    torch.testing.assert_close(got.flatten(1), mean, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", PHYSICS)
+def test_per_sample_operators_and_levels_give_the_exact_posterior_means(name):
+    d = N * N
+    factor = torch.randn(d, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    covariance = 0.1 * factor @ factor.T / d + 0.02 * torch.eye(d, dtype=torch.float64)
+    mean, x_s = rand(d), rand(B, 1, N, N, seed=2)
+    y = make(name).A(rand(B, 1, N, N, seed=3))
+    network = ExactRAM(mean, covariance)
+    levels, noise_levels = LEVELS.double(), NOISE_LEVELS.double()
+    got = RAMInitializer(network)(y, make(name), x_s, levels, noise_levels)
+    for i, (s, sigma_y) in enumerate(zip(levels, noise_levels, strict=True)):
+        A = dense_matrix(make(name, images=slice(i, i + 1)), (1, N, N))
+        y_i = torch.cat([part[i].flatten() for part in (y if isinstance(y, TensorList) else [y])])
+        hessian = torch.linalg.inv(covariance) + A.T @ A / sigma_y**2 + torch.eye(d) / s**2
+        right = torch.linalg.solve(covariance, mean) + A.T @ y_i / sigma_y**2 + x_s[i].flatten() / s**2
+        expected = torch.linalg.solve(hessian, right)
+        torch.testing.assert_close(got[i].flatten(), expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", PHYSICS)
+def test_the_prox_of_the_joint_problem_under_a_broad_prior_is_the_linear_initialiser(name):
+    class Prox(torch.nn.Module):
+        def forward(self, y, physics, sigma):
+            gamma = (0.4 / sigma.reshape(-1, 1, 1, 1)) ** 2
+            return physics.prox_l2(torch.full_like(y[-1], 0.3), y, gamma, solver="CG", max_iter=1)
+
+    arguments = make(name).A(rand(B, 1, N, N)), make(name), rand(B, 1, N, N, seed=2)
+    levels = LEVELS.double(), NOISE_LEVELS.double()
+    got = RAMInitializer(Prox())(*arguments, *levels)
+    torch.testing.assert_close(
+        got, LinearInitializer(mean=0.3, std=0.4)(*arguments, *levels), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Warning. least_squares_implicit_backward")
+@pytest.mark.parametrize("name", PHYSICS)
+def test_the_prox_is_that_of_the_measurements_it_is_given(name):
+    """RAM may have rescaled them: compared with the general solver of deepinv on the same."""
+    x = rand(B, 1, N, N)
+    joint = WhitenedPhysics(make(name).A(x), make(name), x, LEVELS, NOISE_LEVELS)
+    y = TensorList([7 * rand(*part.shape, seed=5) for part in joint.A(x)])
+    gamma = torch.tensor([0.1, 2.0, 30.0]).double().reshape(-1, 1, 1, 1)
+    general = LinearPhysics.prox_l2(joint, x, y, gamma, max_iter=500, tol=1e-10)
+    torch.testing.assert_close(joint.prox_l2(x, y, gamma), general, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [*PHYSICS, "Fourier"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_joint_operator_has_its_adjoint_and_norm_at_most_one(name, dtype):
+    x = rand(B, 1, N, N)
+    joint = WhitenedPhysics(make(name).A(x), make(name), x, LEVELS, NOISE_LEVELS)
+    u = rand(B, 1, N, N, seed=1).to(dtype)
+    A_u = joint.A(u)
+    v = TensorList([part + torch.rand_like(part) for part in A_u])
+    adjoint = joint.A_adjoint(v)
+    assert adjoint.dtype == A_u[-1].dtype == dtype
+    left = sum((a.conj() * b).real.flatten(1).sum(1) for a, b in zip(v, A_u, strict=True))
+    torch.testing.assert_close(left, (adjoint * u).flatten(1).sum(1))
+    for _ in range(30):
+        u = joint.A_adjoint_A(u / u.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1))
+    norm_of_A = 2 if name == "stack" else 1
+    assert (u.flatten(1).norm(dim=1) < norm_of_A + 1e-6).all()
+
+
+# The network in its house
+
+
+def test_what_the_caller_owns_is_left_as_it_is(small_ram):
+    physics = make("stack", dtype=torch.float32)
+    x = rand(B, 1, N, N, dtype=torch.float32)
+    y, y_before = physics.A(x), physics.A(x)
+    attributes = [dict(vars(child)) for child in (physics, *physics.physics_list)]
+    buffers = [copy.deepcopy(child.state_dict()) for child in physics.physics_list]
+    x_before, levels = x.clone(), LEVELS.clone()
+    RAMInitializer(small_ram)(y, physics, x, levels, 0.1)
+    assert torch.equal(x, x_before) and torch.equal(levels, LEVELS)
+    assert all(torch.equal(a, b) for a, b in zip(y, y_before, strict=True))
+    children = (physics, *physics.physics_list)
+    assert [dict(vars(child)).keys() for child in children] == [a.keys() for a in attributes]
+    for child, state in zip(physics.physics_list, buffers, strict=True):
+        assert all(torch.equal(child.state_dict()[key], state[key]) for key in state)
+
+
+def test_autocast_is_off_inside(small_ram):
+    physics, x = make("Blur", dtype=torch.float32), rand(B, 1, N, N, dtype=torch.float32)
+    initializer, y = RAMInitializer(small_ram), physics.A(x)
+    expected = initializer(y, physics, x, 0.5, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = initializer(y, physics, x, 0.5, 0.1)
+        rounded = initializer(y, physics, x.bfloat16(), 0.5, 0.1)
+    assert small_ram.autocast is False
+    assert torch.equal(got, expected)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), expected, rtol=0.02, atol=0.02)
+
+
+def test_it_runs_in_the_precision_of_its_weights(small_ram):
+    x = rand(B, 1, N, N)
+    for name in (*PHYSICS, "Fourier"):
+        y = make(name).A(x)
+        got = RAMInitializer(small_ram)(y, make(name), x, LEVELS, NOISE_LEVELS)
+        assert got.dtype == torch.float64 and small_ram.conv.weight.dtype == torch.float32
+        double = RAMInitializer(copy.deepcopy(small_ram).double())
+        torch.testing.assert_close(
+            got, double(y, make(name), x, LEVELS, NOISE_LEVELS), rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_it_is_frozen_unless_asked_and_always_in_evaluation_mode(small_ram, tiny_prior, trainable):
+    initializer = RAMInitializer(small_ram, trainable=trainable)
+    unfolded = UnfoldedDenoiser(tiny_prior, 2, initializer).train()
+    physics = Inpainting((1, 16, 16), mask=0.5, noise_model=GaussianNoise(0.1))
+    x = rand(2, 1, 16, 16, dtype=torch.float32).requires_grad_()
+    y = physics(x.detach())
+    assert torch.equal(initializer(y, physics, x, 0.5, 0.1), initializer(y, physics, x, 0.5, 0.1))
+    unfolded(y, physics, x, LEVELS[:2]).square().sum().backward()
+    assert x.grad.abs().sum() > 0
+    for parameter in small_ram.parameters():
+        assert parameter.requires_grad == trainable
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == trainable
+    assert not any(parameter.requires_grad for parameter in tiny_prior.parameters())
+
+
+def test_it_counts_as_one_evaluation_per_level(small_ram, tiny_prior):
+    unfolded = UnfoldedDenoiser(tiny_prior, 3, RAMInitializer(small_ram))
+    model = UD2M(unfolded, num_steps=3)
+    physics = Inpainting((1, 16, 16), mask=0.5, noise_model=GaussianNoise(0.1))
+    model.sample(physics(torch.rand(2, 1, 16, 16)), physics, 5, batch_size=4)
+    assert model.nfe == 12.0
+
+
+def test_it_is_given_the_current_level(small_ram, tiny_prior):
+    levels = []
+    small_ram.register_forward_pre_hook(
+        lambda module, args, kwargs: levels.append(kwargs["sigma"]), with_kwargs=True
+    )
+    model = UD2M(UnfoldedDenoiser(tiny_prior, 1, RAMInitializer(small_ram)), levels=[78.0, 0.3, 0.01])
+    physics = Inpainting((1, 16, 16), mask=0.5, noise_model=GaussianNoise(0.1))
+    model(physics(torch.rand(2, 1, 16, 16)), physics)
+    expected = [[(s**-2 + 0.1**-2) ** -0.5] * 2 for s in (78.0, 0.3, 0.01)]
+    torch.testing.assert_close(torch.stack(levels), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("name", ["Inpainting", "Downsampling", "stack"])
+def test_samples_do_not_depend_on_the_batch_size(small_ram, tiny_prior, name):
+    physics, x = make(name, 16, torch.float32), rand(B, 1, 16, 16, dtype=torch.float32)
+    model = UD2M(UnfoldedDenoiser(tiny_prior, 2, RAMInitializer(small_ram)))
+    y = physics.A(x)
+    samples = [
+        model.sample(
+            y, physics, 4, batch_size=batch_size, generator=torch.manual_seed(0), sigma_y=NOISE_LEVELS
+        )
+        for batch_size in (None, B)
+    ]
+    assert samples[0].shape == (4, *x.shape) and not torch.equal(samples[0][0], samples[0][1])
+    torch.testing.assert_close(samples[1], samples[0], rtol=1e-3, atol=1e-3)
+
+
+def test_errors_come_before_the_network_and_name_the_argument(small_ram):
+    def refuse(*_):
+        raise AssertionError("the network was called")
+
+    x = torch.zeros(2, 1, 8, 8)
+    with pytest.raises(TypeError, match=r"ram must be a deepinv\.models\.RAM, got function"):
+        RAMInitializer(refuse)
+    initializer = RAMInitializer(small_ram)
+    small_ram.register_forward_pre_hook(refuse)
+    with pytest.raises(ValueError, match=r"x_s has 4 channels.* this RAM takes images of 1 channels"):
+        initializer(x, Denoising(), x.expand(2, 4, 8, 8), 0.5, 0.1)
+    with pytest.raises(TypeError, match="physics must be a deepinv LinearPhysics for RAM, got Physics"):
+        initializer(x, Physics(), x, 0.5, 0.1)
+    with pytest.raises(ValueError, match="sigma must be a scalar or one value per image"):
+        initializer(x, Denoising(), x, torch.ones(3), 0.1)
+    with pytest.raises(ValueError, match="sigma_y must be a scalar or one value per image"):
+        initializer(x, Denoising(), x, 0.5, torch.ones(3))
+
+
+def test_its_representation_is_short_and_says_what_is_trained(small_ram):
+    assert repr(RAMInitializer(small_ram)) == "RAMInitializer(SmallRAM)"
+    assert repr(RAMInitializer(small_ram, trainable=True)) == "RAMInitializer(SmallRAM, trainable=True)"
+
+
+# RAM itself, untrained
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@torch.no_grad()
+def test_ram_meets_the_reconstructor_and_the_denoiser_that_it_is(ram):
+    x = torch.nn.functional.avg_pool2d(rand(1, 1, 256, 256, dtype=torch.float32), 4)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    initializer, sigma_y = RAMInitializer(ram), 0.05
+    physics = make("BlurFFT", 64, torch.float32, slice(0, 1))
+    y = physics.A(x) + sigma_y * noise.roll(1, -1)
+
+    high = initializer(y, physics, x + 78 * noise, 78.0, sigma_y)
+    assert relative(high, ram(y, physics, sigma=sigma_y)) < 5e-3
+
+    # For A = I: RAM as a denoiser of the precision-weighted mean, at its level.
+    s, denoising = 0.1, Denoising(ZeroNoise())
+    x_s, level = x + s * noise, (s**-2 + sigma_y**-2) ** -0.5
+    mean = level**2 * (y / sigma_y**2 + x_s / s**2)
+    got = initializer(y, denoising, x_s, s, sigma_y)
+    assert relative(got, ram(mean, denoising, sigma=level)) < 1e-5
+
+
+@torch.no_grad()
+def test_the_rescaling_of_dark_measurements_does_no_harm(ram):
+    """At s far below sigma_y RAM divides the whole problem by the weighted y, which is small. What is
+    left of the problem is the denoising of x_s."""
+    x = torch.nn.functional.avg_pool2d(rand(2, 1, 256, 256, dtype=torch.float32), 4)
+    physics = make("BlurFFT", 64, torch.float32, slice(0, 2))
+    y = physics.A(x)
+    before = y.clone()
+    joint = WhitenedPhysics(y, physics, x, 0.005, 0.3)
+    assert joint.whiten(y, x)[0].abs().max() < 0.025  # where ram.py rescales
+    got = RAMInitializer(ram)(y, physics, x, 0.005, 0.3)
+    assert torch.equal(y, before)
+    assert relative(got, ram(x, Denoising(ZeroNoise()), sigma=0.005)) < 2e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "n"), [*((name, 64) for name in PHYSICS), ("BlurFFT", 40), ("stack", 40)]
+)
+def test_ram_treats_each_image_as_alone_and_passes_gradients(ram, name, n):
+    """With n = 40 RAM pads the images."""
+    both, image = slice(1, 3), slice(2, 3)
+    x = rand(2, 1, n, n, dtype=torch.float32).requires_grad_()
+    physics = make(name, n, torch.float32, both)
+    y = physics.A(x.detach())
+    initializer = RAMInitializer(ram, trainable=True)
+    # RAM has parameters that it does not use.
+    names, parameters = zip(
+        *((k, p) for k, p in ram.named_parameters() if "zero_conv_skip" not in k), strict=True
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        together = initializer(y, physics, x, LEVELS[both], NOISE_LEVELS[both])
+        grads = torch.autograd.grad(together.square().sum(), [x, *parameters], allow_unused=True)
+    for key, grad in zip(["x_s", *names], grads, strict=True):
+        assert grad is not None and grad.isfinite().all() and grad.any(), key
+    assert grads[0].flatten(1).any(1).all()
+    y_alone = TensorList([part[1:] for part in y]) if isinstance(y, TensorList) else y[1:]
+    with torch.no_grad():
+        alone = initializer(
+            y_alone, make(name, n, torch.float32, image), x[1:], LEVELS[image], NOISE_LEVELS[image]
+        )
+    torch.testing.assert_close(together[1:], alone, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_ram_samples(ram, tiny_prior):
+    model = UD2M(UnfoldedDenoiser(tiny_prior, 3, RAMInitializer(ram)), num_steps=3)
+    physics = make("Inpainting", 32, torch.float32, slice(0, 1))
+    y = physics.A(rand(1, 1, 32, 32, dtype=torch.float32))
+    samples = [
+        model.sample(y, physics, 2, batch_size=batch_size, generator=torch.manual_seed(0), sigma_y=0.05)
+        for batch_size in (None, 1)
+    ]
+    assert model.nfe == 12.0
+    assert samples[0].isfinite().all()
+    torch.testing.assert_close(samples[1], samples[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_ram_takes_three_channels_and_refuses_four():
+    initializer = RAMInitializer(RAM(pretrained=False))
+    physics = Inpainting((3, 64, 64), mask=0.5)
+    x = rand(1, 3, 64, 64, dtype=torch.float32)
+    with torch.no_grad():
+        assert initializer(physics.A(x), physics, x, 0.5, 0.1).shape == x.shape
+    with pytest.raises(ValueError, match=r"4 channels.* 1 or 2 or 3 channels only"):
+        initializer(x, physics, x.new_zeros(1, 4, 64, 64), 0.5, 0.1)

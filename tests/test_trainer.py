@@ -1,0 +1,508 @@
+"""Distillation: what is trained, that it repeats and resumes to the bit, and what is refused."""
+
+import copy
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import time
+
+import deepinv as dinv
+import pytest
+import torch
+from deepinv.loss import Loss
+from deepinv.loss.metric import PSNR
+from deepinv.physics import BlurFFT, GaussianNoise, Inpainting
+from deepinv.physics.generator import (
+    BernoulliSplittingMaskGenerator,
+    GaussianBlurGenerator,
+    SigmaGenerator,
+)
+from torch.utils.data import DataLoader
+
+from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora
+from deepinv_ud2m.lora import lora_disabled, lora_parameters
+from deepinv_ud2m.training import (
+    AdversarialDiscriminatorLoss,
+    AdversarialGeneratorLoss,
+    ConditionalDiscriminator,
+    DistillationTrainer,
+    EnergyScoreLoss,
+    L2Loss,
+    parameter_groups,
+    warmup_cosine,
+)
+from deepinv_ud2m.training.checkpoint import read_checkpoint
+from deepinv_ud2m.training.randomness import BatchStream, find_generators, seed_all
+
+SHAPE = (1, 16, 16)
+
+
+def images(num=10):
+    return torch.rand(num, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+def two_physics():
+    """Inpainting with a mask and a level per image, and a blur with a kernel per image."""
+    noise = [GaussianNoise(0.05), GaussianNoise(0.05)]
+    physics = [
+        Inpainting(SHAPE, mask=0.5, noise_model=noise[0]),
+        BlurFFT(SHAPE, filter=dinv.physics.blur.gaussian_blur(sigma=(1.0, 1.0)), noise_model=noise[1]),
+    ]
+    masks = BernoulliSplittingMaskGenerator(SHAPE, split_ratio=0.5)
+    generators = [
+        masks + SigmaGenerator(0.02, 0.1),
+        GaussianBlurGenerator((5, 5)) + SigmaGenerator(0.02, 0.1),
+    ]
+    return {"physics": physics, "physics_generator": generators}
+
+
+def make_trainer(prior, adversarial=False, seed=0, **options):
+    """A trainer of a fresh adapter on a copy of the prior; equal arguments give equal trainers."""
+    prior = copy.deepcopy(prior)
+    unfolded = UnfoldedDenoiser(prior, num_iterations=2)
+    torch.manual_seed(0)
+    add_lora(prior, 2, targets="all-convs")
+    optimizer = torch.optim.AdamW(parameter_groups(unfolded, lr=1e-2))
+    defaults = {"losses": L2Loss(), "steps": 4, "verbose": False, "device": "cpu", "log_interval": 1}
+    defaults["train_dataloader"] = DataLoader(images(), batch_size=3, shuffle=True)
+    if adversarial:
+        torch.manual_seed(1)
+        defaults["D"] = ConditionalDiscriminator(1, base_channels=8, num_layers=2)
+        defaults["losses"] = [EnergyScoreLoss(), AdversarialGeneratorLoss(weight=0.1)]
+        defaults["losses_d"] = AdversarialDiscriminatorLoss()
+        of_d = torch.optim.AdamW(defaults["D"].parameters(), lr=1e-3)
+        optimizer = dinv.training.AdversarialOptimizer(optimizer, of_d)
+    if "physics" not in options:
+        options |= {"physics": Inpainting(SHAPE, mask=0.5, noise_model=GaussianNoise(0.05))}
+    return DistillationTrainer(
+        model=UD2M(unfolded, num_steps=2), optimizer=optimizer, seed=seed, **{**defaults, **options}
+    )
+
+
+def everything(trainer, folder):
+    """All a checkpoint holds, as one flat dictionary."""
+    flat = {}
+
+    def walk(prefix, thing):
+        items = thing.items() if isinstance(thing, dict) else enumerate(thing)
+        for key, value in items:
+            if isinstance(value, dict | list | tuple):
+                walk(f"{prefix}/{key}", value)
+            else:
+                flat[f"{prefix}/{key}"] = value
+
+    walk("", read_checkpoint(folder / "checkpoint.pt"))
+    return flat
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        same = torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key]
+        assert same, key
+
+
+def full_options(folder, **options):
+    return {
+        "adversarial": True,
+        "accumulate": 2,
+        "grad_clip": 1.0,
+        "lr_schedule": warmup_cosine(6, warmup_steps=2),
+        "eval_dataloader": DataLoader(images(4), batch_size=2),
+        "eval_interval": 2,
+        "eval_samples": 2,
+        "save_path": folder,
+        "log_interval": 4,
+        **two_physics(),
+        **options,
+    }
+
+
+# -- What is trained ------------------------------------------------------------------------------
+
+
+def test_training_moves_what_is_trainable_and_nothing_else(tiny_prior):
+    trainer = make_trainer(tiny_prior)
+    adapter = [p.detach().clone() for p in lora_parameters(trainer.unfolded.denoiser)]
+    model = trainer.train()
+    assert not any(map(torch.equal, adapter, lora_parameters(model.unfolded.denoiser)))
+    assert model.unfolded.log_delta.abs().min() > 0 and model.unfolded.log_rho.abs().min() > 0
+    x = images(2)
+    with lora_disabled(model.unfolded.denoiser) as prior, torch.no_grad():
+        assert torch.equal(prior(x, 0.1), tiny_prior(x, 0.1)), "the prior must stay as it was"
+    assert not model.unfolded.denoiser.training
+
+
+def test_groups_of_parameters_have_their_own_rates(tiny_prior):
+    unfolded = UnfoldedDenoiser(tiny_prior, 2, initializer=torch.nn.Linear(3, 3))
+    add_lora(tiny_prior, 2, targets="all-convs")
+    groups = {
+        g["name"]: g for g in parameter_groups(unfolded, lr=1.0, lr_scalars=2.0, lr_initializer=3.0)
+    }
+    assert {name: group["lr"] for name, group in groups.items()} == {
+        "prior": 1.0, "scalars": 2.0, "initializer": 3.0,
+    }  # fmt: skip
+    assert groups["scalars"]["weight_decay"] == 0
+    grouped = sum(p.numel() for group in groups.values() for p in group["params"])
+    assert grouped == sum(p.numel() for p in unfolded.parameters() if p.requires_grad)
+
+
+def test_gradients_of_the_scalars_match_differences(tiny_prior):
+    trainer = make_trainer(tiny_prior)
+    trainer.setup_train()
+    trainer.unfolded.double()
+    trainer.model.double()
+    x = images(2).double()
+
+    def loss():
+        seed_all([5])
+        physics = Inpainting(SHAPE, mask=0.5, noise_model=GaussianNoise(0.05)).double()
+        torch.manual_seed(3)
+        batch = trainer.draw(x, physics(x), physics)
+        return (batch["x_net"] - x).square().sum()
+
+    for name in ("log_delta", "log_rho", "log_lambda"):
+        parameter = getattr(trainer.unfolded, name)
+        (gradient,) = torch.autograd.grad(loss(), parameter)
+        for k in range(2):
+            with torch.no_grad():
+                parameter[k] += 1e-4
+                above = loss()
+                parameter[k] -= 2e-4
+                below = loss()
+                parameter[k] += 1e-4
+            assert gradient[k].item() == pytest.approx((above - below).item() / 2e-4, rel=1e-2, abs=1e-6)
+
+
+def test_one_forward_of_the_generator_serves_both_updates(tiny_prior):
+    trainer = make_trainer(tiny_prior, adversarial=True, step_ratio_D=2)
+    trainer.setup_train()
+    calls = []
+    trainer.unfolded.denoiser.register_forward_hook(lambda *_: calls.append(1))
+    before = [p.detach().clone() for p in trainer.D.parameters()]
+    trainer.train_step(0)
+    assert len(calls) == 2, "K calls for the step, both draws in each"
+    assert not all(map(torch.equal, before, trainer.D.parameters()))
+
+
+def test_accumulated_gradients_are_their_mean(tiny_prior):
+    gradients = []
+    for micro_steps, accumulate in (([0], 1), ([1], 1), ([0, 1], 2)):
+        trainer = make_trainer(tiny_prior, accumulate=accumulate)
+        trainer.setup_train()
+        for _ in range(micro_steps[0]):
+            next(trainer._streams[0])
+        for micro_step in micro_steps:
+            trainer._backward(micro_step, 0)
+        gradients.append([p.grad.clone() for p in trainer.trained])
+    for first, second, both in zip(*gradients, strict=True):
+        torch.testing.assert_close(both, (first + second) / 2)
+
+
+def test_checkpointing_changes_no_gradient(tiny_prior):
+    gradients = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(tiny_prior, checkpointing=checkpointing)
+        trainer.setup_train()
+        trainer._backward(0, 0)
+        gradients.append([p.grad for p in trainer.trained])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-5, atol=1e-7)
+
+
+def test_the_average_follows_its_recursion(tiny_prior):
+    trainer = make_trainer(tiny_prior, ema_decay=0.5)
+    trainer.setup_train()
+    average = trainer.trained[0].detach().clone()
+    for step in range(8):
+        trainer.train_step(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * trainer.trained[0].detach()
+    torch.testing.assert_close(trainer._ema[0], average)
+    last = trainer.trained[0].detach().clone()
+    with trainer.averaged():
+        torch.testing.assert_close(trainer.trained[0].detach(), average)
+    assert torch.equal(trainer.trained[0], last)
+
+
+def test_training_improves_the_samples_of_a_gaussian_problem(gaussian_problem):
+    """
+    Only the scalars can move: an exact denoiser has no adapter. Deterministic for its seed; the
+    untrained sampler is 15 % away and a run that learns nothing cannot pass.
+    """
+    shape = (1, 4, 4)
+    physics = Inpainting(
+        shape, mask=torch.tensor([1.0, 0.0]).repeat(8).reshape(shape), noise_model=GaussianNoise(0.1)
+    )
+    problem = gaussian_problem(physics, shape)
+    factor = torch.linalg.cholesky(problem.covariance)
+    draws = torch.randn(512, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = (problem.mean + draws @ factor.T).reshape(-1, *shape)
+    unfolded = UnfoldedDenoiser(problem.denoiser, num_iterations=2).double()
+    optimizer = torch.optim.Adam(parameter_groups(unfolded, lr_scalars=3e-2))
+    trainer = DistillationTrainer(
+        model=UD2M(unfolded, num_steps=2, output_range=None), physics=physics, optimizer=optimizer,
+        train_dataloader=DataLoader(x, batch_size=64, shuffle=True), losses=EnergyScoreLoss(2),
+        eval_dataloader=DataLoader(x[:256], batch_size=256), eval_samples=16, steps=150, device="cpu",
+        verbose=False,
+    )  # fmt: skip
+    trainer.setup_train()
+    before = trainer.evaluate()["energy score"]
+    trainer.train()
+    after = trainer.evaluate()["energy score"]
+    assert after < 0.97 * before
+
+
+# -- Randomness -----------------------------------------------------------------------------------
+
+
+def test_nested_generators_are_found_and_seeded_apart():
+    blur, level = GaussianBlurGenerator((5, 5)), SigmaGenerator()
+    mixture = dinv.physics.generator.GeneratorMixture([blur + level, blur + level], [0.5, 0.5])
+    found = find_generators([mixture, None], Inpainting(SHAPE, mask=0.5, noise_model=GaussianNoise(0.1)))
+    assert {id(blur.rng), id(level.rng), id(mixture.rng)} <= set(map(id, found))
+    seed_all([1, 2], found)
+    states = [generator.get_state() for generator in found]
+    assert not torch.equal(blur.rng.get_state(), level.rng.get_state())
+    seed_all([1, 3], found)
+    assert not any(map(torch.equal, states, [generator.get_state() for generator in found]))
+    seed_all([1, 2], found)
+    assert all(map(torch.equal, states, [generator.get_state() for generator in found]))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_of_batches_goes_on_from_any_place(workers):
+    loader = DataLoader(torch.arange(7), batch_size=2, shuffle=True, num_workers=workers)
+    stream = BatchStream(loader, [3])
+    whole = [next(stream).tolist() for _ in range(10)]
+    assert sorted(sum(whole[:4], [])) == list(range(7)), "an epoch is all of the data, once"
+    assert whole[:4] != whole[4:8], "and its order changes"
+    for start in (0, 3, 4, 6):
+        other = BatchStream(loader, [3])
+        other.seek(start // 4, start % 4)
+        assert [next(other).tolist() for _ in range(10 - start)] == whole[start:]
+
+
+def test_every_physics_is_used_once_in_a_round(tiny_prior):
+    trainer = make_trainer(tiny_prior, **two_physics())
+    rounds = [{trainer._operator(2 * i), trainer._operator(2 * i + 1)} for i in range(20)]
+    assert all(operators == {0, 1} for operators in rounds)
+    assert {trainer._operator(2 * i) for i in range(20)} == {0, 1}, "in random order"
+
+
+def test_evaluation_repeats_and_leaves_training_alone(tiny_prior, tmp_path):
+    options = {"eval_dataloader": DataLoader(images(4), batch_size=2), "eval_samples": 2}
+    trainer = make_trainer(tiny_prior, **two_physics(), **options)
+    trainer.setup_train()
+    assert trainer.evaluate() == trainer.evaluate()
+    with_evaluation = make_trainer(tiny_prior, **two_physics(), **options, eval_interval=1).train()
+    without = make_trainer(tiny_prior, **two_physics()).train()
+    for a, b in zip(with_evaluation.unfolded.parameters(), without.unfolded.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_seed_decides(tiny_prior):
+    def trained(seed):
+        return make_trainer(tiny_prior, seed=seed).train().unfolded.log_delta
+
+    assert torch.equal(trained(0), trained(0)) and not torch.equal(trained(0), trained(1))
+
+
+# -- Checkpoints ----------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tiny_prior, tmp_path):
+    make_trainer(tiny_prior, **full_options(tmp_path / "whole", steps=6)).train()
+    make_trainer(tiny_prior, **full_options(tmp_path / "parts", steps=1)).train()
+    make_trainer(tiny_prior, **full_options(tmp_path / "parts", steps=3)).train()
+    trainer = make_trainer(tiny_prior, **full_options(tmp_path / "parts", steps=6))
+    model = trainer.train()
+    assert trainer.step_start == 3
+    assert_same_bits(everything(trainer, tmp_path / "whole"), everything(trainer, tmp_path / "parts"))
+    again = UD2M.from_pretrained(
+        tmp_path / "whole" / "final", prior=copy.deepcopy(tiny_prior), merge=False
+    )
+    y = trainer.physics[0](images(2))
+    trainer.physics[0].noise_model.update_parameters(sigma=torch.tensor(0.05))
+    samples = [
+        m(y, trainer.physics[0], generator=torch.Generator().manual_seed(0)) for m in (again, model)
+    ]
+    assert torch.equal(*samples)
+
+
+def _train_in_a_child(prior, folder):
+    torch.set_num_threads(1)
+    make_trainer(prior, **full_options(folder, steps=12, ckp_interval=1)).train()
+
+
+def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tiny_prior, tmp_path):
+    make_trainer(tiny_prior, **full_options(tmp_path / "whole", steps=12, ckp_interval=1)).train()
+    context, moments, kills = multiprocessing.get_context("fork"), random.Random(0), 0
+    deadline = time.time() + 60
+    while time.time() < deadline:
+        child = context.Process(target=_train_in_a_child, args=(tiny_prior, tmp_path / "killed"))
+        child.start()
+        child.join(moments.uniform(0.2, 1.2) if kills < 8 else None)
+        if child.exitcode is not None:
+            break
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        kills += 1
+    assert child.exitcode == 0 and kills > 0
+    whole, killed = (everything(None, tmp_path / name) for name in ("whole", "killed"))
+    assert_same_bits(whole, killed)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "other"])
+def test_damaged_checkpoints_are_refused_and_left_alone(tiny_prior, tmp_path, damage):
+    make_trainer(tiny_prior, save_path=tmp_path, steps=1).train()
+    file = tmp_path / "checkpoint.pt"
+    whole, moments = file.read_bytes(), random.Random(1)
+    for _ in range(5):
+        if damage == "truncate":
+            file.write_bytes(whole[: moments.randrange(len(whole))])
+        elif damage == "flip":
+            place = moments.randrange(len(whole) // 4, len(whole) // 2)  # inside the tensors
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        else:
+            torch.save({"weights": torch.zeros(3)}, file)
+        before = file.read_bytes()
+        with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be resumed from"):
+            make_trainer(tiny_prior, save_path=tmp_path, steps=2).train()
+        assert file.read_bytes() == before
+
+
+class Malicious:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (self.file,)
+
+
+def test_nothing_is_unpickled(tiny_prior, tmp_path):
+    torch.save({"format": 1, "run": Malicious(str(tmp_path / "executed"))}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="cannot be resumed from"):
+        make_trainer(tiny_prior, save_path=tmp_path).train()
+    (tmp_path / "checkpoint.pt").write_bytes(pickle.dumps(Malicious(str(tmp_path / "executed"))))
+    with pytest.raises(ValueError, match="cannot be resumed from"):
+        make_trainer(tiny_prior, save_path=tmp_path).train()
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(tiny_prior, tmp_path):
+    make_trainer(tiny_prior, save_path=tmp_path, steps=1).train()
+    with pytest.raises(ValueError, match="of another run: its seed is 0, here it is 1"):
+        make_trainer(tiny_prior, save_path=tmp_path, seed=1).train()
+    with pytest.raises(ValueError, match="another run: its losses"):
+        make_trainer(tiny_prior, save_path=tmp_path, losses=EnergyScoreLoss()).train()
+    make_trainer(tiny_prior, save_path=tmp_path, seed=1, resume=False, steps=1).train()
+
+
+# -- Losses that are not finite -------------------------------------------------------------------
+
+
+class SometimesNaN(Loss):
+    """Not finite in the given steps."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.bad = steps
+
+    def forward(self, x, x_net, step, **kwargs):
+        loss = (x_net - x).square().flatten(1).mean(1)
+        return loss * math.nan if step in self.bad else loss
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tiny_prior):
+    trainer = make_trainer(tiny_prior, losses=SometimesNaN({1, 3}), steps=5, max_skipped=2)
+    trainer.train()
+    assert trainer.skipped == 2
+    assert all(parameter.isfinite().all() for parameter in trainer.trained)
+
+
+def test_too_many_in_a_row_stop_training_with_the_last_good_state_saved(tiny_prior, tmp_path):
+    trainer = make_trainer(
+        tiny_prior, losses=SometimesNaN(range(2, 9)), steps=9, max_skipped=3, save_path=tmp_path
+    )
+    with pytest.raises(
+        RuntimeError, match=r"not finite in 3 steps in a row, from step 2 on.*checkpoint"
+    ):
+        trainer.train()
+    state = read_checkpoint(tmp_path / "checkpoint.pt")
+    assert state["step"] == 2 and state["skipped"] == 3
+    assert all(value.isfinite().all() for value in state["trained"].values())
+
+
+# -- Evaluation, figures, deepinv -----------------------------------------------------------------
+
+
+def test_evaluation_writes_history_figures_and_the_best_model(tiny_prior, tmp_path):
+    trainer = make_trainer(
+        tiny_prior, **full_options(tmp_path, metrics=[PSNR(), PSNR()], plot_images=True)
+    )
+    trainer.train()
+    names = set(trainer.history)
+    assert {"loss", "EnergyScoreLoss", "AdversarialGeneratorLoss", "gradient norm"} <= names
+    assert {
+        "D: AdversarialDiscriminatorLoss",
+        "eval: PSNR 1",
+        "eval: PSNR 2",
+        "eval: energy score",
+    } <= names
+    assert [step for step, _ in trainer.history["eval: energy score"]] == [2, 4]
+    for name in ("curves.png", "samples_0.png", "samples_1.png", "history.json"):
+        assert (tmp_path / name).stat().st_size > 100
+    best = UD2M.from_pretrained(tmp_path / "best", prior=copy.deepcopy(tiny_prior))
+    assert best.unfolded.num_iterations == 2
+
+
+def test_deepinv_test_runs_the_full_sampler(tiny_prior):
+    trainer = make_trainer(tiny_prior, metrics=PSNR())
+    calls = []
+    trainer.unfolded.denoiser.register_forward_hook(lambda *_: calls.append(1))
+    results = trainer.test(DataLoader(images(2), batch_size=2), compare_no_learning=False)
+    assert math.isfinite(results["PSNR"])
+    assert len(calls) == 4, "N x K evaluations"
+
+
+# -- Bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"losses": []}, ValueError, "losses is empty"),
+        ({"steps": 0}, ValueError, "steps must be an integer >= 1"),
+        ({"accumulate": 1.5}, ValueError, "accumulate must be an integer"),
+        ({"ema_decay": 1.0}, ValueError, "ema_decay must be in"),
+        ({"D": torch.nn.Identity()}, ValueError, "D and losses_d belong together"),
+        ({"mixed_precision": "fp16"}, ValueError, "bfloat16"),
+        ({"compute_eval_losses": True}, ValueError, "compute_eval_losses"),
+        ({"physics_generator": [None, None]}, ValueError, "physics_generator must be one per physics"),
+        ({"train_dataloader": [None, None]}, ValueError, "data loaders must be one"),
+        ({"physics": dinv.physics.SinglePhotonLidar()}, TypeError, "prox_l2"),
+    ],
+)
+def test_bad_arguments_are_refused(tiny_prior, options, error, message):
+    with pytest.raises(error, match=message):
+        make_trainer(tiny_prior, **options)
+
+
+def test_a_model_without_anything_to_train_is_refused(tiny_prior):
+    unfolded = UnfoldedDenoiser(tiny_prior).requires_grad_(False)
+    options = {"train_dataloader": DataLoader(images()), "losses": L2Loss(), "device": "cpu"}
+    physics = Inpainting(SHAPE, mask=0.5, noise_model=GaussianNoise(0.05))
+    with pytest.raises(ValueError, match="nothing to train"):
+        DistillationTrainer(model=UD2M(unfolded), physics=physics, **options)
+    with pytest.raises(TypeError, match="model must be UD2M"):
+        DistillationTrainer(model=unfolded, physics=physics, **options)
+
+
+def test_an_empty_dataset_is_refused(tiny_prior):
+    loader = DataLoader(images(2), batch_size=3, drop_last=True)
+    with pytest.raises(ValueError, match="train_dataloader has no batch"):
+        make_trainer(tiny_prior, train_dataloader=loader).train()
