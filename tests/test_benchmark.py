@@ -1,13 +1,14 @@
 """The benchmark: honest counts, rows that do not depend on interruptions, clear refusals."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 
 from deepinv_ud2m.benchmark.__main__ import main
-from deepinv_ud2m.benchmark.methods import METHODS
+from deepinv_ud2m.benchmark.methods import METHODS, Method
 from deepinv_ud2m.benchmark.report import report, summarise
 from deepinv_ud2m.benchmark.run import Results, Setup, draw, measure, parse_method, read_rows, run_method
 from deepinv_ud2m.benchmark.tasks import TASKS, make_physics
@@ -175,6 +176,17 @@ def test_methods_are_timed_in_turn(tiny_prior, tmp_path):
 def test_defaults_win_over_tuned_settings():
     _, settings = parse_method("diffpir:num_steps=20,defaults")
     assert settings == {"num_steps": 20, **METHODS["diffpir"].defaults}
+
+
+def test_settings_that_diverge_do_not_win(tiny_prior, tmp_path, monkeypatch):
+    method = Method("diverges", lambda prior, sigma_y, scale: lambda y, physics, seed: y * scale,
+                    grid={"scale": [math.nan, 1.0]}, random=False)  # fmt: skip
+    monkeypatch.setitem(METHODS, "diverges", method)
+    x = mnist_digits("validation", num=2)
+    result = tune(tiny_prior, x, ["inpaint-box"], ["diverges"], tmp_path / "s.json", progress=False)
+    scores = result["scores"]["inpaint-box"]["diverges"]
+    assert [score["score"] is None for score in scores] == [True, False]
+    assert best_settings(result, "inpaint-box", "diverges") == {"scale": 1.0}
 
 
 def test_searches_are_merged_and_stand_for_other_numbers_of_steps(tmp_path):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from deepinv.models import Denoiser
 from torch import Tensor
 from tqdm import tqdm
@@ -90,7 +89,8 @@ def best_settings(result: dict, task: str, method: str) -> dict:
     searches = result["scores"].get(task, {})
     same = [label for label in searches if label.partition(":")[0] == method.partition(":")[0]]
     scores = searches.get(method) or (searches[same[0]] if same else [])
-    return min(scores, key=lambda score: score["score"])["settings"] if scores else {}
+    finite = [score for score in scores if score["score"] is not None]
+    return min(finite, key=lambda score: score["score"])["settings"] if finite else {}
 
 
 def merge_searches(files: list[Path]) -> dict:
@@ -111,11 +111,13 @@ def merge_searches(files: list[Path]) -> dict:
     return {"scores": scores}
 
 
-def _criterion(samples: Tensor, x: Tensor) -> float:
+def _criterion(samples: Tensor, x: Tensor) -> float | None:
+    """The score; ``None`` for a sampler that diverged."""
+    if not samples.isfinite().all():
+        return None
     if len(samples) == 1:
         return (samples[0] - x).square().mean().item()
-    score = energy_score(samples, x).mean().item()
-    return score if torch.isfinite(torch.tensor(score)) else float("inf")
+    return energy_score(samples, x).mean().item()
 
 
 def _empty(num_images: int, sigma_y: float, num_samples: int, seed: int) -> dict:
