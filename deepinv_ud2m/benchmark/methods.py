@@ -173,11 +173,14 @@ METHODS = {
     "dps": Method(
         "DPS",
         _dps,
-        grid={"guidance": ["norm", "annealed"], "weight": [0.3, 1.0, 3.0, 10.0, 30.0, 100.0]},
+        grid={"guidance": ["norm", "annealed"], "weight": [0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0]},
         defaults={"guidance": "norm", "weight": 1.0},
     ),
     "pigdm": Method(
-        "PiGDM", _pigdm, grid={"weight": [0.1, 0.3, 0.6, 1.0, 1.5, 2.5, 4.0]}, defaults={"weight": 1.0}
+        "PiGDM",
+        _pigdm,
+        grid={"weight": [0.1, 0.3, 0.6, 1.0, 1.5, 2.5, 4.0, 6.0, 10.0]},
+        defaults={"weight": 1.0},
     ),
     "ddrm": Method(
         "DDRM",

@@ -171,8 +171,8 @@ def _markdown(about: dict, lines: list[dict]) -> str:
         "sample, counted by hooks. Seconds: per sample and image. PSNR of the mean, energy score, CRPS "
         "and coverage: over the images with several samples (images; images x samples). Coverage error: "
         "largest deviation of the coverage of norm balls from nominal, in pixels / features, with the "
-        "95 % quantile of an exact sampler in brackets. Frechet: distance of one sample per image to the reference images "
-        "in the features of the digit classifier.",
+        "95 % quantile of an exact sampler in brackets. Frechet: distance of one sample per image to the "
+        "reference images in the features of the digit classifier.",
     ]
     if "timings" in about:
         timings = about["timings"]
