@@ -1,12 +1,15 @@
 """The benchmark: honest counts, rows that do not depend on interruptions, clear refusals."""
 
+import copy
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora
 from deepinv_ud2m.benchmark.__main__ import main
 from deepinv_ud2m.benchmark.methods import METHODS, Method
 from deepinv_ud2m.benchmark.report import report, summarise
@@ -15,6 +18,8 @@ from deepinv_ud2m.benchmark.tasks import TASKS, make_physics
 from deepinv_ud2m.benchmark.timing import time_methods
 from deepinv_ud2m.benchmark.tune import best_settings, merge_searches, tune
 from deepinv_ud2m.data import mnist_digits
+from deepinv_ud2m.lora import has_lora
+from deepinv_ud2m.priors import save_prior
 
 SETUP = Setup(prior="tiny", data="test", sigma_y=0.05, seed=0, batch_size=2)
 TIMES = ("seconds", "peak_memory_gb")
@@ -68,7 +73,21 @@ def test_evaluations_are_counted_by_hooks(tiny_prior, method, forward, backward)
     assert not entry.random or not torch.equal(samples[0], samples[1])
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].random])
+def test_a_distilled_sampler_is_counted_and_leaves_the_prior_alone(tiny_prior, tmp_path):
+    adapted = copy.deepcopy(tiny_prior)
+    add_lora(adapted, 2, targets="all-convs")
+    UD2M(UnfoldedDenoiser(adapted, 2), 2).save_pretrained(tmp_path / "sampler")
+    label = f"ud2m-distilled:checkpoint={tmp_path / 'sampler'}"
+    rows = run_all(tmp_path / "out", tiny_prior, methods=[label])
+    assert {(row["nfe"], row["nfe_backward"]) for row in rows} == {(4, 0)}
+    assert not has_lora(tiny_prior)
+    more = run_all(tmp_path / "out", tiny_prior, methods=[f"{label},num_steps=5"])
+    assert more[-1]["nfe"] == 10
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if METHODS[name].random and name != "ud2m-distilled"]
+)
 def test_samplers_repeat_with_their_seed(tiny_prior, name):
     physics = make_physics("inpaint-random", (1, 32, 32))
     y = physics(mnist_digits("test", num=2))
@@ -282,6 +301,64 @@ def test_bad_input_is_refused_before_anything_is_written(arguments, message, tmp
     assert main(["run", "--out", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "rows.jsonl").exists()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of two pictures, and a prior for any size beside it."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 48, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    return folder
+
+
+def test_a_folder_of_images_is_benchmarked(tiny_prior, tiny_config, photos, tmp_path):
+    save_prior(tiny_prior, tiny_config, tmp_path / "prior")
+    arguments = ["--prior", str(tmp_path / "prior"), "--data", str(photos), "--size", "32"]
+    arguments += ["--tasks", "sr4", "--methods", "ud2m", "pinv", "--samples", "2", "--device", "cpu"]
+    assert main(["run", "--out", str(tmp_path / "out"), *arguments]) == 0
+    rows = read_rows(tmp_path / "out")
+    assert [(row["method"], row["image"]) for row in rows] == [
+        ("ud2m", 0), ("ud2m", 1), ("pinv", 0), ("pinv", 1),
+    ]  # fmt: skip
+    assert "photos, 32x32" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_bad_images_are_refused_and_leave_results_untouched(
+    tiny_prior, tiny_config, photos, tmp_path, capsys
+):
+    save_prior(tiny_prior, tiny_config, tmp_path / "prior")
+    out = tmp_path / "out"
+    fixed = ["run", "--out", str(out), "--prior", str(tmp_path / "prior"), "--device", "cpu"]
+    fixed += ["--tasks", "sr4", "--methods", "pinv"]
+    assert main([*fixed, "--data", str(photos), "--size", "32"]) == 0
+    before = (out / "rows.jsonl").read_text()
+    (tmp_path / "empty").mkdir()
+    (photos / "2.png").write_bytes(b"not a picture")
+    for arguments, message in [
+        (["--data", str(tmp_path / "empty"), "--size", "32"], "empty itself has no file"),
+        (["--data", str(photos), "--size", "32"], "2.png"),
+        (["--data", str(photos), "--size", "64", "--images", "2"], "0.png"),
+        (["--data", str(photos), "--size", "16", "--images", "2"], "another setup"),
+        (["--data", str(photos), "--size", "33"], "multiple"),
+        (["--data", str(photos)], "--size"),
+        (["--data", "Nowhere", "--size", "32"], "Nowhere"),
+    ]:
+        assert main([*fixed, *arguments]) == 2, arguments
+        assert message in capsys.readouterr().err
+    (tmp_path / "prior" / "model.safetensors").unlink()
+    assert main([*fixed, "--data", str(photos), "--size", "32", "--images", "2"]) == 2
+    assert "weights of the prior" in capsys.readouterr().err
+    assert (out / "rows.jsonl").read_text() == before
+
+
+def test_the_command_compares_with_a_gaussian_posterior(tmp_path, capsys):
+    arguments = ["--images", "8", "--samples", "2", "--methods", "pinv", "--tasks", "inpaint-random"]
+    assert main(["gaussian", "--out", str(tmp_path), *arguments]) == 0
+    assert "exact" in capsys.readouterr().out
+    assert main(["gaussian", "--out", str(tmp_path), *arguments, "--sigma-y", "0"]) == 2
 
 
 def test_small_images_are_refused():

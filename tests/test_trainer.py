@@ -15,6 +15,7 @@ import torch
 from deepinv.loss import Loss
 from deepinv.loss.metric import PSNR
 from deepinv.physics import BlurFFT, GaussianNoise, Inpainting
+from deepinv.physics.functional import gaussian_blur
 from deepinv.physics.generator import (
     BernoulliSplittingMaskGenerator,
     GaussianBlurGenerator,
@@ -49,7 +50,7 @@ def two_physics():
     noise = [GaussianNoise(0.05), GaussianNoise(0.05)]
     physics = [
         Inpainting(SHAPE, mask=0.5, noise_model=noise[0]),
-        BlurFFT(SHAPE, filter=dinv.physics.blur.gaussian_blur(sigma=(1.0, 1.0)), noise_model=noise[1]),
+        BlurFFT(SHAPE, filter=gaussian_blur(sigma=(1.0, 1.0)), noise_model=noise[1]),
     ]
     masks = BernoulliSplittingMaskGenerator(SHAPE, split_ratio=0.5)
     generators = [
@@ -278,7 +279,9 @@ def test_a_stream_of_batches_goes_on_from_any_place(workers):
     loader = DataLoader(torch.arange(7), batch_size=2, shuffle=True, num_workers=workers)
     stream = BatchStream(loader, [3])
     whole = [next(stream).tolist() for _ in range(10)]
-    assert sorted(sum(whole[:4], [])) == list(range(7)), "an epoch is all of the data, once"
+    assert sorted(i for batch in whole[:4] for i in batch) == list(range(7)), (
+        "an epoch is all of the data, once"
+    )
     assert whole[:4] != whole[4:8], "and its order changes"
     for start in (0, 3, 4, 6):
         other = BatchStream(loader, [3])

