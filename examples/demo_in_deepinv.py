@@ -3,9 +3,13 @@ UD2M inside deepinv
 ===================
 
 The sampler is a deepinv ``Reconstructor``: wherever deepinv takes one, it goes in unchanged. Here it is
-tested by ``dinv.test`` on the problems of deepinv's public benchmark (deblurring without borders,
-inpainting and super-resolution without noise, denoising), and its samples are averaged by
-``dinv.sampling.DiffusionSampler``.
+tested by ``dinv.test`` as deepinv's public benchmark does it (one image at a time, on deblurring without
+borders, inpainting and super-resolution without noise, denoising), on the shipped digits or on a folder
+of images, and its samples are averaged by ``dinv.sampling.DiffusionSampler``.
+
+.. code-block:: bash
+
+    python examples/demo_in_deepinv.py --images my_digits/
 """
 
 # %%
@@ -14,33 +18,26 @@ import argparse
 import deepinv as dinv
 import torch
 from deepinv.physics.functional import gaussian_blur
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, load_prior
-from deepinv_ud2m.data import mnist_digits
+from deepinv_ud2m.data import load_images, mnist_digits
 
 parser = argparse.ArgumentParser(description="UD2M in deepinv's own pipelines.")
-parser.add_argument("--digits", type=int, default=8, help="shipped test digits to use")
+parser.add_argument("--images", help="folder of images of digits; shipped test digits by default")
+parser.add_argument("--num", type=int, default=8, help="how many")
 args = parser.parse_args()
 
 torch.manual_seed(0)
 model = UD2M(UnfoldedDenoiser(load_prior("mnist")))
 
-
 # %%
-# Any dataset that deepinv accepts: here one that returns images, from which deepinv makes measurements.
-class Digits(Dataset):
-    """The shipped test digits."""
-
-    def __init__(self, num):
-        self.x = mnist_digits("test", num=num)
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, index):
-        return self.x[index]
-
+# Any dataset that deepinv accepts: here images alone, from which deepinv makes the measurements. The
+# prior takes grey images of 32x32 pixels, so larger ones of a folder are cropped.
+if args.images:
+    x = load_images(args.images, channels=1, size=32, num=args.num)
+else:
+    x = mnist_digits("test", num=args.num)
 
 # %%
 # The problems of the public benchmark. Physics without noise get a small floor, 0.005.
@@ -57,7 +54,7 @@ problems = {
 for name, physics in problems.items():
     results = dinv.test(
         model,
-        DataLoader(Digits(args.digits), batch_size=4),
+        DataLoader(x, batch_size=1),
         physics,
         online_measurements=True,
         metrics=[dinv.metric.PSNR(), dinv.metric.SSIM()],
@@ -73,7 +70,7 @@ for name, physics in problems.items():
 # %%
 # deepinv's own way of averaging a diffusion sampler: one call per sample. It counts its starting point
 # as a sample, so its moments are a little off; ``model.sample`` draws all samples in one pass.
-x = mnist_digits("test", num=2)
+x = x[:2]
 physics = problems["denoising"]
 y = physics(x)
 sampler = dinv.sampling.DiffusionSampler(model, max_iter=16, verbose=False)
