@@ -1,7 +1,7 @@
 """UD2M posterior samplers (unfolded and distilled diffusion models) for deepinv."""
 
 from deepinv_ud2m.__about__ import __version__
-from deepinv_ud2m.initializers import LinearInitializer, PseudoInverseInitializer
+from deepinv_ud2m.initializers import LinearInitializer, PseudoInverseInitializer, RAMInitializer
 from deepinv_ud2m.lora import add_lora, lora_disabled, merge_lora, remove_lora, unmerge_lora
 from deepinv_ud2m.priors import PriorInfo, load_prior, save_prior
 from deepinv_ud2m.proximal import posterior_prox
@@ -14,6 +14,7 @@ __all__ = [
     "LinearInitializer",
     "PriorInfo",
     "PseudoInverseInitializer",
+    "RAMInitializer",
     "Trajectory",
     "UnfoldedDenoiser",
     "VPSchedule",

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora
+from deepinv_ud2m.benchmark import profile_training
 from deepinv_ud2m.benchmark.__main__ import main
 from deepinv_ud2m.benchmark.methods import METHODS, Method
 from deepinv_ud2m.benchmark.report import report, summarise
@@ -364,3 +365,12 @@ def test_the_command_compares_with_a_gaussian_posterior(tmp_path, capsys):
 def test_small_images_are_refused():
     with pytest.raises(ValueError, match="multiples of 4"):
         make_physics("sr4", (1, 14, 14))
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_training_step_is_measured(tiny_prior, tiny_config, tmp_path):
+    save_prior(tiny_prior, tiny_config, tmp_path / "prior")
+    arguments = ["--prior", str(tmp_path / "prior"), "--batch-size", "4", "--rounds", "2"]
+    result = profile_training.main([*arguments, "--out", str(tmp_path / "cost.json")])
+    assert json.loads((tmp_path / "cost.json").read_text())["seconds"] == result["seconds"]
+    assert result["memory_gb"]["plain"] > 0

@@ -8,7 +8,11 @@ rewrites them in README.md, between their two markers; a test checks that they a
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+
+from deepinv_ud2m.benchmark.methods import METHODS
+from deepinv_ud2m.benchmark.tasks import TASKS
 
 _PACKAGE = Path(__file__).parents[1]
 _START, _END = "<!-- measured -->", "<!-- /measured -->"
@@ -36,7 +40,78 @@ def measured() -> str:
     card = json.loads((_PACKAGE / "weights" / "prior-mnist" / "config.json").read_text())
     results = sorted((_PACKAGE / "benchmark" / "results").glob("overhead*.json"))
     profiles = [json.loads(file.read_text()) for file in results]
-    return f"## Measured\n\n{_prior(card)}\n\n{_overhead(profiles)}"
+    summary = json.loads((_PACKAGE / "benchmark" / "results" / "mnist" / "summary.json").read_text())
+    return f"## Measured\n\n{_benchmark(summary)}\n\n{_prior(card)}\n\n{_overhead(profiles)}"
+
+
+def _benchmark(summary: dict) -> str:
+    setup, machine = summary["setup"], summary["machine"]
+    lines = [line for line in summary["lines"] if "defaults" not in line["method"]]
+    parts = [
+        f"**Samplers on the same prior** (`{setup['prior']}`), MNIST test digits, noise "
+        f"{setup['sigma_y']}, the settings of every method tuned on validation digits. PSNR, perceptual "
+        "and Frechet distance are of one sample per digit, the other columns of several samples, on as "
+        "many digits as stand after the semicolon. Both distances are in features of the shipped digit "
+        "classifier. Coverage: largest deviation of the coverage of norm balls from nominal. Mean and "
+        f"standard error; {machine['device']}, {machine['threads']} thread.",
+    ]
+    for task in dict.fromkeys(line["task"] for line in lines):
+        parts += ["", f"*{TASKS[task].title}*", "", _cells([heading for heading, _ in _COLUMNS])]
+        parts += [_cells(["---"] * len(_COLUMNS))]
+        parts += [_cells([cell(line) for _, cell in _COLUMNS]) for line in lines if line["task"] == task]
+    parts += [
+        "",
+        "All settings, defaults of the baselines, more metrics, curves and pictures: "
+        "[report](deepinv_ud2m/benchmark/results/mnist/report.md).",
+    ]
+    return "\n".join(parts)
+
+
+def _mean(key: str, digits: int):
+    def cell(line: dict) -> str:
+        if key not in line:
+            return "-"
+        return f"{line[key]:.{digits}f} ± {line[key + '_se']:.{digits}f}"
+
+    return cell
+
+
+def _images(line: dict) -> str:
+    several = f"; {line['images_with_samples']} x {line['samples']}" if line["samples"] > 1 else ""
+    return f"{line['images']}{several}"
+
+
+def _evaluations(line: dict) -> str:
+    backward = f" + {line['nfe_backward']:.0f} backward" if line["nfe_backward"] else ""
+    return f"{line['nfe']:.0f}{backward}"
+
+
+def _number(key: str, digits: int):
+    return lambda line: f"{line[key]:.{digits}f}" if key in line else "-"
+
+
+def _title(line: dict) -> str:
+    name, _, rest = line["method"].partition(":")
+    steps = re.search(r"num_steps=(\d+)", rest)
+    return METHODS[name].title + (f", {steps[1]} steps" if steps else "")
+
+
+_COLUMNS = [
+    ("sampler", _title),
+    ("NFE", _evaluations),
+    ("seconds", _number("seconds", 3)),
+    ("digits", _images),
+    ("PSNR", _mean("psnr", 2)),
+    ("PSNR of the mean", _mean("psnr_mean", 2)),
+    ("perceptual", _mean("perceptual", 3)),
+    ("energy score", _mean("energy_score", 2)),
+    ("Frechet", _number("frechet", 1)),
+    ("coverage", _number("coverage_error", 2)),
+]
+
+
+def _cells(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _prior(card: dict) -> str:

@@ -224,7 +224,7 @@ def draw(
     :returns: samples of shape `[S, B, C, H, W]`, clamped to [0, 1], and a dictionary: forward and
         backward evaluations of the prior, counted by hooks, seconds, and peak memory.
     """
-    _reset_peak_memory(y)
+    reset_peak_memory(y)
     samples, seconds = [], []
     with EvaluationCounter(getattr(sampler, "networks", [prior])) as counter:
         for s in range(num_samples):
@@ -239,7 +239,7 @@ def draw(
         "nfe": counter.images / per_image,
         "nfe_backward": counter.backward_images / per_image,
         "seconds": float(np.mean(seconds)) / len(y),
-        "peak_memory_gb": _peak_memory(y),
+        "peak_memory_gb": peak_memory(y),
     }
 
 
@@ -331,7 +331,7 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _reset_peak_memory(y: Tensor) -> None:
+def reset_peak_memory(y: Tensor) -> None:
     if y.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     elif _CLEAR_REFS.exists():
@@ -339,7 +339,7 @@ def _reset_peak_memory(y: Tensor) -> None:
             _CLEAR_REFS.write_text("5")
 
 
-def _peak_memory(y: Tensor) -> float:
+def peak_memory(y: Tensor) -> float:
     """
     Of the device; on the CPU resident memory, libraries and prior included: since the last reset on
     Linux, since the process started elsewhere.
