@@ -680,4 +680,4 @@ def _hub():
 
 
 #: Shipped samplers: name, and folder in ``weights/``.
-PRETRAINED: dict[str, str] = {}
+PRETRAINED: dict[str, str] = {"mnist": "ud2m-mnist"}

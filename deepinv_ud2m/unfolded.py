@@ -168,8 +168,9 @@ class UnfoldedDenoiser(Reconstructor):
         """
         sigma_y = expand_scalar(noise_level(physics, sigma_y), x_s, "sigma_y")
         sigma = expand_scalar(sigma, x_s, "sigma")
-        physics = remember_backprojection(physics, y)
-        x = self.initializer(y, physics, x_s, sigma, sigma_y)
+        with torch.autocast(x_s.device.type, enabled=False):  # operators lose too much in bfloat16
+            physics = remember_backprojection(physics, y)
+            x = self.initializer(y, physics, x_s, sigma, sigma_y)
         iterates = []
         for k in range(self.num_iterations):
             noise = randn(x_s, generator)

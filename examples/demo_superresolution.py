@@ -8,9 +8,9 @@ A digit is blurred, decimated by four and noised,
 
 Eight by eight pixels do not determine a digit. A posterior sampler answers with several digits that
 all agree with the measurement; their mean is the best estimate in mean squared error, their
-standard deviation says where it is to be trusted. UD2M needs nine network evaluations for a sample.
-Here it runs untrained (zero-shot LATINO), on the diffusion prior that ships with the package, next
-to deepinv's DiffPIR on the same prior.
+standard deviation says where it is to be trusted. The sampler that ships with the package, a diffusion
+prior distilled for several tasks, needs nine network evaluations for a sample. Here it runs next to
+deepinv's DiffPIR on the same prior.
 """
 
 # %%
@@ -21,7 +21,7 @@ import deepinv as dinv
 import matplotlib
 import torch
 
-from deepinv_ud2m import UD2M, UnfoldedDenoiser, load_prior
+from deepinv_ud2m import UD2M, load_prior
 from deepinv_ud2m.data import mnist_digits
 from deepinv_ud2m.sampler import CallCounter
 
@@ -40,9 +40,9 @@ physics.set_noise_model(dinv.physics.GaussianNoise(0.05, rng=generator))
 y = physics(x)
 
 # %%
-# UD2M: a prior, unfolded into K = 3 iterations, sampled over N = 3 noise levels.
-prior = load_prior("mnist")
-model = UD2M(UnfoldedDenoiser(prior, num_iterations=3), num_steps=3)
+# UD2M: K = 3 unfolded iterations at each of N = 3 noise levels. Without training it would be
+# ``UD2M(UnfoldedDenoiser(load_prior("mnist")))``.
+model = UD2M.from_pretrained("mnist")
 start = time.perf_counter()
 samples = model.sample(y, physics, NUM_SAMPLES, generator=generator, verbose=True)
 ud2m_seconds = (time.perf_counter() - start) / NUM_SAMPLES
@@ -51,6 +51,7 @@ mean, std = samples.mean(0), samples.std(0)
 # %%
 # DiffPIR: the same prior, 100 network evaluations, its two parameters tuned on other digits
 # (``python -m deepinv_ud2m.benchmark tune --tasks sr4 --methods diffpir``).
+prior = load_prior("mnist")
 diffpir = dinv.sampling.DiffPIR(
     prior, dinv.optim.data_fidelity.L2(), sigma=0.05, max_iter=100, zeta=0.6, lambda_=3.0
 )

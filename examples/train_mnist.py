@@ -59,8 +59,8 @@ def parse_arguments():
     parser.add_argument("--targets", default="all-convs", help='layers; "attention" for those alone')
     parser.add_argument("--updates", type=int, default=6000, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=16, help="measurements per optimiser step")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--lr-scalars", type=float, default=5e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr-scalars", type=float, default=2e-3)
     parser.add_argument(
         "--own-levels", type=float, default=0.5, help="share of the sampler's own levels"
     )
@@ -82,7 +82,8 @@ def main():
     # %%
     # The tasks of the benchmark, with a noise level per image and, for random inpainting, a mask.
     shape = (1, 32, 32)
-    physics = [make_physics(task, shape) for task in args.tasks]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    physics = [make_physics(task, shape, device=device) for task in args.tasks]
     generators = [operators_and_levels(task, shape, args.sigma_y) for task in args.tasks]
 
     # %%
@@ -114,7 +115,7 @@ def main():
         plot_images=True,
         save_path=args.out,
         seed=args.seed,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device,
     )
     untrained = evaluate_untrained(trainer, args.out / "untrained.json")
     print("untrained:", ", ".join(f"{name} {value:.4g}" for name, value in untrained.items()))

@@ -1,13 +1,16 @@
 """Distillation: what is trained, that it repeats and resumes to the bit, and what is refused."""
 
 import copy
+import functools
 import math
 import multiprocessing
 import os
 import pickle
 import random
 import signal
+import struct
 import time
+import zipfile
 
 import deepinv as dinv
 import pytest
@@ -23,7 +26,7 @@ from deepinv.physics.generator import (
 )
 from torch.utils.data import DataLoader
 
-from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora
+from deepinv_ud2m import UD2M, UnfoldedDenoiser, VPSchedule, add_lora
 from deepinv_ud2m.lora import lora_disabled, lora_parameters
 from deepinv_ud2m.training import (
     AdversarialDiscriminatorLoss,
@@ -78,9 +81,8 @@ def make_trainer(prior, adversarial=False, seed=0, **options):
         optimizer = dinv.training.AdversarialOptimizer(optimizer, of_d)
     if "physics" not in options:
         options |= {"physics": Inpainting(SHAPE, mask=0.5, noise_model=GaussianNoise(0.05))}
-    return DistillationTrainer(
-        model=UD2M(unfolded, num_steps=2), optimizer=optimizer, seed=seed, **{**defaults, **options}
-    )
+    options = {"optimizer": optimizer, **defaults, **options}
+    return DistillationTrainer(model=UD2M(unfolded, num_steps=2), seed=seed, **options)
 
 
 def everything(trainer, folder):
@@ -307,6 +309,25 @@ def test_evaluation_repeats_and_leaves_training_alone(tiny_prior, tmp_path):
         assert torch.equal(a, b)
 
 
+def test_generators_of_losses_and_levels_are_seeded_too():
+    generator, other = torch.Generator(), torch.Generator()
+    loss = AdversarialDiscriminatorLoss(generator=generator)
+    levels = functools.partial(VPSchedule().training_levels, generator=other)
+    assert set(map(id, find_generators([loss], levels))) == {id(generator), id(other)}
+
+
+def test_one_loader_per_physics_resumes_before_the_second_is_used(tiny_prior, tmp_path):
+    def run(folder, steps):
+        loaders = [DataLoader(images(6), batch_size=2, shuffle=True) for _ in range(2)]
+        options = {"train_dataloader": loaders, "save_path": folder, "steps": steps, "ckp_interval": 1}
+        return make_trainer(tiny_prior, **two_physics(), **options).train()
+
+    run(tmp_path / "whole", 4)
+    run(tmp_path / "parts", 1)
+    run(tmp_path / "parts", 4)
+    assert_same_bits(everything(None, tmp_path / "whole"), everything(None, tmp_path / "parts"))
+
+
 def test_the_seed_decides(tiny_prior):
     def trained(seed):
         return make_trainer(tiny_prior, seed=seed).train().unfolded.log_delta
@@ -364,11 +385,16 @@ def test_damaged_checkpoints_are_refused_and_left_alone(tiny_prior, tmp_path, da
     make_trainer(tiny_prior, save_path=tmp_path, steps=1).train()
     file = tmp_path / "checkpoint.pt"
     whole, moments = file.read_bytes(), random.Random(1)
+    with zipfile.ZipFile(file) as archive:  # between its parts there is room that nobody reads
+        part = max(archive.infolist(), key=lambda part: part.file_size)
+    lengths = struct.unpack("<HH", whole[part.header_offset + 26 : part.header_offset + 30])
+    start = part.header_offset + 30 + sum(lengths)
+    inside = range(start, start + part.file_size)
     for _ in range(5):
         if damage == "truncate":
             file.write_bytes(whole[: moments.randrange(len(whole))])
         elif damage == "flip":
-            place = moments.randrange(len(whole) // 4, len(whole) // 2)  # inside the tensors
+            place = moments.choice(inside)
             file.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
         else:
             torch.save({"weights": torch.zeros(3)}, file)
@@ -402,7 +428,13 @@ def test_a_checkpoint_of_another_run_is_refused(tiny_prior, tmp_path):
         make_trainer(tiny_prior, save_path=tmp_path, seed=1).train()
     with pytest.raises(ValueError, match="another run: its losses"):
         make_trainer(tiny_prior, save_path=tmp_path, losses=EnergyScoreLoss()).train()
-    make_trainer(tiny_prior, save_path=tmp_path, seed=1, resume=False, steps=1).train()
+    with pytest.raises(ValueError, match="another run: its prior"):
+        other = copy.deepcopy(tiny_prior)
+        next(other.parameters()).data += 0.1
+        make_trainer(other, save_path=tmp_path).train()
+    make_trainer(tiny_prior, save_path=tmp_path, seed=1, resume=False, steps=3).train()
+    with pytest.raises(ValueError, match=r"steps is 2, but the checkpoint .* is at step 3 already"):
+        make_trainer(tiny_prior, save_path=tmp_path, seed=1, steps=2).train()
 
 
 # -- Losses that are not finite -------------------------------------------------------------------
@@ -440,6 +472,27 @@ def test_too_many_in_a_row_stop_training_with_the_last_good_state_saved(tiny_pri
     assert all(value.isfinite().all() for value in state["trained"].values())
 
 
+class NaNFrom(AdversarialDiscriminatorLoss):
+    """A discriminator's loss that is not finite from a step on."""
+
+    def forward(self, step, **kwargs):
+        return super().forward(**kwargs) * (math.nan if step >= 2 else 1.0)
+
+
+def test_a_discriminator_that_is_not_finite_stops_training_too(tiny_prior):
+    trainer = make_trainer(tiny_prior, adversarial=True, losses_d=NaNFrom(), steps=9, max_skipped=3)
+    with pytest.raises(RuntimeError, match="not finite in 3 steps in a row, from step 2 on"):
+        trainer.train()
+    assert all(parameter.isfinite().all() for parameter in trainer.D.parameters())
+
+
+def test_skipped_steps_leave_no_trace_in_the_history(tiny_prior):
+    trainer = make_trainer(tiny_prior, losses=SometimesNaN({1}), steps=4, log_interval=2)
+    trainer.train()
+    assert [step for step, _ in trainer.history["loss"]] == [2, 4]
+    assert all(math.isfinite(value) for _, value in trainer.history["loss"])
+
+
 # -- Evaluation, figures, deepinv -----------------------------------------------------------------
 
 
@@ -451,7 +504,7 @@ def test_evaluation_writes_history_figures_and_the_best_model(tiny_prior, tmp_pa
     names = set(trainer.history)
     assert {"loss", "EnergyScoreLoss", "AdversarialGeneratorLoss", "gradient norm"} <= names
     assert {
-        "D: AdversarialDiscriminatorLoss",
+        "D AdversarialDiscriminatorLoss",
         "eval: PSNR 1",
         "eval: PSNR 2",
         "eval: energy score",
@@ -485,6 +538,8 @@ def test_deepinv_test_runs_the_full_sampler(tiny_prior):
         ({"D": torch.nn.Identity()}, ValueError, "D and losses_d belong together"),
         ({"mixed_precision": "fp16"}, ValueError, "bfloat16"),
         ({"compute_eval_losses": True}, ValueError, "compute_eval_losses"),
+        ({"scheduler": 1}, ValueError, "scheduler is not available: use lr_schedule"),
+        ({"ckpt_pretrained": "x.pt"}, ValueError, "ckpt_pretrained is not available: use save_path"),
         ({"physics_generator": [None, None]}, ValueError, "physics_generator must be one per physics"),
         ({"train_dataloader": [None, None]}, ValueError, "data loaders must be one"),
         ({"physics": dinv.physics.SinglePhotonLidar()}, TypeError, "prox_l2"),
@@ -507,5 +562,19 @@ def test_a_model_without_anything_to_train_is_refused(tiny_prior):
 
 def test_an_empty_dataset_is_refused(tiny_prior):
     loader = DataLoader(images(2), batch_size=3, drop_last=True)
-    with pytest.raises(ValueError, match="train_dataloader has no batch"):
+    with pytest.raises(ValueError, match="data loader has no batch"):
+        make_trainer(tiny_prior, train_dataloader=loader)
+    with pytest.raises(ValueError, match="data loader has no batch"):
+        make_trainer(tiny_prior, eval_dataloader=loader)
+
+
+def test_an_optimizer_without_the_adapter_is_refused(tiny_prior):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    with pytest.raises(ValueError, match=r"optimizer does not hold .* of the model"):
+        make_trainer(tiny_prior, optimizer=optimizer)
+
+
+def test_workers_that_stay_are_refused(tiny_prior):
+    loader = DataLoader(images(), batch_size=2, num_workers=1, persistent_workers=True)
+    with pytest.raises(ValueError, match="persistent_workers=False"):
         make_trainer(tiny_prior, train_dataloader=loader).train()

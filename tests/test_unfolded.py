@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import deepinv as dinv
 import pytest
 import torch
 from conftest import GaussianProblem
@@ -220,3 +221,29 @@ def test_a_denoiser_that_takes_maps_of_levels_works():
     physics = Inpainting((1, 32, 32), mask=0.5, noise_model=GaussianNoise(0.05))
     x = torch.rand(2, 1, 32, 32)
     assert UnfoldedDenoiser(denoiser)(physics(x), physics, x, 0.5).shape == x.shape
+
+
+class Identity(torch.nn.Module):
+    def forward(self, w, delta):
+        return w
+
+
+@pytest.mark.parametrize("operator", ["blur", "super-resolution"])
+def test_operators_keep_their_precision_under_autocast(operator):
+    """Convolutions in bfloat16 are some per cent off, which a large gamma makes most of the image."""
+    kernel = dinv.physics.functional.gaussian_blur(sigma=(1.0, 1.0))
+    physics = {
+        "blur": dinv.physics.Blur(kernel, padding="replicate"),
+        "super-resolution": dinv.physics.Downsampling(
+            (1, 32, 32), filter="gaussian", factor=4, padding="circular"
+        ),
+    }[operator]
+    physics.set_noise_model(dinv.physics.GaussianNoise(0.02))
+    x = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    y = physics.A(x)
+    unfolded = UnfoldedDenoiser(Identity(), 2)
+    draws = []
+    for enabled in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            draws.append(unfolded(y, physics, x, 0.5, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(*draws)

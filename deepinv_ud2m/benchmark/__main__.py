@@ -30,7 +30,16 @@ from deepinv_ud2m.priors import load_prior
 SPLITS = ("test", "validation")
 GAUSSIAN_TASKS = ["inpaint-random", "deblur-gaussian"]
 DEFAULT_TASKS = ["sr4", "deblur-gaussian", "inpaint-random", "inpaint-box"]
-DEFAULT_METHODS = ["ud2m", "diffpir", "ddrm", "pigdm", "dps:num_steps=100", "dpir", "pinv"]
+DEFAULT_METHODS = [
+    "ud2m-distilled",
+    "ud2m",
+    "diffpir",
+    "ddrm",
+    "pigdm",
+    "dps:num_steps=100",
+    "dpir",
+    "pinv",
+]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     if args.quick:
-        args.tasks, args.methods = ["sr4", "inpaint-random"], ["ud2m", "diffpir", "pinv"]
+        args.tasks, args.methods = ["sr4", "inpaint-random"], ["ud2m-distilled", "diffpir", "pinv"]
         args.images, args.samples = 4, 4
     prior, x = _prior_and_images(args)
     tuned = merge_searches(args.settings)

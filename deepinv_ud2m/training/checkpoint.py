@@ -28,12 +28,11 @@ def write_checkpoint(state: dict, file: Path) -> None:
     os.replace(temporary, file)
 
 
-def read_checkpoint(file: Path, device: torch.device | str = "cpu") -> dict:
+def read_checkpoint(file: Path) -> dict:
     """
-    Read what :func:`write_checkpoint` wrote.
+    Read what :func:`write_checkpoint` wrote, onto the CPU.
 
     :param pathlib.Path file: the file.
-    :param torch.device, str device: where tensors go.
     :raises ValueError: for a damaged file, another kind of file, or another format.
     """
     try:
@@ -41,7 +40,7 @@ def read_checkpoint(file: Path, device: torch.device | str = "cpu") -> dict:
             damaged = archive.testzip()
         if damaged:
             raise ValueError(f"its part {damaged} is damaged")
-        state = torch.load(file, map_location=device, weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT:
             raise ValueError(f"its format is {state['format']}, this version reads {FORMAT}")
     except (

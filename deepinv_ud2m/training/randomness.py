@@ -1,12 +1,13 @@
 """Randomness that a resumed run repeats: every draw of a step follows from the seed and the step.
 
-Nothing has to be stored but the number of the step and the place in the data. Each random generator
-that the data, the physics and the noise models hold is seeded anew at each step, each with a seed of
-its own.
+Nothing has to be stored but the number of the step and the place in the data. The global generators,
+and each random generator that the physics, the noise models and the losses hold, are seeded anew at each
+step, each with a seed of its own. (A generator that a dataset keeps to itself is beyond reach.)
 """
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterable, Iterator
 
@@ -63,9 +64,13 @@ def _parts(thing) -> Iterable:
         return thing.values()
     if isinstance(thing, torch.nn.Module):
         return [part for name, part in vars(thing).items() if name not in ("_buffers", "_parameters")]
+    if isinstance(thing, functools.partial):
+        return [thing.func, thing.args, thing.keywords]
     if isinstance(getattr(thing, "__self__", None), torch.nn.Module):
         return [thing.__self__]
-    return [cell.cell_contents for cell in getattr(thing, "__closure__", None) or () if _is_set(cell)]
+    cells = getattr(thing, "__closure__", None) or ()
+    held = list(getattr(thing, "__dict__", {}).values()) if callable(thing) else []
+    return held + [cell.cell_contents for cell in cells if _is_set(cell)]
 
 
 def _is_set(cell) -> bool:
@@ -83,10 +88,16 @@ class BatchStream:
 
     :param torch.utils.data.DataLoader loader: the data loader.
     :param list[int] key: integers that fix the order.
-    :raises ValueError: when an epoch has no batch.
+    :raises ValueError: for persistent workers, whose random state cannot be set; and when an epoch has
+        no batch.
     """
 
     def __init__(self, loader: DataLoader, key: list[int]):
+        if getattr(loader, "persistent_workers", False):
+            raise ValueError(
+                "data loaders must have persistent_workers=False: the random state of workers that stay "
+                "cannot be set, and a run would not be repeatable"
+            )
         self.loader, self.key = loader, list(key)
         self.epoch, self.position, self._iterator = 0, 0, None
 
@@ -115,15 +126,18 @@ class BatchStream:
         :param int epoch: epoch, from 0.
         :param int position: batches of it that were used.
         """
-        self.epoch, self.position = epoch, 0
-        self._start()
+        # The iterator is not made before it is used: a sampler draws its order at the first batch.
+        self.epoch, self.position, self._iterator = epoch, 0, None
         for _ in range(position):
             next(self)
 
     def _start(self) -> None:
         # Only a loader's own draws: the order of the data, and the seeds of its workers.
-        samplers = (self.loader, getattr(self.loader, "sampler", None))
-        own = [g for g in (getattr(s, "generator", None) for s in samplers) if g is not None]
+        parts = [self.loader, getattr(self.loader, "sampler", None)]
+        parts += [batches := getattr(self.loader, "batch_sampler", None)]
+        parts += [getattr(batches, "sampler", None)]
+        generators = {id(g): g for g in (getattr(part, "generator", None) for part in parts) if g}
+        own = list(generators.values())
         if hasattr(getattr(self.loader, "sampler", None), "set_epoch"):
             self.loader.sampler.set_epoch(self.epoch)
         seed_all([*self.key, self.epoch], own)

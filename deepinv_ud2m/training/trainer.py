@@ -30,7 +30,12 @@ from tqdm.auto import tqdm
 
 from deepinv_ud2m.batching import RepeatedPhysics, is_shared, repeat_batch
 from deepinv_ud2m.metrics import energy_score
-from deepinv_ud2m.pretrained import load_trained_state_dict, save_pretrained, trained_state_dict
+from deepinv_ud2m.pretrained import (
+    fingerprint,
+    load_trained_state_dict,
+    save_pretrained,
+    trained_state_dict,
+)
 from deepinv_ud2m.proximal import check_has_prox, expand_scalar, noise_level
 from deepinv_ud2m.sampler import UD2M
 from deepinv_ud2m.schedule import VPSchedule
@@ -90,8 +95,9 @@ class DistillationTrainer(AdversarialTrainer):
     It is deepinv's :class:`deepinv.training.AdversarialTrainer`, with its data (``train_dataloader``
     gives images x, or x and y with ``online_measurements=False``), physics, ``physics_generator``,
     metrics, loggers and :meth:`test`. It counts in optimiser steps rather than epochs: ``steps``,
-    ``eval_interval`` and ``ckp_interval``; ``epochs``, ``max_batch_steps``, ``early_stop`` and
-    ``ckpt_pretrained`` are not used.
+    ``eval_interval`` and ``ckp_interval``; ``epochs`` and ``max_batch_steps`` are not used. A learning
+    rate per step (``lr_schedule``) stands in place of ``scheduler``, and ``resume`` in place of
+    ``ckpt_pretrained``.
 
     Several physics (with one loader for all, or one each) are the multi-operator setting: each is used
     once, in random order, before any is used again.
@@ -124,8 +130,8 @@ class DistillationTrainer(AdversarialTrainer):
     :param bool checkpointing: keep only the input of each unfolded iteration for the backward pass
         (default: ``False``).
     :param float ema_decay: decay of the moving average per step, warmed up (default: 0.999).
-    :param int max_skipped: steps in a row without finite loss and gradient, each of them skipped, after
-        which training stops (default: 10).
+    :param int max_skipped: steps in a row without finite loss and gradient, of the model or of the
+        discriminator, each of them skipped, after which training stops (default: 10).
     :param int eval_samples: samples of each measurement in evaluation (default: 4).
     :param Mapping sample_metrics: metrics of the samples, ``name: f(samples, x) -> Tensor [B]``, smaller
         is better; the first decides which weights are the best. The energy score by default.
@@ -134,8 +140,8 @@ class DistillationTrainer(AdversarialTrainer):
     :param int ckp_interval: steps between checkpoints (default: 500).
     :param int log_interval: steps whose mean is one point of the history (default: 50).
     :param str, pathlib.Path save_path: folder for ``checkpoint.pt``, ``history.json``, ``curves.png``,
-        pictures of evaluations, and the exported models ``best`` and ``final`` (default: ``None``,
-        nothing is written).
+        with ``plot_images`` pictures of evaluations, and the exported models ``best`` and ``final``
+        (default: ``None``, nothing is written).
     :param bool resume: go on from the checkpoint in ``save_path``, if there is one (default: ``True``).
     :param int seed: of the run (default: 0).
     :raises TypeError, ValueError: for arguments that cannot work, before anything is computed.
@@ -197,10 +203,11 @@ class DistillationTrainer(AdversarialTrainer):
         if self.sample_metrics is None:
             self.sample_metrics = {"energy score": energy_score} if self.eval_samples > 1 else {}
         if self.levels is None:
-            self.levels = VPSchedule().to(self.device).training_levels
+            self.levels = VPSchedule().training_levels
         self.folder = Path(self.save_path) if self.save_path else None
         self.num_draws = max(getattr(loss, "num_samples", 1) for loss in self.losses)
         self.unfolded.checkpointing = self.checkpointing
+        self._mode = self._condition_mode()
         self._set_up_optimizers()
 
     # ---------------------------------------------------------------------------------------------
@@ -229,6 +236,13 @@ class DistillationTrainer(AdversarialTrainer):
         ):  # fmt: skip
             if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
                 raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)!r}")
+        for name, instead in (
+            ("scheduler", "lr_schedule, a factor per step"),
+            ("ckpt_pretrained", "save_path and resume=True"),
+            ("early_stop", "save_path, whose folder best holds the best model"),
+        ):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is not available: use {instead}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if (self.D is None) != (not self.losses_d):
@@ -262,7 +276,20 @@ class DistillationTrainer(AdversarialTrainer):
             raise ValueError(
                 f"data loaders must be one, or one per physics ({number}), got {len(loaders)}"
             )
+        for loader in loaders:
+            if len(loader) == 0:
+                raise ValueError(
+                    "a data loader has no batch: its dataset is empty, or smaller than a batch with "
+                    "drop_last=True"
+                )
         return loaders * number if len(loaders) == 1 else loaders
+
+    def _condition_mode(self) -> str:
+        """How the adversarial losses want the measurement shown to the discriminator."""
+        modes = {loss.mode for loss in [*self.losses, *self.losses_d] if hasattr(loss, "mode")}
+        if len(modes) > 1:
+            raise ValueError(f"the adversarial losses must have one mode, got {sorted(modes)}")
+        return modes.pop() if modes else "tikhonov"
 
     def _set_up_optimizers(self) -> None:
         optimizer = self.optimizer
@@ -281,8 +308,20 @@ class DistillationTrainer(AdversarialTrainer):
         self.optimizer_g, self.optimizers = both[0], both
         if self.D is not None:
             self.D.to(self.device)
+        self._check_held("the model", self.trained, self.optimizer_g)
+        if self.D is not None:
+            self._check_held("the discriminator", self.D.parameters(), both[1])
         factor = self.lr_schedule or (lambda step: 1.0)
         self.schedulers = [LambdaLR(optimizer, factor) for optimizer in both]
+
+    def _check_held(self, whose: str, parameters, optimizer: torch.optim.Optimizer) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = sum(id(p) not in held for p in parameters)
+        if missing:
+            raise ValueError(
+                f"optimizer does not hold {missing} of the trainable parameters of {whose}: make it "
+                "after add_lora, of parameter_groups(model.unfolded)"
+            )
 
     def setup_train(self, train: bool = True, **kwargs) -> None:
         """deepinv's set-up of metrics and loggers, without the folder named by the second."""
@@ -292,11 +331,14 @@ class DistillationTrainer(AdversarialTrainer):
         if not train:
             return
         self.step_start, self.skipped, self._skipped_in_a_row = 0, 0, 0
+        self._last_good = 0, []
         self.best = math.inf
         self.history = defaultdict(list)
         self._sums, self._counts = defaultdict(float), defaultdict(int)
         self._ema = [parameter.detach().clone() for parameter in self.trained]
-        self._generators = find_generators(self.physics, self.physics_generator)
+        self._generators = find_generators(
+            self.physics, self.physics_generator, self.losses, self.losses_d, self.levels
+        )
         distinct = {id(loader): loader for loader in self.train_dataloader}
         streams = {
             key: BatchStream(loader, [self.seed, _DATA, i])
@@ -339,7 +381,10 @@ class DistillationTrainer(AdversarialTrainer):
                     self._save(step + 1)
         except KeyboardInterrupt:
             # A step cut short may have moved a part of the weights: nothing is saved here.
-            bar.write(f"interrupted at step {step}: start again to go on from the last checkpoint")
+            bar.write(
+                f"interrupted at step {step}"
+                + (": start again to go on from the last checkpoint" if self.folder else "")
+            )
             raise
         finally:
             bar.close()
@@ -353,30 +398,34 @@ class DistillationTrainer(AdversarialTrainer):
         :returns: losses, gradient norms and learning rate, by name.
         """
         logs = defaultdict(float)
+        places = self._places()
         self.optimizer_g.zero_grad(set_to_none=True)
         batches, finite = [], True
         for i in range(self.accumulate):
             loss, batch, terms = self._backward(step * self.accumulate + i, step)
             for name, value in terms.items():
                 logs[name] += value / self.accumulate
-            finite = finite and math.isfinite(loss)
             batches.append(batch)
+            finite = finite and math.isfinite(loss)
             if not finite:
                 break
-        norm = nn.utils.clip_grad_norm_(self.trained, self.grad_clip or math.inf).item()
-        logs["gradient norm"] = norm
-        if not (finite and math.isfinite(norm)):
-            self._skip(step)
-            return logs
-        self._skipped_in_a_row = 0
-        self.optimizer_g.step()
-        if self.D is not None:
-            for _ in range(self.step_ratio_D):
-                logs |= self._train_discriminator(batches)
+        if finite:
+            norm = nn.utils.clip_grad_norm_(self.trained, self.grad_clip or math.inf).item()
+            logs["gradient norm"] = norm
+            finite = math.isfinite(norm)
+        if finite:
+            self.optimizer_g.step()
+            self._update_average(step)
+            for _ in range(self.step_ratio_D if self.D is not None else 0):
+                terms, finite = self._train_discriminator(batches)
+                logs |= terms
         logs["learning rate"] = self.optimizer_g.param_groups[0]["lr"]
         for scheduler in self.schedulers:
             scheduler.step()
-        self._update_average(step)
+        if not finite:
+            self._skip(step, places)
+            return {}
+        self._skipped_in_a_row = 0
         return logs
 
     def _backward(self, micro_step: int, step: int) -> tuple[float, dict, dict[str, float]]:
@@ -418,13 +467,14 @@ class DistillationTrainer(AdversarialTrainer):
         batch = {"x": x, "y": y, "physics": physics, "sigma": sigma, "x_s": x_s}
         batch |= {"samples": samples, "x_net": samples[0]}
         if self.D is not None:
-            batch["condition"] = condition(y, physics)
+            batch["condition"] = condition(y, physics, self._mode)
         return batch
 
     def _loss(self, loss: Loss, batch: dict) -> Tensor:
         return loss(**batch, model=self.model, D=self.D, epoch=0).mean()
 
-    def _train_discriminator(self, batches: list[dict]) -> dict[str, float]:
+    def _train_discriminator(self, batches: list[dict]) -> tuple[dict[str, float], bool]:
+        """One update; its losses, and whether they and the gradient are finite."""
         logs = defaultdict(float)
         optimizer = self.optimizers[1]
         optimizer.zero_grad(set_to_none=True)
@@ -433,11 +483,12 @@ class DistillationTrainer(AdversarialTrainer):
                 losses = [self._loss(loss, batch) for loss in self.losses_d]
             (sum(losses) / len(batches)).backward()
             for name, loss in zip(_names(self.losses_d), losses, strict=True):
-                logs[f"D: {name}"] += loss.item() / len(batches)
+                logs[f"D {name}"] += loss.item() / len(batches)
         norm = nn.utils.clip_grad_norm_(self.D.parameters(), self.grad_clip or math.inf)
-        if norm.isfinite():
+        finite = bool(norm.isfinite())
+        if finite:
             optimizer.step()
-        return logs
+        return logs, finite
 
     def _operator(self, micro_step: int) -> int:
         """Each physics once in every round, in an order that follows from the round."""
@@ -445,19 +496,26 @@ class DistillationTrainer(AdversarialTrainer):
         order = np.random.default_rng([self.seed, _STEP, turn]).permutation(len(self.physics))
         return int(order[place])
 
-    def _skip(self, step: int) -> None:
+    def _skip(self, step: int, places: list[tuple[int, int]]) -> None:
+        """Count a step that was not finite; stop after too many in a row."""
         self.optimizer_g.zero_grad(set_to_none=True)
+        if self._skipped_in_a_row == 0:
+            self._last_good = step, places
         self.skipped += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self.max_skipped:
-            good = step + 1 - self._skipped_in_a_row
+            good, places = self._last_good
             if self.folder:
-                self._save(good)
+                self._save(good, places)
             raise RuntimeError(
                 f"the loss or its gradient was not finite in {self._skipped_in_a_row} steps in a row, "
                 f"from step {good} on; the weights before them are "
                 + (f"in {self.folder / 'checkpoint.pt'}" if self.folder else "in the model")
             )
+
+    def _places(self) -> list[tuple[int, int]]:
+        """Where the data are, per physics: epoch, and batches of it that were used."""
+        return [(stream.epoch, stream.position) for stream in self._streams]
 
     @torch.no_grad()
     def _update_average(self, step: int) -> None:
@@ -512,6 +570,10 @@ class DistillationTrainer(AdversarialTrainer):
         """One posterior sample of the full sampler."""
         return self.model(y, physics)
 
+    def test(self, test_dataloader, *args, **kwargs) -> dict:
+        """deepinv's test; one data loader serves all physics, or there is one for each."""
+        return super().test(self._loader_of_each(test_dataloader), *args, **kwargs)
+
     # ---------------------------------------------------------------------------------------------
     # Evaluation
 
@@ -523,7 +585,7 @@ class DistillationTrainer(AdversarialTrainer):
         Measurements and samples are the same at each evaluation.
 
         :returns: mean of each metric over physics and images; with several physics also of each, by
-            ``name [number of the physics]``.
+            ``name/number of the physics``.
         """
         values = defaultdict(list)
         with self.averaged():
@@ -531,7 +593,7 @@ class DistillationTrainer(AdversarialTrainer):
                 for name, value in self._evaluate_on(operator, loader).items():
                     values[name].append(value)
                     if len(self.physics) > 1:
-                        values[f"{name} [{operator}]"].append(value)
+                        values[f"{name}/{operator}"].append(value)
         return {name: float(np.mean(of)) for name, of in values.items()}
 
     def _evaluate_on(self, operator: int, loader) -> dict[str, float]:
@@ -562,7 +624,7 @@ class DistillationTrainer(AdversarialTrainer):
                 with self.averaged():
                     save_pretrained(self.model, self.folder / "best", metadata={"step": step, **results})
         if self.verbose:
-            text = ", ".join(f"{name} {value:.4g}" for name, value in results.items() if "[" not in name)
+            text = ", ".join(f"{name} {value:.4g}" for name, value in results.items() if "/" not in name)
             tqdm.write(f"step {step}: {text}")
         self._write_history()
 
@@ -604,7 +666,7 @@ class DistillationTrainer(AdversarialTrainer):
             (self.folder / "history.json").write_text(json.dumps(self.history, indent=1) + "\n")
             plot_curves(self.folder / "curves.png", self.history)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, places: list[tuple[int, int]] | None = None) -> None:
         if not self.folder:
             return
         names = [name for name, p in self.unfolded.named_parameters() if p.requires_grad]
@@ -616,21 +678,27 @@ class DistillationTrainer(AdversarialTrainer):
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [_plain(scheduler.state_dict()) for scheduler in self.schedulers],
             "D": self.D.state_dict() if self.D is not None else {},
-            "data": [(stream.epoch, stream.position) for stream in self._streams],
+            "data": self._places() if places is None else places,
             "history": {name: list(points) for name, points in self.history.items()},
             "sums": dict(self._sums),
             "counts": dict(self._counts),
             "skipped": self.skipped,
+            "skipped in a row": self._skipped_in_a_row if places is None else 0,
             "best": self.best,
         }
         write_checkpoint(state, self.folder / "checkpoint.pt")
         self._write_history()
 
     def _load(self, file: Path) -> None:
-        state = read_checkpoint(file, self.device)
+        state = read_checkpoint(file)
         self._check_identity(file, state["run"])
+        if state["step"] > self.steps:
+            raise ValueError(
+                f"steps is {self.steps}, but the checkpoint {file} is at step {state['step']} already"
+            )
         load_trained_state_dict(self.unfolded, state["trained"])
-        self._ema = [average.clone() for average in state["average"].values()]
+        averages = zip(self.trained, state["average"].values(), strict=True)
+        self._ema = [average.to(parameter) for parameter, average in averages]
         for optimizer, of in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(of)
         for scheduler, of in zip(self.schedulers, state["schedulers"], strict=True):
@@ -644,20 +712,26 @@ class DistillationTrainer(AdversarialTrainer):
         self._sums.update(state["sums"])
         self._counts.update(state["counts"])
         self.step_start, self.skipped, self.best = state["step"], state["skipped"], state["best"]
+        self._skipped_in_a_row = state["skipped in a row"]
+        self._last_good = self.step_start - self._skipped_in_a_row, self._places()
         if self.verbose:
             tqdm.write(f"going on from step {self.step_start} of {file}")
 
     def _identity(self) -> dict:
         """What must be equal for a checkpoint to be of the same run."""
         shapes = {n: list(p.shape) for n, p in self.unfolded.named_parameters() if p.requires_grad}
-        loaders = [getattr(loader, "batch_size", None) for loader in self.train_dataloader]
+        batches = [[getattr(of, "batch_size", None), len(of)] for of in self.train_dataloader]
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        trained = [name for name, p in self.unfolded.denoiser.named_parameters() if p.requires_grad]
         return {
+            "prior": fingerprint(self.unfolded.denoiser, trained),
             "num_iterations": self.unfolded.num_iterations,
             "trained parameters": shapes,
             "discriminator": type(self.D).__name__ if self.D is not None else None,
             "physics": [type(physics).__name__ for physics in self.physics],
-            "losses": [*_names(self.losses), *_names(self.losses_d)],
-            "batch sizes": loaders,
+            "losses": [repr(loss) for loss in [*self.losses, *self.losses_d]],
+            "learning rates": [group["initial_lr"] for group in groups],
+            "batch sizes and batches": batches,
             "accumulate": self.accumulate,
             "seed": self.seed,
         }
