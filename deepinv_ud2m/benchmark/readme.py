@@ -41,7 +41,32 @@ def measured() -> str:
     results = sorted((_PACKAGE / "benchmark" / "results").glob("overhead*.json"))
     profiles = [json.loads(file.read_text()) for file in results]
     summary = json.loads((_PACKAGE / "benchmark" / "results" / "mnist" / "summary.json").read_text())
-    return f"## Measured\n\n{_benchmark(summary)}\n\n{_prior(card)}\n\n{_overhead(profiles)}"
+    sampler = json.loads((_PACKAGE / "weights" / "ud2m-mnist" / "config.json").read_text())
+    parts = [_benchmark(summary), _sampler(sampler), _prior(card), _overhead(profiles)]
+    cost = json.loads((_PACKAGE / "benchmark" / "results" / "training_cost.json").read_text())
+    return "\n\n".join(["## Measured", *parts, _training(cost)])
+
+
+def _sampler(config: dict) -> str:
+    training, lora = config["metadata"], config["lora"]
+    low, high = training["sigma_y"]
+    return (
+        f"**The sampler `mnist`**: LoRA of rank {lora['rank']} on {len(lora['targets'])} layers, "
+        f"trained with the {training['loss']} on {training['measurements']:,} measurements of "
+        f"{', '.join(training['tasks'])}, noise {low} to {high}, by `{training['command']}`. That is a "
+        "small budget (the paper's is 3,200,000), and the losses were still falling."
+    )
+
+
+def _training(cost: dict) -> str:
+    return (
+        "**A step of distillation** costs "
+        f"{cost['step_over_parts']:.2f} times its parts alone (K denoiser passes forward and backward, "
+        f"losses, discriminator) and {cost['step_over_two_passes']:.2f} times a step with a second pass "
+        "of the generator for the discriminator; checkpointing saves "
+        f"{100 * cost['memory_saved_by_checkpointing']:.0f} % of its memory (`{cost['command']}`, "
+        f"{cost['machine']['threads']} thread, {cost['rounds']} rounds)."
+    )
 
 
 def _benchmark(summary: dict) -> str:
