@@ -78,7 +78,8 @@ def _benchmark(summary: dict) -> str:
         "and Frechet distance are of one sample per digit, the other columns of several samples, on as "
         "many digits as stand after the semicolon. Both distances are in features of the shipped digit "
         "classifier. Coverage: largest deviation of the coverage of norm balls from nominal. Mean and "
-        f"standard error; {machine['device']}, {machine['threads']} thread.",
+        "standard error. Seconds were taken while the machine did other work as well: only their rough "
+        f"ratios count ({machine['device']}, {machine['threads']} thread).",
     ]
     for task in dict.fromkeys(line["task"] for line in lines):
         parts += ["", f"*{TASKS[task].title}*", "", _cells([heading for heading, _ in _COLUMNS])]
