@@ -202,9 +202,10 @@ def save_pretrained(
     *,
     prior: str | None = None,
     metadata: Mapping | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """
-    Write a sampler as ``model.safetensors``, what was trained in float32, and ``config.json``.
+    Write a sampler as ``model.safetensors``, what was trained, and ``config.json``.
 
     Each file is written beside its place and then moved there, the configuration last, and the
     configuration holds the hash of the weights. So a save that is interrupted leaves the old sampler,
@@ -216,9 +217,14 @@ def save_pretrained(
         folder (default: the ``name`` in its ``prior_info``, if it has one).
     :param Mapping, None metadata: anything worth knowing that JSON can hold: training data, budget,
         seed, metrics (default: nothing).
+    :param torch.dtype dtype: type of the stored weights, ``torch.float32`` or ``torch.float16``; the
+        scalars are in float32 always (default: ``torch.float32``).
     :raises TypeError: if ``model`` is not such a sampler, ``prior`` not a name, or ``metadata``
         cannot be written as JSON. Nothing is written then.
+    :raises ValueError: for another ``dtype``, or weights that float16 cannot hold. Likewise.
     """
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"dtype must be torch.float32 or torch.float16, got {dtype}")
     if not isinstance(model, UD2M) or not isinstance(model.unfolded, UnfoldedDenoiser):
         got = type(model.unfolded if isinstance(model, UD2M) else model).__name__
         raise TypeError(f"model must be a UD2M of an UnfoldedDenoiser, got {got}")
@@ -226,8 +232,15 @@ def save_pretrained(
         raise TypeError(f"prior must be a name or a folder that load_prior takes, got {prior!r}")
     metadata = _check_metadata(metadata)
     state = trained_state_dict(model.unfolded)
+    types = {k: torch.float32 if k.startswith("scalars.") else dtype for k in state}
     # Copies: safetensors does not take tensors that share memory.
-    state = {k: v.to("cpu", torch.float32, copy=True).contiguous() for k, v in state.items()}
+    stored = {k: v.to("cpu", types[k], copy=True).contiguous() for k, v in state.items()}
+    beyond = [k for k, v in stored.items() if (v.isinf().cpu() & state[k].isfinite().cpu()).any()]
+    if beyond:
+        raise ValueError(
+            f"dtype {dtype} cannot hold the values of {_shorten(beyond)}: use torch.float32"
+        )
+    state = stored
     weights = save(state, metadata={"format": "pt"})
     config = {
         "format": FORMAT,
@@ -572,6 +585,7 @@ def push_to_hub(
     token: str | None = None,
     prior: str | None = None,
     metadata: Mapping | None = None,
+    dtype: torch.dtype = torch.float32,
     commit_message: str = "Upload UD2M sampler",
 ) -> str:
     """
@@ -585,14 +599,15 @@ def push_to_hub(
     :param str, None token: access token (default: that of ``hf auth login``).
     :param str, None prior: see :func:`save_pretrained`.
     :param Mapping, None metadata: likewise; it is shown on the model card.
+    :param torch.dtype dtype: likewise.
     :param str commit_message: message of the commit.
     :returns: address of the repository.
     :raises ImportError: without ``huggingface_hub``.
-    :raises TypeError: see :func:`save_pretrained`; nothing is uploaded then.
+    :raises TypeError, ValueError: see :func:`save_pretrained`; nothing is uploaded then.
     """
     api = _hub().HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, folder, prior=prior, metadata=metadata)
+        save_pretrained(model, folder, prior=prior, metadata=metadata, dtype=dtype)
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
         repo_id = getattr(repository, "repo_id", repo_id)
         if not api.file_exists(repo_id, "README.md"):

@@ -249,7 +249,12 @@ class UD2M(Reconstructor):
         return x0 + kept * (x_s - x0) + tau * randn(x_s, generator)
 
     def save_pretrained(
-        self, folder: str | Path, *, prior: str | None = None, metadata: Mapping | None = None
+        self,
+        folder: str | Path,
+        *,
+        prior: str | None = None,
+        metadata: Mapping | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """
         Write what was trained, and how to build the rest; see
@@ -257,7 +262,7 @@ class UD2M(Reconstructor):
         """
         from deepinv_ud2m.pretrained import save_pretrained
 
-        save_pretrained(self, folder, prior=prior, metadata=metadata)
+        save_pretrained(self, folder, prior=prior, metadata=metadata, dtype=dtype)
 
     @classmethod
     def from_pretrained(

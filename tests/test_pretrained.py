@@ -244,6 +244,31 @@ def test_a_state_that_does_not_fit_changes_nothing(model):
     refuses(renamed, f"missing: {rho}", "unexpected: x")
 
 
+def test_half_precision_rounds_the_weights_and_keeps_the_scalars(model, prior_folder, tmp_path):
+    model.unfolded.denoiser.requires_grad_(True)  # all weights, as when no adapter is used
+    state = _clone(trained_state_dict(model.unfolded))
+    for dtype in (torch.float32, torch.float16):
+        model.save_pretrained(tmp_path / str(dtype), prior=str(prior_folder), dtype=dtype)
+        loaded = trained_state_dict(UD2M.from_pretrained(tmp_path / str(dtype), merge=False).unfolded)
+        for key, value in loaded.items():
+            kept = state[key] if key.startswith("scalars.") else state[key].to(dtype).float()
+            assert value.dtype == torch.float32 and torch.equal(value, kept), key
+    sizes = [
+        (tmp_path / str(d) / "model.safetensors").stat().st_size for d in (torch.float32, torch.float16)
+    ]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_what_half_precision_cannot_hold_is_refused(model, tmp_path):
+    with torch.no_grad():
+        next(iter(lora_state_dict(model.unfolded.denoiser).values()))[0] = 1e6
+    with pytest.raises(ValueError, match=r"float16 cannot hold the values of lora\."):
+        model.save_pretrained(tmp_path / "model", dtype=torch.float16)
+    with pytest.raises(ValueError, match="dtype must be"):
+        model.save_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert not (tmp_path / "model").exists()
+
+
 # -- The fingerprint ------------------------------------------------------------------------------
 
 
