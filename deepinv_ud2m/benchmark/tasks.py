@@ -15,6 +15,8 @@ from deepinv.physics.functional import gaussian_blur
 from deepinv.physics.generator import MotionBlurGenerator
 from torch import Tensor
 
+from deepinv_ud2m.physics import JPEG
+
 Shape = tuple[int, int, int]
 
 
@@ -25,10 +27,12 @@ class Task:
 
     :param str title: what a reader calls it.
     :param Callable operator: makes the physics, without noise, from the shape `(C, H, W)`.
+    :param bool noisy: whether Gaussian noise is added to its measurements.
     """
 
     title: str
     operator: Callable[[Shape], Physics]
+    noisy: bool = True
 
 
 def make_physics(
@@ -39,7 +43,8 @@ def make_physics(
 
     :param str name: one of ``TASKS``.
     :param tuple[int, int, int] shape: shape `(C, H, W)` of the images.
-    :param float sigma_y: standard deviation of the Gaussian noise, in units of the image, positive.
+    :param float sigma_y: standard deviation of the Gaussian noise, in units of the image, positive; JPEG
+        has no noise but its rounding.
     :param torch.device, str device: where to put it.
     :raises ValueError: for an unknown name, a level that is not positive, or images too small.
     """
@@ -50,7 +55,8 @@ def make_physics(
     if min(shape[-2:]) < 16 or any(n % 4 for n in shape[-2:]):
         raise ValueError(f"the sides of the images must be multiples of 4 and >= 16, got {shape}")
     physics = TASKS[name].operator(shape)
-    physics.set_noise_model(GaussianNoise(sigma_y))
+    if TASKS[name].noisy:
+        physics.set_noise_model(GaussianNoise(sigma_y))
     return physics.to(device)
 
 
@@ -103,4 +109,5 @@ TASKS = {
     "deblur-motion": Task("motion deblurring", _motion_blur),
     "inpaint-random": Task("random inpainting, 30 % kept", _random_inpainting(0.3)),
     "inpaint-box": Task("box inpainting, half-size box", _box_inpainting),
+    "jpeg-10": Task("JPEG, quality 10", lambda shape: JPEG(shape, quality=10), noisy=False),
 }

@@ -8,7 +8,8 @@ A few digits are shipped with the package (see ``LICENSES.md`` next to this file
 tests, demonstrations and benchmarks without a network; training needs the whole of MNIST, from a
 file (:func:`mnist_arrays`) or from the internet (:func:`load_mnist`).
 
-Images of any other origin are read by :func:`load_images`.
+Two photographs ship as well (:func:`photograph`). Images of any other origin are read by
+:func:`load_images`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from deepinv_ud2m.data.images import load_images
 
-__all__ = ["load_images", "load_mnist", "mnist_arrays", "mnist_digits"]
+__all__ = ["load_images", "load_mnist", "mnist_arrays", "mnist_digits", "photograph"]
 
 _SHIPPED = Path(__file__).parent / "mnist_digits.npz"
+_PHOTOGRAPHS = Path(__file__).parent / "photos"
 _SPLITS = ("test", "validation")
 
 
@@ -62,6 +65,22 @@ def mnist_digits(
         x, y = x[:num], y[:num]
     images, targets = _to_tensors(x, y)
     return (images, targets) if labels else images
+
+
+def photograph(name: str) -> Tensor:
+    r"""
+    A colour photograph shipped with the package.
+
+    :param str name: ``"astronaut"`` or ``"chelsea"``.
+    :return: image ``[1, 3, 256, 256]``, float32 in ``[0, 1]``.
+    :raises ValueError: for another name.
+    """
+    names = sorted(file.stem for file in _PHOTOGRAPHS.glob("*.png"))
+    if name not in names:
+        raise ValueError(f"name must be one of {names}, got {name!r}.")
+    with Image.open(_PHOTOGRAPHS / f"{name}.png") as image:
+        pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
 
 
 def mnist_arrays(path: str | Path) -> tuple[Tensor, Tensor]:
