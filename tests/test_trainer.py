@@ -124,6 +124,29 @@ def full_options(folder, **options):
     }
 
 
+def test_a_compiled_prior_is_used_in_training_steps_only(tiny_prior, monkeypatch):
+    """With the backend "eager", which needs no compiler and changes no bit."""
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph.forward
+
+    compile_with = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_with(module, backend=backend))
+    plain = make_trainer(tiny_prior).train().unfolded
+    compiled = make_trainer(tiny_prior, compile=True)
+    compiled.train()
+    assert calls
+    for a, b in zip(plain.parameters(), compiled.unfolded.parameters(), strict=True):
+        assert torch.equal(a, b)
+    number = len(calls)
+    compiled.eval_dataloader = [DataLoader(images(2), batch_size=2)]
+    compiled.evaluate()
+    assert len(calls) == number
+    torch.compiler.reset()
+
+
 # -- What is trained ------------------------------------------------------------------------------
 
 

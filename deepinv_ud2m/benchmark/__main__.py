@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepinv_ud2m.benchmark.gaussian import gaussian_report
 from deepinv_ud2m.benchmark.methods import METHODS
-from deepinv_ud2m.benchmark.report import report
+from deepinv_ud2m.benchmark.report import report, store
 from deepinv_ud2m.benchmark.run import (
     Results,
     Setup,
@@ -86,6 +86,8 @@ def _tune(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     _write_report(args, _prior_and_images(args)[1])
+    if args.store:
+        store(args.out, args.store)
 
 
 def _gaussian(args: argparse.Namespace) -> None:
@@ -166,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
             "--samples", type=int, default=1 if sub is run else 16, help="samples per image"
         )
         sub.add_argument("--seed", type=int, default=0)
+    report_.add_argument("--store", type=Path, help="folder to copy the report and the packed rows into")
     run.add_argument("--batch-size", type=int, default=16, help="images sampled together")
     run.add_argument("--quick", action="store_true", help="2 tasks, 3 methods, 4 images")
     time_.add_argument("--rounds", type=int, default=3, help="times each method is measured")

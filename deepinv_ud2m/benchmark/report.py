@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepinv_ud2m.benchmark.run import file_name, read_rows
+from deepinv_ud2m.benchmark.run import PACKED_ROWS, file_name, read_rows
 from deepinv_ud2m.benchmark.tasks import TASKS
 from deepinv_ud2m.metrics import (
     coverage_curve,
@@ -78,6 +80,26 @@ def report(folder: Path, x: Tensor, x_reference: Tensor | None = None, features=
     for task in dict.fromkeys(row["task"] for row in rows):
         _plot_sheet(folder, task, rows, x)
     return lines
+
+
+def store(folder: Path, destination: Path) -> None:
+    """
+    Copy what a report consists of, and the rows, packed, into a folder of its own.
+
+    A copy of that folder is one of results again, which ``run --out`` extends by methods, tasks or
+    images; only the pictures of the samples are not in it.
+
+    :param pathlib.Path folder: folder of results, with its report.
+    :param pathlib.Path destination: where to; made if it does not exist, its files are replaced.
+    """
+    folder, destination = Path(folder), Path(destination)
+    destination.mkdir(parents=True, exist_ok=True)
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".csv", ".md", ".png"):
+            shutil.copy(file, destination)
+    # Without a time in the head, equal rows give equal files.
+    packed = gzip.compress((folder / "rows.jsonl").read_bytes(), mtime=0)
+    (destination / PACKED_ROWS).write_bytes(packed)
 
 
 def summarise(rows: list[dict], reference: Tensor | None = None) -> list[dict]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gzip
 import importlib.util
 import json
 import platform
@@ -62,6 +63,10 @@ class Setup:
     batch_size: int
 
 
+#: Name of the rows in stored results.
+PACKED_ROWS = "rows.jsonl.gz"
+
+
 class Results:
     """
     The rows of a folder, and the samples beside them.
@@ -83,10 +88,11 @@ class Results:
                     f"{asdict(setup)}: choose another output folder"
                 )
         else:
-            (self.folder / "images").mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             stored.write_text(
                 json.dumps({"setup": asdict(setup), "machine": machine()}, indent=2) + "\n"
             )
+        (self.folder / "images").mkdir(exist_ok=True)  # not in a copy of stored results
         self.rows = read_rows(self.folder)
 
     def has(self, task: str, method: str, images: range, num_samples: int) -> bool:
@@ -118,9 +124,13 @@ def read_rows(folder: Path) -> list[dict]:
     """
     The rows of a folder; a line cut short by a kill is dropped from the file.
 
+    Where there are only packed rows, in a copy of stored results, they are unpacked first.
+
     :param pathlib.Path folder: folder of results.
     """
-    file = Path(folder) / "rows.jsonl"
+    file, packed = Path(folder) / "rows.jsonl", Path(folder) / PACKED_ROWS
+    if packed.is_file() and not file.is_file():
+        file.write_bytes(gzip.decompress(packed.read_bytes()))
     if not file.is_file():
         return []
     complete = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
