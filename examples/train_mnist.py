@@ -41,6 +41,11 @@ from deepinv_ud2m.training import (
     warmup_cosine,
 )
 
+LOSSES = {
+    "energy": "energy score",
+    "l2": "squared error",
+    "adversarial": "squared error, perceptual distance and discriminator",
+}
 ALL_TASKS = ["sr4", "sr4-paper", "deblur-gaussian", "inpaint-random", "inpaint-box"]
 
 
@@ -51,7 +56,7 @@ def parse_arguments():
     parser.add_argument("--start", help="sampler to start from, name or folder; the prior by default")
     parser.add_argument("--tasks", nargs="+", default=ALL_TASKS)
     parser.add_argument("--sigma-y", type=float, nargs=2, default=[0.02, 0.1], help="range of noise")
-    parser.add_argument("--loss", choices=["energy", "l2", "adversarial"], default="energy")
+    parser.add_argument("--loss", choices=LOSSES, default="energy")
     parser.add_argument("--draws", type=int, default=2, help="draws per measurement, for energy")
     parser.add_argument("--iterations", type=int, default=3, help="K, unfolded iterations")
     parser.add_argument("--steps", type=int, default=3, help="N, levels of the sampler")
@@ -63,6 +68,9 @@ def parse_arguments():
     parser.add_argument("--lr-scalars", type=float, default=2e-3)
     parser.add_argument(
         "--own-levels", type=float, default=0.5, help="share of the sampler's own levels"
+    )
+    parser.add_argument(
+        "--fast", action="store_true", help="compiled prior in bfloat16; needs a C++ compiler on a CPU"
     )
     parser.add_argument("--eval-interval", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
@@ -110,6 +118,8 @@ def main():
         lr_schedule=warmup_cosine(args.updates, warmup_steps=50),
         steps=args.updates,
         levels=Levels(model, args.own_levels),
+        compile=args.fast,
+        mixed_precision="bfloat16" if args.fast else False,
         eval_interval=args.eval_interval,
         ckp_interval=100,
         plot_images=True,
@@ -123,14 +133,17 @@ def main():
     training = {
         "command": shlex.join(["python", "examples/train_mnist.py", *sys.argv[1:]]),
         "data": "MNIST training set, 60 000 digits (LeCun & Cortes, CC BY-SA 3.0)",
+        "tasks": args.tasks,
+        "sigma_y": args.sigma_y,
         "measurements": args.updates * args.batch_size,
+        "batch_size": args.batch_size,
+        "loss": LOSSES[args.loss],
+        "trained": f"LoRA of rank {args.rank}" if args.rank else "all weights",
         "seed": args.seed,
-        "validation": {
-            name: points[-1][1] for name, points in trainer.history.items() if "eval" in name
-        },
+        "validation": trainer.evaluate(),
         "validation_untrained": untrained,
     }
-    model.save_pretrained(args.out / "model", metadata=training)
+    model.save_pretrained(args.out / "model", metadata=training, dtype=torch.float16)
     print(f"written to {args.out / 'model'}: UD2M.from_pretrained({str(args.out / 'model')!r})")
 
 

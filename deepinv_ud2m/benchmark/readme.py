@@ -48,11 +48,11 @@ def measured() -> str:
 
 
 def _sampler(config: dict) -> str:
-    training, lora = config["metadata"], config["lora"]
+    training = config["metadata"]
     low, high = training["sigma_y"]
     return (
-        f"**The sampler `mnist`**: LoRA of rank {lora['rank']} on {len(lora['targets'])} layers, "
-        f"trained with the {training['loss']} on {training['measurements']:,} measurements of "
+        f"**The sampler `mnist`**: {training['trained']} of the prior and the scalars, trained with the "
+        f"{training['loss']} on {training['measurements']:,} measurements of "
         f"{', '.join(training['tasks'])}, noise {low} to {high}, by `{training['command']}`. That is a "
         "small budget (the paper's is 3,200,000), and the losses were still falling."
     )
@@ -72,6 +72,7 @@ def _training(cost: dict) -> str:
 def _benchmark(summary: dict) -> str:
     setup, machine = summary["setup"], summary["machine"]
     lines = [line for line in summary["lines"] if "defaults" not in line["method"]]
+    lines.sort(key=lambda line: _ORDER.index(line["method"].partition(":")[0]))
     parts = [
         f"**Samplers on the same prior** (`{setup['prior']}`), MNIST test digits, noise "
         f"{setup['sigma_y']}, the settings of every method tuned on validation digits. PSNR, perceptual "
@@ -81,7 +82,7 @@ def _benchmark(summary: dict) -> str:
         "standard error. Seconds were taken while the machine did other work as well: only their rough "
         f"ratios count ({machine['device']}, {machine['threads']} thread).",
     ]
-    for task in dict.fromkeys(line["task"] for line in lines):
+    for task in dict.fromkeys(line["task"] for line in summary["lines"]):
         parts += ["", f"*{TASKS[task].title}*", "", _cells([heading for heading, _ in _COLUMNS])]
         parts += [_cells(["---"] * len(_COLUMNS))]
         parts += [_cells([cell(line) for _, cell in _COLUMNS]) for line in lines if line["task"] == task]
@@ -121,6 +122,8 @@ def _title(line: dict) -> str:
     steps = re.search(r"num_steps=(\d+)", rest)
     return METHODS[name].title + (f", {steps[1]} steps" if steps else "")
 
+
+_ORDER = ["ud2m-distilled", *(name for name in METHODS if name != "ud2m-distilled")]
 
 _COLUMNS = [
     ("sampler", _title),
