@@ -1,7 +1,8 @@
 """Degradations by name: a deepinv physics and its noise level, in the settings of the paper.
 
 A new task is one entry in ``TASKS``. Every task works at any image size and number of channels. Its
-operator is the same for all images; random masks and kernels come from a seed of their own.
+operator is the same for all images; random masks and kernels come from a seed of their own. For
+training, :func:`make_generator` draws operators of the same kind, one per image.
 """
 
 from __future__ import annotations
@@ -12,10 +13,16 @@ from dataclasses import dataclass
 import torch
 from deepinv.physics import BlurFFT, Downsampling, GaussianNoise, Inpainting, Physics
 from deepinv.physics.functional import gaussian_blur
-from deepinv.physics.generator import MotionBlurGenerator
+from deepinv.physics.generator import (
+    GaussianBlurGenerator,
+    MotionBlurGenerator,
+    PhysicsGenerator,
+    SigmaGenerator,
+)
 from torch import Tensor
 
-from deepinv_ud2m.physics import JPEG
+from deepinv_ud2m.generators import BoxMaskGenerator, RandomMaskGenerator, UniformBlurGenerator
+from deepinv_ud2m.physics import JPEG, JPEGQualityGenerator
 
 Shape = tuple[int, int, int]
 
@@ -27,11 +34,14 @@ class Task:
 
     :param str title: what a reader calls it.
     :param Callable operator: makes the physics, without noise, from the shape `(C, H, W)`.
+    :param Callable, None generator: makes a generator of random operators of its kind, from the shape
+        and the keywords ``rng`` and ``device``; none where there is only the one operator.
     :param bool noisy: whether Gaussian noise is added to its measurements.
     """
 
     title: str
     operator: Callable[[Shape], Physics]
+    generator: Callable[..., PhysicsGenerator] | None = None
     noisy: bool = True
 
 
@@ -60,9 +70,52 @@ def make_physics(
     return physics.to(device)
 
 
-def _super_resolution(kernel: str | Tensor) -> Callable[[Shape], Physics]:
+def make_generator(
+    name: str,
+    shape: Shape,
+    sigma_y: tuple[float, float] = (0.005, 0.1),
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> PhysicsGenerator:
+    """
+    A generator of operators and noise levels of a task, one per image, for its physics.
+
+    =============== ==================================================================
+    task            what varies besides the noise
+    =============== ==================================================================
+    deblur-gaussian width, standard deviation 0.5 to 4 pixels, circular or not
+    deblur-uniform  width, 2 to 9 pixels
+    deblur-motion   the path
+    sr2, sr4        width of the filter, standard deviation 0.25 to 1 times the factor
+    inpaint-random  kept pixels and their share, 10 % to 70 %
+    inpaint-box     place and sides of the box, 20 % to 60 % of those of the image
+    jpeg-10         quality, 5 to 40; no noise
+    =============== ==================================================================
+
+    :param str name: one of ``TASKS``.
+    :param tuple[int, int, int] shape: shape `(C, H, W)` of the images.
+    :param tuple[float, float] sigma_y: range of the noise level (default: 0.005 to 0.1).
+    :param int seed: of its two random generators, of operators and of levels.
+    :param torch.device, str device: where the operators are.
+    :raises ValueError: for an unknown name, or a range that is not positive.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task must be one of {sorted(TASKS)}, got {name!r}")
+    if not 0 < sigma_y[0] <= sigma_y[1]:
+        raise ValueError(f"sigma_y must be a range of positive levels, (low, high), got {sigma_y}")
+    # Two, since a sum draws its parts from one after the other but seeds each alike.
+    of_levels, of_operators = (torch.Generator(device).manual_seed(2 * seed + i) for i in range(2))
+    parts = []
+    if TASKS[name].generator is not None:
+        parts.append(TASKS[name].generator(shape, rng=of_operators, device=device))
+    if TASKS[name].noisy:
+        parts.append(SigmaGenerator(*sigma_y, rng=of_levels, device=device))
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def _super_resolution(kernel: str | Tensor, factor: int = 4) -> Callable[[Shape], Physics]:
     def operator(shape: Shape) -> Physics:
-        return Downsampling(img_size=shape, filter=kernel, factor=4, padding="circular")
+        return Downsampling(img_size=shape, filter=kernel, factor=factor, padding="circular")
 
     return operator
 
@@ -72,9 +125,22 @@ def _blur(kernel: Tensor) -> Callable[[Shape], Physics]:
 
 
 def _motion_blur(shape: Shape) -> Physics:
-    size = max(5, min(shape[-2:]) // 8 * 2 + 1)
-    generator = MotionBlurGenerator((size, size), rng=torch.Generator().manual_seed(0))
+    generator = _motion_blurs(shape, rng=torch.Generator().manual_seed(0))
     return BlurFFT(shape, filter=generator.step(1)["filter"])
+
+
+def _motion_blurs(shape: Shape, **options) -> PhysicsGenerator:
+    size = max(5, min(shape[-2:]) // 8 * 2 + 1)
+    return MotionBlurGenerator((size, size), **options)
+
+
+def _gaussian_blurs(low: float, high: float, size: int, isotropic: bool = True):
+    def generator(shape: Shape, **options) -> PhysicsGenerator:
+        side = min(size, (min(shape[-2:]) - 1) // 2 * 2 + 1)  # odd, not larger than the image
+        widths = {"sigma_min": low, "sigma_max": high, "isotropic": isotropic}
+        return GaussianBlurGenerator((side, side), **widths, **options)
+
+    return generator
 
 
 def _random_inpainting(kept: float) -> Callable[[Shape], Physics]:
@@ -101,13 +167,28 @@ def _gaussian(size: int, variance: float) -> Tensor:
 
 
 TASKS = {
-    "sr4": Task("super-resolution x4", _super_resolution("gaussian")),
+    "sr4": Task("super-resolution x4", _super_resolution("gaussian"), _gaussian_blurs(1.0, 4.0, 29)),
     "sr4-bicubic": Task("super-resolution x4, bicubic", _super_resolution("bicubic")),
     "sr4-paper": Task("super-resolution x4, 3x3 Gaussian", _super_resolution(_gaussian(3, 3.0))),
-    "deblur-gaussian": Task("Gaussian deblurring", _blur(gaussian_blur(sigma=(2.0, 2.0)))),
-    "deblur-uniform": Task("uniform deblurring", _blur(torch.ones(1, 1, 5, 5) / 25)),
-    "deblur-motion": Task("motion deblurring", _motion_blur),
-    "inpaint-random": Task("random inpainting, 30 % kept", _random_inpainting(0.3)),
-    "inpaint-box": Task("box inpainting, half-size box", _box_inpainting),
-    "jpeg-10": Task("JPEG, quality 10", lambda shape: JPEG(shape, quality=10), noisy=False),
+    "sr2": Task("super-resolution x2", _super_resolution("gaussian", 2), _gaussian_blurs(0.5, 2.0, 15)),
+    "sr2-bicubic": Task("super-resolution x2, bicubic", _super_resolution("bicubic", 2)),
+    "deblur-gaussian": Task(
+        "Gaussian deblurring",
+        _blur(gaussian_blur(sigma=(2.0, 2.0))),
+        _gaussian_blurs(0.5, 4.0, 31, isotropic=False),
+    ),
+    "deblur-uniform": Task(
+        "uniform deblurring",
+        _blur(torch.ones(1, 1, 5, 5) / 25),
+        lambda shape, **options: UniformBlurGenerator(9, **options),
+    ),
+    "deblur-motion": Task("motion deblurring", _motion_blur, _motion_blurs),
+    "inpaint-random": Task("random inpainting, 30 % kept", _random_inpainting(0.3), RandomMaskGenerator),
+    "inpaint-box": Task("box inpainting, half-size box", _box_inpainting, BoxMaskGenerator),
+    "jpeg-10": Task(
+        "JPEG, quality 10",
+        lambda shape: JPEG(shape, quality=10),
+        lambda shape, **options: JPEGQualityGenerator(**options),
+        noisy=False,
+    ),
 }
