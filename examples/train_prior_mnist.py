@@ -25,19 +25,12 @@ from pathlib import Path
 
 import deepinv as dinv
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from deepinv_ud2m.data import load_mnist
 from deepinv_ud2m.metrics import DigitClassifier, frechet_distance
 from deepinv_ud2m.priors import build_network, load_prior, save_prior
-from deepinv_ud2m.training import (
-    EDMLoss,
-    LogNormalSigmaGenerator,
-    PriorTrainer,
-    denoising_psnr,
-    warmup_cosine,
-)
+from deepinv_ud2m.training import denoising_psnr, train_prior
 
 # %%
 # The network: deepinv's ADMUNet, which brings the EDM preconditioning, on pixel-unshuffled digits.
@@ -102,50 +95,21 @@ def main():
     loader = DataLoader(Digits(x), batch_size=batch_size, sampler=sampler)
 
     # %%
-    # The network, with random weights.
-    torch.manual_seed(args.seed)
-    prior = build_network(CONFIG).train().requires_grad_(True)
-    model = dinv.models.ArtifactRemoval(prior, mode="direct")
-    if world_size > 1:
-        model = DistributedDataParallel(model)
-
-    # %%
-    # Noise levels over more than four decades, weighted alike by the loss.
-    levels = LogNormalSigmaGenerator(
-        sigma_min=CONFIG["prior"]["sigma_min"],
-        sigma_max=CONFIG["prior"]["sigma_max"],
-        rng=torch.Generator(),
-    )
-    optimizer = torch.optim.Adam(prior.parameters(), lr=args.lr, betas=(0.9, 0.99))
+    # The network, deepinv's trainer, and noise levels over more than four decades, weighted alike.
     epochs = -(-args.images // args.epoch_images)
-    steps = epochs * len(loader)
-    trainer = PriorTrainer(
-        model=model,
-        physics=dinv.physics.Denoising(dinv.physics.GaussianNoise()),
-        physics_generator=levels,
-        online_measurements=True,
-        optimizer=optimizer,
-        step_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(steps)),
-        train_dataloader=loader,
-        epochs=epochs,
-        losses=EDMLoss(CONFIG["network"]["pixel_std"]),
-        metrics=[],
-        compute_train_metrics=False,
-        grad_clip=1.0,
-        check_grad=True,  # deepinv 0.5.0 cannot clip without it
-        device="cpu" if not torch.cuda.is_available() else "cuda",
+    averaged = train_prior(
+        CONFIG,
+        loader,
+        epochs,
+        lr=args.lr,
         checkpoint=Path(args.out) / "checkpoint.pt",
         seed=args.seed,
-        generators=[order, levels.rng],
-        verbose=rank == 0,
-        freq_update_progress_bar=20,
+        generators=[order],
     )
-    trainer.train()
 
     # %%
     # The card. Test digits and samples have no part in the training.
     if rank == 0:
-        averaged = trainer.ema.module.backbone_net.eval().requires_grad_(False)
         card = {"training": describe_training(args, epochs, batch_size * world_size)}
         save_prior(averaged, CONFIG | card, args.out)
         shipped = load_prior(args.out)  # in the float16 that ships

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from deepinv_ud2m.data.crops import RandomCrops
 from deepinv_ud2m.data.images import load_images
 
-__all__ = ["load_images", "load_mnist", "mnist_arrays", "mnist_digits", "photograph"]
+__all__ = ["RandomCrops", "load_images", "load_mnist", "mnist_arrays", "mnist_digits", "photograph"]
 
 _SHIPPED = Path(__file__).parent / "mnist_digits.npz"
 _PHOTOGRAPHS = Path(__file__).parent / "photos"

@@ -13,6 +13,7 @@ from deepinv_ud2m.training.prior import (
     LogNormalSigmaGenerator,
     PriorTrainer,
     denoising_psnr,
+    train_prior,
     warmup_cosine,
 )
 from deepinv_ud2m.training.trainer import DistillationTrainer, parameter_groups
@@ -30,5 +31,6 @@ __all__ = [
     "PriorTrainer",
     "denoising_psnr",
     "parameter_groups",
+    "train_prior",
     "warmup_cosine",
 ]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,10 +21,91 @@ import numpy as np
 import torch
 from deepinv import Trainer
 from deepinv.loss import Loss
-from deepinv.models import Denoiser
+from deepinv.models import ArtifactRemoval, Denoiser
+from deepinv.physics import Denoising, GaussianNoise
 from deepinv.physics.generator import PhysicsGenerator
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+
+from deepinv_ud2m.priors import build_network
+
+
+def train_prior(
+    config: Mapping,
+    loader: DataLoader,
+    epochs: int,
+    *,
+    lr: float = 2e-3,
+    median: float = 0.25,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+    generators: Sequence[torch.Generator] = (),
+    fast: bool = False,
+    device: torch.device | str | None = None,
+    verbose: bool = True,
+) -> Denoiser:
+    """
+    Train a prior from random weights, or on from ``checkpoint``: a run that was stopped goes on when it
+    is started again with the same arguments.
+
+    Under ``torchrun`` the processes share the work (the caller initialises the process group): each
+    draws batches of its own, and all return the same network.
+
+    :param Mapping config: ``"network"`` and ``"prior"``, see :func:`deepinv_ud2m.save_prior`.
+    :param torch.utils.data.DataLoader loader: gives clean images `[B, C, H, W]` in [0, 1]. Its length is
+        an epoch, after each of which a checkpoint is written.
+    :param int epochs: epochs of the whole run; the learning rate falls to 1 % of ``lr`` at its end.
+    :param float lr: largest learning rate of Adam (default: 2e-3).
+    :param float median: median of the noise levels of training, in units of the image (default: 0.25).
+    :param str, pathlib.Path checkpoint: file to write and to resume from; none by default.
+    :param int seed: of weights, levels and order of the data (default: 0).
+    :param Sequence[torch.Generator] generators: generators that the data are drawn with, if not
+        PyTorch's own.
+    :param bool fast: compile the network and run it in bfloat16 (default: ``False``).
+    :param torch.device, str device: a GPU if there is one by default.
+    :param bool verbose: show progress (default: ``True``).
+    :returns: the moving average of the weights, as a frozen network in evaluation mode.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(seed)
+    prior = build_network(config).train().requires_grad_(True).to(device)
+    if fast:
+        prior.compile()
+    model = ArtifactRemoval(prior, mode="direct")
+    if torch.distributed.is_initialized():
+        model = DistributedDataParallel(model)
+    limits = {name: config["prior"][name] for name in ("sigma_min", "sigma_max")}
+    levels = LogNormalSigmaGenerator(
+        median, **limits, rng=torch.Generator(device), device=str(torch.device(device))
+    )
+    optimizer = torch.optim.Adam(prior.parameters(), lr=lr, betas=(0.9, 0.99))
+    trainer = PriorTrainer(
+        model=model,
+        physics=Denoising(GaussianNoise()).to(device),
+        physics_generator=levels,
+        online_measurements=True,
+        optimizer=optimizer,
+        step_scheduler=LambdaLR(optimizer, warmup_cosine(epochs * len(loader))),
+        train_dataloader=loader,
+        epochs=epochs,
+        losses=EDMLoss(config["network"]["pixel_std"]),
+        metrics=[],
+        compute_train_metrics=False,
+        grad_clip=1.0,
+        check_grad=True,  # deepinv 0.5.0 cannot clip without it
+        mixed_precision="bfloat16" if fast else False,
+        device=device,
+        checkpoint=checkpoint,
+        seed=seed,
+        generators=[*generators, levels.rng],
+        verbose=verbose and _rank() == 0,
+        show_progress_bar=verbose and _rank() == 0,
+        freq_update_progress_bar=20,
+    )
+    trainer.train()
+    return trainer.ema.module.backbone_net.eval().requires_grad_(False)
 
 
 class LogNormalSigmaGenerator(PhysicsGenerator):

@@ -1,0 +1,92 @@
+"""Random crops of a folder of photographs, at random scales: a few photographs go a long way."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from deepinv_ud2m.checks import check_count
+from deepinv_ud2m.data.images import _from_pil, _image_of, _open, _with_channels
+
+
+class RandomCrops(Dataset):
+    r"""
+    Endless crops of photographs, drawn anew each time an item is asked for.
+
+    A photograph is drawn in proportion to its area (to the power 1/2, so that large ones do not crowd
+    out small ones), then a scale r, log-uniform from 1 to ``max_scale`` or to what the photograph has
+    room for, and a square of r times ``size``, which is reduced to ``size`` with antialiasing, mirrored
+    and turned by a random multiple of 90 degrees.
+
+    The index of an item says nothing: everything is drawn from PyTorch's global generator, so a seeded
+    run repeats. The photographs are kept in memory, as bytes.
+
+    :param str, pathlib.Path folder: folder of images.
+    :param int size: side of the crops.
+    :param int num: length of the dataset, the crops of an epoch.
+    :param int channels: 1 or 3 (default: 3).
+    :param float max_scale: largest reduction, at least 1 (default: 4).
+    :param bool verbose: show a progress bar while reading (default: ``False``).
+    :raises ValueError: for a folder without images, an image that cannot be read or is smaller than a
+        crop, or numbers out of range.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        size: int,
+        num: int,
+        channels: int = 3,
+        max_scale: float = 4.0,
+        verbose: bool = False,
+    ):
+        self.size, self.num = check_count("size", size), check_count("num", num)
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {channels!r}")
+        if not 1 <= max_scale < math.inf:
+            raise ValueError(f"max_scale must be at least 1, got {max_scale}")
+        self.max_scale = max_scale
+        files = _open(folder, None)
+        bar = tqdm(files.labels, desc="photographs", disable=not verbose)
+        self.photographs = [self._read(files.read, i, label, channels) for i, label in enumerate(bar)]
+        areas = [photograph[0].numel() for photograph in self.photographs]
+        self.weights = torch.tensor(areas, dtype=torch.float32).sqrt()
+
+    def _read(self, read, index: int, label: str, channels: int) -> Tensor:
+        try:
+            image = _with_channels(_from_pil(_image_of(read(index))), channels)
+        # A damaged file raises whatever PIL's decoder happens to meet.
+        except Exception as error:
+            raise ValueError(f"{label} cannot be read as an image: {error}") from error
+        height, width = image.shape[-2:]
+        if min(height, width) < self.size:
+            raise ValueError(
+                f"{label} is {height}x{width} pixels, but the crops are {self.size}x{self.size}"
+            )
+        return (255 * image).round().byte().contiguous()
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, index: int) -> Tensor:
+        """A crop `[C, size, size]` in [0, 1], whatever the index."""
+        if not 0 <= index < self.num:
+            raise IndexError(index)  # ends a loop over the dataset
+        photograph = self.photographs[int(torch.multinomial(self.weights, 1))]
+        height, width = photograph.shape[-2:]
+        u, v, w = torch.rand(3).tolist()
+        room = min(self.max_scale, min(height, width) / self.size)
+        side = round(self.size * room**u)
+        top, left = int(v * (height - side + 1)), int(w * (width - side + 1))
+        crop = photograph[None, :, top : top + side, left : left + side].float() / 255
+        if side > self.size:
+            crop = F.interpolate(crop, size=(self.size, self.size), mode="bilinear", antialias=True)
+        flip, turns = torch.randint(2, (1,)).item(), torch.randint(4, (1,)).item()
+        crop = crop.flip(-1) if flip else crop
+        return torch.rot90(crop[0], turns, (-2, -1)).contiguous()
