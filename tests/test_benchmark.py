@@ -43,8 +43,10 @@ def test_tasks_are_linear_physics_at_any_size(name, shape):
     assert torch.equal(physics.A(x), again.A(x)), "masks and kernels must not change between runs"
 
 
-@pytest.mark.parametrize("method", ["ud2m", "diffpir:num_steps=3", "dps:num_steps=3", "pinv"])
+@pytest.mark.parametrize("method", ["ud2m", "diffpir:num_steps=3", "dps:num_steps=3", "dpir", "pinv"])
 def test_methods_run_on_jpeg(tiny_prior, method, tmp_path):
+    assert not METHODS["pigdm"].applies(make_physics("jpeg-10", (1, 32, 32)))
+    assert not METHODS["ddrm"].applies(make_physics("jpeg-10", (1, 32, 32)))
     results = Results(tmp_path, SETUP)
     x = mnist_digits("test", num=2)
     run_method(results, tiny_prior, x, "jpeg-10", method, {}, 1, progress=False)

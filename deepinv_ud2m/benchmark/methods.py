@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from deepinv.models import RAM, Denoiser
 from deepinv.optim import DPIR, L2
-from deepinv.physics import DecomposablePhysics, Physics
+from deepinv.physics import DecomposablePhysics, LinearPhysics, Physics
 from deepinv.sampling import (
     DDRM,
     DPS,
@@ -200,6 +200,7 @@ METHODS = {
         _pigdm,
         grid={"weight": [0.1, 0.3, 0.6, 1.0, 1.5, 2.5, 4.0, 6.0, 10.0]},
         defaults={"weight": 1.0},
+        applies=lambda physics: isinstance(physics, LinearPhysics),
     ),
     "ddrm": Method(
         "DDRM",
