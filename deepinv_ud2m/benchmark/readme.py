@@ -51,7 +51,7 @@ def _sampler(config: dict) -> str:
     training = config["metadata"]
     low, high = training["sigma_y"]
     return (
-        f"**The sampler `mnist`**: {training['trained']} of the prior and the scalars, trained with the "
+        f"**The sampler `mnist`**: {training['trained']} and the scalars, trained with the "
         f"{training['loss']} on {training['measurements']:,} measurements of "
         f"{', '.join(training['tasks'])}, noise {low} to {high}, by `{training['command']}`. That is a "
         "small budget (the paper's is 3,200,000), and the losses were still falling."
