@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deepinv_ud2m.benchmark.methods import METHODS
 from deepinv_ud2m.benchmark.run import PACKED_ROWS, file_name, read_rows
 from deepinv_ud2m.benchmark.tasks import TASKS
 from deepinv_ud2m.metrics import (
@@ -126,6 +127,8 @@ def summarise(rows: list[dict], reference: Tensor | None = None) -> list[dict]:
         line["peak_memory_gb"] = max(row["peak_memory_gb"] for row in group)
         for key, _, _ in METRICS:
             of = several if key in METRICS_OF_SEVERAL else group
+            if key in METRICS_OF_SEVERAL and line["samples"] == 1:
+                continue
             values = np.array([row[key] for row in of if key in row])
             if len(values):
                 line[key] = float(values.mean())
@@ -274,14 +277,20 @@ def _plot_calibration(file: Path, rows: list[dict]) -> None:
 
 
 def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:
+    """One curve per method over its numbers of steps, without defaults and the pseudo-inverse."""
+    lines = [line for line in lines if line["nfe"] and "defaults" not in line["method"]]
+    colors = {name: f"C{i}" for i, name in enumerate(METHODS)}
     tasks = list(dict.fromkeys(line["task"] for line in lines))
+    if not tasks:
+        return
     fig, axes = plt.subplots(1, len(tasks), figsize=(3.8 * len(tasks), 3.4), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         curves = defaultdict(list)
         for line in (line for line in lines if line["task"] == task):
             curves[line["method"].partition(":")[0]].append((line["seconds"], line["psnr"]))
         for method, points in curves.items():
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=method)
+            points = zip(*sorted(points), strict=True)
+            axis.plot(*points, marker="o", label=method, color=colors[method])
         axis.set(title=TASKS[task].title, xscale="log", xlabel="seconds per sample", ylabel="PSNR (dB)")
         axis.legend(fontsize=7)
     fig.tight_layout()
