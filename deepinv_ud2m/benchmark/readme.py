@@ -79,8 +79,7 @@ def _benchmark(summary: dict) -> str:
         "and Frechet distance are of one sample per digit, the other columns of several samples, on as "
         "many digits as stand after the semicolon. Both distances are in features of the shipped digit "
         "classifier. Coverage: largest deviation of the coverage of norm balls from nominal. Mean and "
-        "standard error. Seconds were taken while the machine did other work as well: only their rough "
-        f"ratios count ({machine['device']}, {machine['threads']} thread).",
+        f"standard error. {_seconds(summary)} ({machine['device']}, {machine['threads']} thread).",
     ]
     for task in dict.fromkeys(line["task"] for line in summary["lines"]):
         parts += ["", f"*{TASKS[task].title}*", "", _cells([heading for heading, _ in _COLUMNS])]
@@ -92,6 +91,19 @@ def _benchmark(summary: dict) -> str:
         "[report](deepinv_ud2m/benchmark/results/mnist/report.md).",
     ]
     return "\n".join(parts)
+
+
+def _seconds(summary: dict) -> str:
+    timed = summary.get("timings")
+    if timed is None:
+        return "Seconds were taken while the machine did other work as well: only rough ratios count"
+    apart = {line["method"] for line in summary["lines"] if "defaults" not in line["method"]}
+    apart -= {method for of_task in timed["seconds"].values() for method in of_task}
+    others = f"; those of {', '.join(sorted(apart))} are of the long run, under load" if apart else ""
+    return (
+        f"Seconds per sample: the methods in turn, {timed['images']} digits at once, medians of "
+        f"{timed['rounds']} rounds{others}"
+    )
 
 
 def _mean(key: str, digits: int):

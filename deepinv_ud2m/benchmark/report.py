@@ -206,8 +206,9 @@ def _markdown(about: dict, lines: list[dict]) -> str:
         timings = about["timings"]
         parts += [
             "",
-            f"Seconds and memory were measured side by side in one run: {timings['images']} images, the "
-            f"methods in turn, {timings['rounds']} times, medians; {timings['machine']['device']}, "
+            f"Seconds and memory (without those of defaults, and of methods that were not timed) were "
+            f"measured side by side in one run: {timings['images']} images, the methods in turn, "
+            f"{timings['rounds']} times, medians; {timings['machine']['device']}, "
             f"{timings['machine']['threads']} thread(s). Memory is that of the process, libraries and "
             "prior included, at its peak.",
         ]
