@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from deepinv_ud2m.benchmark.methods import METHODS
-from deepinv_ud2m.benchmark.run import PACKED_ROWS, file_name, read_rows
-from deepinv_ud2m.benchmark.tasks import TASKS
+from deepinv_ud2m.benchmark.run import PACKED_ROWS, file_name, measure, read_rows
+from deepinv_ud2m.benchmark.tasks import TASKS, make_physics
 from deepinv_ud2m.metrics import (
     coverage_curve,
     coverage_error,
@@ -40,6 +40,9 @@ METRICS = [
 
 #: Those that need several samples of an image.
 METRICS_OF_SEVERAL = {"psnr_mean", "energy_score", "crps"}
+
+#: One for each method, the same in all figures.
+_COLORS = {name: f"C{i}" for i, name in enumerate(METHODS)}
 
 _LEGEND = """\
 Mean over images ± standard error. NFE: forward (+ backward) evaluations of the prior per sample, counted
@@ -79,7 +82,7 @@ def report(folder: Path, x: Tensor, x_reference: Tensor | None = None, features=
     _plot_calibration(folder / "calibration.png", rows)
     _plot_quality_against_time(folder / "quality_time.png", lines)
     for task in dict.fromkeys(row["task"] for row in rows):
-        _plot_sheet(folder, task, rows, x)
+        _plot_sheet(folder, task, rows, x, about["setup"])
     return lines
 
 
@@ -269,7 +272,8 @@ def _plot_calibration(file: Path, rows: list[dict]) -> None:
         axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
         for (_, method), group in ((key, group) for key, group in groups.items() if key[0] == task):
             levels, shares = _curve(group, "credible_level")
-            axis.plot([0, *levels, 1], [0, *shares, 1], label=method)
+            color = _COLORS[method.partition(":")[0]]
+            axis.plot([0, *levels, 1], [0, *shares, 1], label=method, color=color)
         axis.set(title=TASKS[task].title, xlabel="nominal level", ylabel="coverage", aspect="equal")
         axis.legend(fontsize=7)
     fig.tight_layout()
@@ -280,7 +284,6 @@ def _plot_calibration(file: Path, rows: list[dict]) -> None:
 def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:
     """One curve per method over its numbers of steps, without defaults and the pseudo-inverse."""
     lines = [line for line in lines if line["nfe"] and "defaults" not in line["method"]]
-    colors = {name: f"C{i}" for i, name in enumerate(METHODS)}
     tasks = list(dict.fromkeys(line["task"] for line in lines))
     if not tasks:
         return
@@ -291,7 +294,7 @@ def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:
             curves[line["method"].partition(":")[0]].append((line["seconds"], line["psnr"]))
         for method, points in curves.items():
             points = zip(*sorted(points), strict=True)
-            axis.plot(*points, marker="o", label=method, color=colors[method])
+            axis.plot(*points, marker="o", label=method, color=_COLORS[method])
         axis.set(title=TASKS[task].title, xscale="log", xlabel="seconds per sample", ylabel="PSNR (dB)")
         axis.legend(fontsize=7)
     fig.tight_layout()
@@ -299,9 +302,14 @@ def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:
     plt.close(fig)
 
 
-def _plot_sheet(folder: Path, task: str, rows: list[dict], x: Tensor, shown: int = 6) -> None:
-    """Truth, a sample of each method, and mean and standard deviation of the first random one."""
-    columns = {"truth": x[:shown].cpu().float().numpy()}
+def _plot_sheet(
+    folder: Path, task: str, rows: list[dict], x: Tensor, setup: dict, shown: int = 6
+) -> None:
+    """Truth, measurement, a sample of each method; of UD2M also mean and standard deviation."""
+    x = x[:shown].cpu().float()
+    physics = make_physics(task, tuple(x.shape[1:]), setup["sigma_y"])
+    y = measure(physics, x, range(len(x)), setup["seed"])
+    columns = {"truth": x.numpy(), "measurement": y.numpy()}
     groups = {method: group for (name, method), group in _groups(rows).items() if name == task}
     for method, group in groups.items():
         num_samples = group[0]["num_samples"]
