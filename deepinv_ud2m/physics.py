@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Number
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,7 @@ class JPEG(Physics):
     :param str subsampling: of chroma, ``"4:2:0"`` or ``"4:4:4"`` (default: ``"4:2:0"``, Pillow's).
     :param int max_iter: projections where blocks are cut, at least 1 (default: 20).
     :raises ValueError: for another number of channels, quality or subsampling.
+    :raises TypeError: for a quality that is not a number or a tensor.
 
     |sep|
 
@@ -348,6 +350,8 @@ class JPEGQualityGenerator(PhysicsGenerator):
 
 
 def _check_quality(quality: float | Tensor) -> Tensor:
+    if not isinstance(quality, Number | Tensor):
+        raise TypeError(f"quality must be a number or a tensor, got {quality!r}")
     quality = torch.as_tensor(quality, dtype=torch.float32).detach().reshape(-1)
     if len(quality) == 0 or not bool(((quality >= 1) & (quality <= 100)).all()):
         raise ValueError(f"quality must be in [1, 100], got {quality.tolist()}")

@@ -33,8 +33,8 @@ from deepinv_ud2m.priors import build_network, load_prior, save_prior
 from deepinv_ud2m.training import denoising_psnr, train_prior
 
 # %%
-# The network, deepinv's ADMUNet on pixel-unshuffled images. ``pixel_std`` is the root mean square of
-# photographs around nothing, as the preconditioning has it.
+# The network, deepinv's ADMUNet on pixel-unshuffled images. ``pixel_std``, which the preconditioning
+# needs, is about the root mean square of the pixels of photographs.
 CONFIG = {
     "prior": {
         "name": "photos",

@@ -102,6 +102,7 @@ def test_one_sampler_is_trained_on_all_of_them(tiny_prior):
         (lambda: BoxMaskGenerator(SHAPE, 0.2, 1.0), "side_min <= side_max"),
         (lambda: make_generator("sr3", SHAPE), "task must be one of"),
         (lambda: make_generator("sr4", SHAPE, (0, 0.1)), "sigma_y must be a range"),
+        (lambda: make_generator("sr4", SHAPE, 0.05), "sigma_y must be a range.*got 0.05"),
     ],
 )
 def test_bad_arguments(make, message):

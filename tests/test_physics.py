@@ -279,6 +279,8 @@ def test_bad_images():
         physics.A_adjoint(torch.rand(1, 3, 24, 16))
     with pytest.raises(ValueError, match="quality must be in"):
         physics.update(quality=torch.tensor([200.0]))
+    with pytest.raises(TypeError, match="quality must be a number or a tensor, got '10%'"):
+        JPEG((3, 16, 16), "10%")
     with pytest.raises(ValueError, match="quality_min and quality_max"):
         JPEGQualityGenerator(10, 5)
     with pytest.raises(ValueError, match="name must be one of"):

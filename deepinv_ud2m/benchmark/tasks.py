@@ -101,7 +101,8 @@ def make_generator(
     """
     if name not in TASKS:
         raise ValueError(f"task must be one of {sorted(TASKS)}, got {name!r}")
-    if not 0 < sigma_y[0] <= sigma_y[1]:
+    is_range = isinstance(sigma_y, tuple | list) and len(sigma_y) == 2
+    if not is_range or not 0 < sigma_y[0] <= sigma_y[1]:
         raise ValueError(f"sigma_y must be a range of positive levels, (low, high), got {sigma_y}")
     # Two, since a sum draws its parts from one after the other but seeds each alike.
     of_levels, of_operators = (torch.Generator(device).manual_seed(2 * seed + i) for i in range(2))
