@@ -51,8 +51,8 @@ class JPEG(Physics):
     where the image is saturated. It has the size of the coded image, whole blocks; :meth:`A_adjoint` is
     the visible part.
 
-    Pixels agree with those of Pillow within the rounding of 8-bit samples, but for a few per cent of them
-    at most: where the integer arithmetic of libjpeg rounds a coefficient the other way, and where its
+    Pixels agree with those of Pillow within the rounding of 8-bit samples, but for a few per cent at
+    most: where the integer arithmetic of libjpeg rounds a coefficient the other way, and where its
     decoder clamps saturated samples.
 
     Images of any size are extended by their edges to whole blocks. Where sides are no multiples of 8
