@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deepinv.models import Denoiser
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
 
 class PixelShuffledDenoiser(Denoiser):
@@ -18,17 +18,29 @@ class PixelShuffledDenoiser(Denoiser):
 
     :param deepinv.models.Denoiser denoiser: denoiser of images with `factor**2` times the channels.
     :param int factor: side of the blocks (default: 2).
+    :param int multiple: images whose sides are not multiples of it are padded by reflection, below and
+        on the right, and the result is cropped; with 1 (default) nothing is padded.
     """
 
-    def __init__(self, denoiser: Denoiser, factor: int = 2):
+    def __init__(self, denoiser: Denoiser, factor: int = 2, multiple: int = 1):
         super().__init__()
-        self.denoiser, self.factor = denoiser, factor
+        self.denoiser, self.factor, self.multiple = denoiser, factor, multiple
 
     def forward(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         r"""
-        :param torch.Tensor x: noisy images, of shape `[B, C, H, W]`, H and W multiples of `factor`
-            (and of what the inner denoiser asks for).
+        :param torch.Tensor x: noisy images, of shape `[B, C, H, W]`; H and W multiples of what the inner
+            denoiser asks for if nothing is padded, at least `multiple` if so.
         :param float, torch.Tensor sigma: their level, a scalar or `[B]`.
         :returns: denoised images of the same shape.
+        :raises ValueError: for images that are too small to be padded.
         """
-        return pixel_shuffle(self.denoiser(pixel_unshuffle(x, self.factor), sigma), self.factor)
+        height, width = x.shape[-2:]
+        bottom, right = -height % self.multiple, -width % self.multiple
+        if bottom or right:
+            if min(height, width) < self.multiple:
+                raise ValueError(
+                    f"the sides of the images must be at least {self.multiple}, got {height}x{width}"
+                )
+            x = pad(x, (0, right, 0, bottom), mode="reflect")
+        x = pixel_shuffle(self.denoiser(pixel_unshuffle(x, self.factor), sigma), self.factor)
+        return x[..., :height, :width]

@@ -145,18 +145,19 @@ def build_network(config: Mapping) -> Denoiser:
     The network of a shipped prior, with random weights: deepinv's ADMUNet, which brings the EDM
     preconditioning, on pixel-unshuffled images.
 
-    :param Mapping config: ``config["network"]`` holds ``pixel_shuffle`` and the arguments of
-        :class:`deepinv.models.ADMUNet`; ``config["prior"]["channels"]`` the channels of the images.
+    :param Mapping config: ``config["network"]`` holds ``pixel_shuffle``, optionally ``pad_to_multiple``
+        (1 by default), and the arguments of :class:`deepinv.models.ADMUNet`;
+        ``config["prior"]["channels"]`` the channels of the images.
     :raises ValueError: for arguments that ADMUNet does not have (itself, it would ignore them).
     """
     options = dict(config["network"])
-    factor = options.pop("pixel_shuffle")
+    factor, multiple = options.pop("pixel_shuffle"), options.pop("pad_to_multiple", 1)
     unknown = options.keys() - inspect.signature(ADMUNet).parameters.keys()
     if unknown:
         raise ValueError(f"the network has no argument {sorted(unknown)}")
     channels = config["prior"]["channels"] * factor**2
     inner = ADMUNet(in_channels=channels, out_channels=channels, pretrained=None, **options)
-    return PixelShuffledDenoiser(inner, factor)
+    return PixelShuffledDenoiser(inner, factor, multiple)
 
 
 #: Shipped priors: name, and folder in ``weights/``.

@@ -26,7 +26,7 @@ import torch
 from deepinv.physics.generator import BernoulliSplittingMaskGenerator, SigmaGenerator
 from torch.utils.data import DataLoader
 
-from deepinv_ud2m import UD2M, UnfoldedDenoiser, VPSchedule, add_lora, load_prior
+from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora, load_prior
 from deepinv_ud2m.benchmark.tasks import make_physics
 from deepinv_ud2m.data import load_mnist, mnist_digits
 from deepinv_ud2m.training import (
@@ -37,6 +37,7 @@ from deepinv_ud2m.training import (
     EnergyScoreLoss,
     L2Loss,
     PerceptualLoss,
+    SamplerLevels,
     parameter_groups,
     warmup_cosine,
 )
@@ -117,7 +118,7 @@ def main():
         optimizer=optimizer,
         lr_schedule=warmup_cosine(args.updates, warmup_steps=50),
         steps=args.updates,
-        levels=Levels(model, args.own_levels),
+        levels=SamplerLevels(model, args.own_levels),
         compile=args.fast,
         mixed_precision="bfloat16" if args.fast else False,
         eval_interval=args.eval_interval,
@@ -182,19 +183,6 @@ def choose_losses(args):
         return [L2Loss("x0")], None, None
     losses = [L2Loss("x0"), PerceptualLoss("digits", weight=0.1), AdversarialGeneratorLoss(weight=0.01)]
     return losses, ConditionalDiscriminator(1), [AdversarialDiscriminatorLoss()]
-
-
-class Levels:
-    """Training levels: those the sampler will visit with a certain probability, else uniform in time."""
-
-    def __init__(self, model, share):
-        self.own, self.share, self.schedule = model.levels, share, VPSchedule()
-
-    def __call__(self, batch_size):
-        own = self.own.cpu()[torch.randint(len(self.own), (batch_size,))]
-        return torch.where(
-            torch.rand(batch_size) < self.share, own, self.schedule.training_levels(batch_size)
-        )
 
 
 if __name__ == "__main__":

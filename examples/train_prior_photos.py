@@ -41,11 +41,12 @@ CONFIG = {
         "channels": 3,
         "sigma_min": 0.002,
         "sigma_max": 80.0,
-        "size_multiple": 8,
+        "size_multiple": 1,
         "image_size": None,
     },
     "network": {
         "pixel_shuffle": 2,
+        "pad_to_multiple": 8,
         "img_resolution": 32,
         "model_channels": 64,
         "channel_mult": [1, 1, 2],
@@ -64,10 +65,10 @@ def parse_arguments():
     parser.add_argument("--train", required=True, help="folder of photographs to train on")
     parser.add_argument("--test", required=True, help="folder of other photographs")
     parser.add_argument("--out", type=Path, default=Path("runs/prior_photos"))
-    parser.add_argument("--crops", type=int, default=2_000_000, help="crops seen")
+    parser.add_argument("--crops", type=int, default=128_000, help="crops seen")
     parser.add_argument("--size", type=int, default=64, help="side of the crops")
-    parser.add_argument("--batch-size", type=int, default=64, help="crops per optimiser step")
-    parser.add_argument("--epoch-crops", type=int, default=10_000, help="crops per checkpoint")
+    parser.add_argument("--batch-size", type=int, default=16, help="crops per optimiser step")
+    parser.add_argument("--epoch-crops", type=int, default=4_000, help="crops per checkpoint")
     parser.add_argument("--channels", type=int, default=64, help="width of the network")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--median", type=float, default=0.2, help="median noise level of training")
@@ -91,7 +92,7 @@ def main():
 
     # %%
     # Data: every process draws crops of its own. What cannot be read is found before the training.
-    x_test = load_images(args.test, 3, args.test_size)
+    x_test = load_images(args.test, 3, args.test_size, skip_small=True)
     crops = RandomCrops(args.train, args.size, args.epoch_crops // world_size, verbose=True)
     loader = DataLoader(crops, batch_size=args.batch_size // world_size)
 

