@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from deepinv.models import Denoiser
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
+
+from deepinv_ud2m.schedule import VPSchedule, to_vp_state
 
 
 class PixelShuffledDenoiser(Denoiser):
@@ -44,3 +49,43 @@ class PixelShuffledDenoiser(Denoiser):
             x = pad(x, (0, right, 0, bottom), mode="reflect")
         x = pixel_shuffle(self.denoiser(pixel_unshuffle(x, self.factor), sigma), self.factor)
         return x[..., :height, :width]
+
+
+class VPDenoiser(Denoiser):
+    r"""
+    A denoiser made of a network that predicts the noise of a variance-preserving diffusion,
+
+    .. math:: D(w, \delta) = w - \delta\, \hat\varepsilon(v, t(\delta)), \qquad
+        v = \sqrt{\bar\alpha} (2 w - 1), \quad \bar\alpha = 1 / (1 + 4 \delta^2) .
+
+    It is differentiable in image and level: time is not rounded to an integer, and the result is not
+    clamped, as both are in deepinv's :class:`deepinv.models.DiffUNet`. At the levels of integer times
+    the two are equal where nothing is clamped.
+
+    :param torch.nn.Module network: the network.
+    :param Callable noise: ``noise(network, v, t)`` gives the noise, of the shape of v, for times t of
+        shape `[B]` that are not integer.
+    :param deepinv_ud2m.VPSchedule schedule: levels of the times (default: linear, 1000 times); levels
+        outside of it are clamped to its ends.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        noise: Callable[[nn.Module, Tensor, Tensor], Tensor],
+        schedule: VPSchedule | None = None,
+    ):
+        super().__init__()
+        self.network, self.noise = network, noise
+        self.schedule = schedule if schedule is not None else VPSchedule()
+
+    def forward(self, x: Tensor, sigma: float | Tensor) -> Tensor:
+        r"""
+        :param torch.Tensor x: noisy images, of shape `[B, C, H, W]`.
+        :param float, torch.Tensor sigma: their level, a scalar, `[B]` or `[B, 1, 1, 1]`.
+        :returns: denoised images of the same shape.
+        """
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1).expand(len(x))
+        t = self.schedule.timestep(sigma).to(x.dtype)
+        noise = self.noise(self.network, to_vp_state(x, sigma), t)
+        return x - sigma.reshape(-1, 1, 1, 1) * noise

@@ -39,6 +39,7 @@ from deepinv_ud2m.lora import (
     remove_lora,
 )
 from deepinv_ud2m.priors import PRIORS, load_prior
+from deepinv_ud2m.published import PUBLISHED
 from deepinv_ud2m.sampler import UD2M
 from deepinv_ud2m.unfolded import UnfoldedDenoiser
 
@@ -627,7 +628,7 @@ def model_card(repo_id: str, config: Mapping) -> str:
     """
     prior, initializer, lora = config["prior"], config["initializer"]["kind"], config["lora"]
     given = [f'"{repo_id}"']
-    if prior["name"] not in PRIORS:
+    if prior["name"] not in {*PRIORS, *PUBLISHED}:
         given.append("prior=prior")
     if initializer not in _INITIALIZERS:
         given.append("initializer=initializer")
@@ -695,4 +696,4 @@ def _hub():
 
 
 #: Shipped samplers: name, and folder in ``weights/``.
-PRETRAINED: dict[str, str] = {"mnist": "ud2m-mnist"}
+PRETRAINED: dict[str, str] = {"mnist": "ud2m-mnist", "photos": "ud2m-photos"}

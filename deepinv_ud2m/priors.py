@@ -5,7 +5,7 @@ noise levels it was trained for, as a :class:`PriorInfo` in its attribute ``prio
 leaving them is noticed before it shows in the images. Set the attribute on a denoiser of your own
 to get the same checks.
 
-A new prior is one entry in ``PRIORS``.
+A new prior that ships is one entry in ``PRIORS``, one with weights from elsewhere in ``PUBLISHED``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from deepinv_ud2m.networks import PixelShuffledDenoiser
+from deepinv_ud2m.published import PUBLISHED, load_published
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
@@ -92,22 +93,57 @@ class PriorInfo:
             )
 
 
-def load_prior(name: str, device: torch.device | str = "cpu") -> Denoiser:
+def load_prior(
+    name: str,
+    device: torch.device | str = "cpu",
+    *,
+    weights: str | Path | None = None,
+    download: bool = False,
+) -> Denoiser:
     """
     A pretrained prior, frozen and in evaluation mode.
 
-    :param str name: ``"mnist"`` (grey 32x32 digits, ships with the package), or the path of a
-        folder written by :func:`save_prior`.
+    ===================== ======================================================== =================
+    ``name``              images                                                   weights
+    ===================== ======================================================== =================
+    ``"mnist"``           grey 32x32 digits                                        ship
+    ``"photos"``          colour photographs of any size                           ship
+    ``"imagenet256"``     ADM, ImageNet, 256x256, without classes                  2.2 GB, deepinv's
+    ``"ffhq256"``         ADM, faces, 256x256                                      374 MB, deepinv's
+    ``"lsun-bedroom256"`` DDPM, bedrooms, 256x256; needs ``diffusers``             455 MB, Google's
+    ===================== ======================================================== =================
+
+    :param str name: one of the table, or the path of a folder written by :func:`save_prior`.
     :param torch.device, str device: where to put it (default: cpu).
+    :param str, pathlib.Path weights: file of the weights, ``.pt`` or ``.safetensors`` (of a diffusers
+        prior, folder), for those that do not ship.
+    :param bool download: download them, if they are not in the cache (default: ``False``).
     :returns: a denoiser with the attribute ``prior_info``.
-    :raises ValueError: for an unknown name, a folder whose ``config.json`` is damaged, or whose
-        weights are damaged or do not fit it.
+    :raises ValueError: for an unknown name, a folder whose ``config.json`` is damaged, or weights that
+        are damaged or do not fit.
+    :raises FileNotFoundError: if weights that do not ship are not here; it says where to put them.
+    :raises ImportError, OSError: without diffusers, or if the download fails.
     """
+    if name in PUBLISHED:
+        network, entry = load_published(name, weights, download)
+        low, high = network.schedule.sigma([0, network.schedule.num_timesteps - 1]).tolist()
+        info = PriorInfo(name, 3, low, high, entry.size_multiple, entry.image_size)
+    elif weights is not None or download:
+        raise ValueError(
+            f"weights and download are for the priors {sorted(PUBLISHED)}, not {str(name)!r}"
+        )
+    else:
+        network, info = _load_shipped(name)
+    network.prior_info = info
+    return network.requires_grad_(False).eval().to(device)
+
+
+def _load_shipped(name: str) -> tuple[Denoiser, PriorInfo]:
     folder = _WEIGHTS / PRIORS[name] if name in PRIORS else Path(name)
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ValueError(
-            f"name must be one of the priors {sorted(PRIORS)} or a folder with config.json and "
+            f"name must be one of the priors {[*PRIORS, *PUBLISHED]} or a folder with config.json and "
             f"model.safetensors, got {str(name)!r}"
         )
     try:
@@ -120,8 +156,7 @@ def load_prior(name: str, device: torch.device | str = "cpu") -> Denoiser:
         network.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"the weights of the prior in {folder} cannot be used: {error}") from error
-    network.prior_info = info
-    return network.requires_grad_(False).eval().to(device)
+    return network, info
 
 
 def save_prior(network: Denoiser, config: Mapping, folder: str | Path) -> None:
@@ -161,4 +196,4 @@ def build_network(config: Mapping) -> Denoiser:
 
 
 #: Shipped priors: name, and folder in ``weights/``.
-PRIORS = {"mnist": "prior-mnist"}
+PRIORS = {"mnist": "prior-mnist", "photos": "prior-photos"}

@@ -51,7 +51,7 @@ ALL_TASKS = [
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Distil a sampler of photographs.")
     parser.add_argument("--train", required=True, help="folder of photographs")
-    parser.add_argument("--prior", default="runs/prior_photos", help="name, or folder of save_prior")
+    parser.add_argument("--prior", default="photos", help="name, or folder of save_prior")
     parser.add_argument("--out", type=Path, default=Path("runs/ud2m_photos"))
     parser.add_argument("--start", help="sampler to start from, name or folder; the prior by default")
     parser.add_argument("--tasks", nargs="+", default=ALL_TASKS)
