@@ -30,6 +30,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from deepinv_ud2m.priors import build_network
+from deepinv_ud2m.training.parallel import rank, world_size
 
 
 def train_prior(
@@ -74,7 +75,7 @@ def train_prior(
     if fast:
         prior.compile()
     model = ArtifactRemoval(prior, mode="direct")
-    if torch.distributed.is_initialized():
+    if world_size() > 1:
         model = DistributedDataParallel(model)
     limits = {name: config["prior"][name] for name in ("sigma_min", "sigma_max")}
     levels = LogNormalSigmaGenerator(
@@ -100,8 +101,8 @@ def train_prior(
         checkpoint=checkpoint,
         seed=seed,
         generators=[*generators, levels.rng],
-        verbose=verbose and _rank() == 0,
-        show_progress_bar=verbose and _rank() == 0,
+        verbose=verbose and rank() == 0,
+        show_progress_bar=verbose and rank() == 0,
         freq_update_progress_bar=20,
     )
     trainer.train()
@@ -264,7 +265,7 @@ class PriorTrainer(Trainer):
 
     def save_model(self, filename, epoch, state=None):
         """Write everything a resumed run needs to ``checkpoint``, atomically."""
-        if self.checkpoint is None or _rank() != 0:
+        if self.checkpoint is None or rank() != 0:
             return
         path = Path(self.checkpoint)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -290,17 +291,13 @@ class PriorTrainer(Trainer):
             self.step_scheduler.step()
 
     def _seed_epoch(self, epoch: int):
-        seeds = np.random.SeedSequence([self.seed, epoch, _rank()]).generate_state(
+        seeds = np.random.SeedSequence([self.seed, epoch, rank()]).generate_state(
             1 + len(self.generators), np.uint64
         )
         torch.manual_seed(int(seeds[0]) >> 1)
         for generator, seed in zip(self.generators, seeds[1:], strict=True):
             generator.manual_seed(int(seed) >> 1)
         self._seeded_epoch = epoch
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def _warm_average(decay: float):

@@ -42,11 +42,12 @@ from deepinv_ud2m.schedule import VPSchedule
 from deepinv_ud2m.training.checkpoint import read_checkpoint, write_checkpoint
 from deepinv_ud2m.training.figures import plot_curves, plot_samples
 from deepinv_ud2m.training.losses import condition
+from deepinv_ud2m.training.parallel import gather, rank, share, share_buffers, sum_gradients, world_size
 from deepinv_ud2m.training.randomness import BatchStream, find_generators, seed_all
 from deepinv_ud2m.unfolded import UnfoldedDenoiser
 
 # Kinds of randomness, so that no two share a seed.
-_STEP, _DATA, _EVALUATION = range(3)
+_STEP, _DATA, _EVALUATION, _DISCRIMINATOR = range(4)
 
 
 def parameter_groups(
@@ -107,6 +108,11 @@ class DistillationTrainer(AdversarialTrainer):
     ``ckp_interval`` steps, and a run that was stopped at any moment goes on from it when it is started
     again with the same arguments; on a CPU it ends with the same bits as one that was never stopped.
 
+    Under ``torchrun``, after ``torch.distributed.init_process_group``, processes share the batches of
+    each step, ``accumulate`` in number, and those of evaluations; the first one writes and logs.
+    The run is the same, up to the rounding of sums, for any number of processes, and may go on with
+    another number. Each loads all batches and uses its own: ``num_workers`` should keep up.
+
     When training ends the model holds the moving average of what was trained, which is also what is
     evaluated and exported.
 
@@ -126,7 +132,8 @@ class DistillationTrainer(AdversarialTrainer):
     :param int steps: optimiser steps of the whole run (default: 10000).
     :param Callable levels: ``levels(batch_size) -> Tensor [batch_size]`` draws the levels s of the
         states; those of :meth:`deepinv_ud2m.VPSchedule.training_levels` by default.
-    :param int accumulate: batches per optimiser step (default: 1).
+    :param int accumulate: batches per optimiser step (default: 1); processes share them, so it must be a
+        multiple of their number.
     :param bool checkpointing: keep only the input of each unfolded iteration for the backward pass
         (default: ``False``).
     :param bool compile: run the prior through :func:`torch.compile` in training steps; evaluation does
@@ -224,6 +231,11 @@ class DistillationTrainer(AdversarialTrainer):
         return self.model.unfolded
 
     @property
+    def writes(self) -> bool:
+        """Whether this process writes to ``save_path``: the first one, if there is a folder."""
+        return self.folder is not None and rank() == 0
+
+    @property
     def trained(self) -> list[nn.Parameter]:
         """The parameters that are trained, those of the discriminator apart."""
         return [parameter for parameter in self.unfolded.parameters() if parameter.requires_grad]
@@ -248,6 +260,11 @@ class DistillationTrainer(AdversarialTrainer):
         ):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} is not available: use {instead}")
+        if self.accumulate % world_size():
+            raise ValueError(
+                f"accumulate must be a multiple of the number of processes, {world_size()}, which share "
+                f"the batches of a step; got {self.accumulate}"
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if (self.D is None) != (not self.losses_d):
@@ -350,7 +367,7 @@ class DistillationTrainer(AdversarialTrainer):
             for i, (key, loader) in enumerate(distinct.items())
         }
         self._streams = [streams[id(loader)] for loader in self.train_dataloader]
-        if self.folder and self.resume and (self.folder / "checkpoint.pt").is_file():
+        if self.folder and self.resume and share((self.folder / "checkpoint.pt").is_file()):
             self._load(self.folder / "checkpoint.pt")
 
     def load_model(self, ckpt_pretrained=None, strict: bool = True) -> None:
@@ -373,7 +390,7 @@ class DistillationTrainer(AdversarialTrainer):
             initial=self.step_start,
             total=self.steps,
             desc="Distillation",
-            disable=not (self.verbose and self.show_progress_bar),
+            disable=not (self.verbose and self.show_progress_bar and rank() == 0),
         )
         step = self.step_start
         try:
@@ -407,22 +424,26 @@ class DistillationTrainer(AdversarialTrainer):
         self.optimizer_g.zero_grad(set_to_none=True)
         batches, finite = [], True
         for i in range(self.accumulate):
-            loss, batch, terms = self._backward(step * self.accumulate + i, step)
+            micro_step = step * self.accumulate + i
+            if i % world_size() != rank() or not finite:
+                next(self._streams[self._operator(micro_step)])  # keeps all at the same place
+                continue
+            loss, batch, terms = self._backward(micro_step, step)
             for name, value in terms.items():
                 logs[name] += value / self.accumulate
             batches.append(batch)
-            finite = finite and math.isfinite(loss)
-            if not finite:
-                break
+            finite = math.isfinite(loss)
+        logs, finite = _total(logs), all(gather(finite))
         if finite:
+            sum_gradients(self.trained)
             norm = nn.utils.clip_grad_norm_(self.trained, self.grad_clip or math.inf).item()
             logs["gradient norm"] = norm
             finite = math.isfinite(norm)
         if finite:
             self.optimizer_g.step()
             self._update_average(step)
-            for _ in range(self.step_ratio_D if self.D is not None else 0):
-                terms, finite = self._train_discriminator(batches)
+            for i in range(self.step_ratio_D if self.D is not None else 0):
+                terms, finite = self._train_discriminator(batches, i)
                 logs |= terms
         logs["learning rate"] = self.optimizer_g.param_groups[0]["lr"]
         for scheduler in self.schedulers:
@@ -438,7 +459,7 @@ class DistillationTrainer(AdversarialTrainer):
         seed_all([self.seed, _STEP, micro_step], self._generators)
         operator = self._operator(micro_step)
         x, y, physics = self.get_samples(self._streams, operator)
-        batch = self.draw(x, y, physics) | {"step": step}
+        batch = self.draw(x, y, physics) | {"step": step, "micro_step": micro_step}
         with self.get_autocast_context():
             losses = [self._loss(loss, batch) for loss in self.losses]
         total = sum(losses)
@@ -478,17 +499,21 @@ class DistillationTrainer(AdversarialTrainer):
     def _loss(self, loss: Loss, batch: dict) -> Tensor:
         return loss(**batch, model=self.model, D=self.D, epoch=0).mean()
 
-    def _train_discriminator(self, batches: list[dict]) -> tuple[dict[str, float], bool]:
+    def _train_discriminator(self, batches: list[dict], turn: int) -> tuple[dict[str, float], bool]:
         """One update; its losses, and whether they and the gradient are finite."""
         logs = defaultdict(float)
         optimizer = self.optimizers[1]
         optimizer.zero_grad(set_to_none=True)
         for batch in batches:
+            seed_all([self.seed, _DISCRIMINATOR, batch["micro_step"], turn], self._generators)
             with self.get_autocast_context():
                 losses = [self._loss(loss, batch) for loss in self.losses_d]
-            (sum(losses) / len(batches)).backward()
+            (sum(losses) / self.accumulate).backward()
             for name, loss in zip(_names(self.losses_d), losses, strict=True):
-                logs[f"D {name}"] += loss.item() / len(batches)
+                logs[f"D {name}"] += loss.item() / self.accumulate
+        logs = _total(logs)
+        sum_gradients(self.D.parameters())
+        share_buffers(self.D)
         norm = nn.utils.clip_grad_norm_(self.D.parameters(), self.grad_clip or math.inf)
         finite = bool(norm.isfinite())
         if finite:
@@ -550,7 +575,7 @@ class DistillationTrainer(AdversarialTrainer):
         with torch.no_grad():
             for parameter, average in zip(self.trained, self._ema, strict=True):
                 parameter.copy_(average)
-        if self.folder:
+        if self.writes:
             save_pretrained(self.model, self.folder / "final")
         if self.wandb_vis:
             import wandb
@@ -610,6 +635,9 @@ class DistillationTrainer(AdversarialTrainer):
         stream = BatchStream(loader, [self.seed, _EVALUATION, operator])
         for i in range(len(loader)):
             seed_all([self.seed, _EVALUATION, operator, i], self._generators)
+            if i % world_size() != rank():
+                next(stream)
+                continue
             x, y, physics = self.get_samples({operator: stream}, operator)
             samples = self.model.sample(y, physics, self.eval_samples)
             for name, metric in zip(_names(self.metrics), self.metrics, strict=True):
@@ -617,22 +645,28 @@ class DistillationTrainer(AdversarialTrainer):
                 values[name] += of.flatten().tolist()
             for name, metric in self.sample_metrics.items():
                 values[name] += metric(samples, x).flatten().tolist()
-            if i == 0 and self.plot_images and self.folder:
+            if i == 0 and self.plot_images and self.writes:
                 plot_samples(self.folder / f"samples_{operator}.png", x, y, physics, samples)
-        return {name: float(np.mean(of)) for name, of in values.items()}
+        gathered = gather(dict(values))
+        names = dict.fromkeys(name for of_rank in gathered for name in of_rank)
+        return {
+            name: float(np.mean([v for of_rank in gathered for v in of_rank.get(name, [])]))
+            for name in names
+        }
 
     def _evaluate_and_keep_the_best(self, step: int) -> None:
         results = self.evaluate()
         for name, value in results.items():
             self.history[f"eval: {name}"].append((step, value))
-        self.log_metrics_mlops(results, step=step, train=False)
+        if rank() == 0:
+            self.log_metrics_mlops(results, step=step, train=False)
         score = self._score(results)
         if score < self.best:
             self.best = score
-            if self.folder:
+            if self.writes:
                 with self.averaged():
                     save_pretrained(self.model, self.folder / "best", metadata={"step": step, **results})
-        if self.verbose:
+        if self.verbose and rank() == 0:
             text = ", ".join(f"{name} {value:.4g}" for name, value in results.items() if "/" not in name)
             tqdm.write(f"step {step}: {text}")
         self._write_history()
@@ -662,7 +696,8 @@ class DistillationTrainer(AdversarialTrainer):
             means = {name: self._sums[name] / self._counts[name] for name in self._sums}
             for name, value in means.items():
                 self.history[name].append((step + 1, value))
-            self.log_metrics_mlops(means, step=step + 1, train=True)
+            if rank() == 0:
+                self.log_metrics_mlops(means, step=step + 1, train=True)
             self._sums.clear()
             self._counts.clear()
 
@@ -670,13 +705,13 @@ class DistillationTrainer(AdversarialTrainer):
         return {"skipped": self.skipped} if self.skipped else {}
 
     def _write_history(self) -> None:
-        if self.folder:
+        if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "history.json").write_text(json.dumps(self.history, indent=1) + "\n")
             plot_curves(self.folder / "curves.png", self.history)
 
     def _save(self, step: int, places: list[tuple[int, int]] | None = None) -> None:
-        if not self.folder:
+        if not self.writes:
             return
         names = [name for name, p in self.unfolded.named_parameters() if p.requires_grad]
         state = {
@@ -723,7 +758,7 @@ class DistillationTrainer(AdversarialTrainer):
         self.step_start, self.skipped, self.best = state["step"], state["skipped"], state["best"]
         self._skipped_in_a_row = state["skipped in a row"]
         self._last_good = self.step_start - self._skipped_in_a_row, self._places()
-        if self.verbose:
+        if self.verbose and rank() == 0:
             tqdm.write(f"going on from step {self.step_start} of {file}")
 
     def _identity(self) -> dict:
@@ -761,6 +796,15 @@ def _as_list(things) -> list:
     if things is None:
         return []
     return list(things) if isinstance(things, list | tuple) else [things]
+
+
+def _total(logs: Mapping[str, float]) -> dict[str, float]:
+    """The sum over processes."""
+    total = defaultdict(float)
+    for of in gather(dict(logs)):
+        for name, value in of.items():
+            total[name] += value
+    return total
 
 
 def _names(things: Sequence) -> list[str]:
