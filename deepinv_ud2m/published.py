@@ -63,11 +63,28 @@ def load_published(
     """
     entry = PUBLISHED[name]
     if entry.build is None:
-        return VPDenoiser(_load_diffusers(name, entry, weights, download), _noise_of_diffusers), entry
+        network = _load_diffusers(name, entry, weights, download)
+        return VPDenoiser(network, _noise_of_diffusers, output="conv_out"), entry
     file = _find_file(name, entry, weights, download)
     network = entry.build()
     load_weights(network, file)
-    return VPDenoiser(network, _noise_of_diffunet), entry
+    return VPDenoiser(network, _noise_of_diffunet, output="out.2"), entry
+
+
+def random_prior(name: str) -> Denoiser:
+    """
+    A prior of the same class with random weights, and of small size, to try a recipe.
+
+    :param str name: a key of ``PUBLISHED``.
+    """
+    if PUBLISHED[name].build is not None:
+        return VPDenoiser(_diffunet(large=False)(), _noise_of_diffunet, output="out.2")
+    from diffusers import UNet2DModel
+
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D")}
+    blocks |= {"up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "block_out_channels": (32, 32)}
+    network = UNet2DModel(sample_size=32, layers_per_block=1, **blocks).eval()
+    return VPDenoiser(network, _noise_of_diffusers, output="conv_out")
 
 
 def load_weights(network: nn.Module, file: str | Path) -> None:

@@ -122,7 +122,8 @@ def _prior_and_images(args: argparse.Namespace) -> tuple[Denoiser, Tensor]:
     size = args.size or info.image_size
     if size is None:
         raise ValueError(f"--size, the side of the crops, must be given for the prior {args.prior!r}")
-    x = load_images(args.data, info.channels, size, args.images, info.size_multiple, args.data_root)
+    options = {"root": args.data_root, "skip_small": args.skip_small}
+    x = load_images(args.data, info.channels, size, args.images, info.size_multiple, **options)
     return prior, x.to(args.device)
 
 
@@ -187,6 +188,9 @@ def _add_data(sub: argparse.ArgumentParser, default: str) -> None:
     )
     sub.add_argument("--data-root", help="folder of a dataset of deepinv")
     sub.add_argument("--size", type=int, help="side of the crops of a folder or dataset")
+    sub.add_argument(
+        "--skip-small", action="store_true", help="leave out images that have no room for a crop"
+    )
     sub.add_argument("--images", type=int, help="number of images; 64 digits, or all of a folder")
     sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 

@@ -76,8 +76,10 @@ def _ud2m(
 
 
 def _ud2m_distilled(
-    prior: Denoiser, sigma_y: float, checkpoint="mnist", num_steps=None, eta=None, ram=None
+    prior: Denoiser, sigma_y: float, checkpoint=None, num_steps=None, eta=None, ram=None
 ) -> Sampler:
+    if checkpoint is None:  # the shipped sampler of the prior has its name
+        checkpoint = prior.prior_info.name
     # The adapter goes on a copy, for the other methods share the prior.
     initializer = RAMInitializer(RAM(pretrained=ram, device=_device(prior))) if ram else None
     trained = UD2M.from_pretrained(checkpoint, prior=copy.deepcopy(prior), initializer=initializer)

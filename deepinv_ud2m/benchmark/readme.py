@@ -37,21 +37,35 @@ def updated(text: str) -> str:
 
 def measured() -> str:
     """The section on what was measured."""
-    card = json.loads((_PACKAGE / "weights" / "prior-mnist" / "config.json").read_text())
-    results = sorted((_PACKAGE / "benchmark" / "results").glob("overhead*.json"))
-    profiles = [json.loads(file.read_text()) for file in results]
-    summary = json.loads((_PACKAGE / "benchmark" / "results" / "mnist" / "summary.json").read_text())
-    sampler = json.loads((_PACKAGE / "weights" / "ud2m-mnist" / "config.json").read_text())
-    parts = [_benchmark(summary), _sampler(sampler), _prior(card), _overhead(profiles)]
-    cost = json.loads((_PACKAGE / "benchmark" / "results" / "training_cost.json").read_text())
-    return "\n\n".join(["## Measured", *parts, _training(cost)])
+    profiles = [
+        _stored(file) for file in sorted((_PACKAGE / "benchmark" / "results").glob("overhead*.json"))
+    ]
+    parts = [
+        _benchmark("mnist", "MNIST test digits", "the shipped digit classifier"),
+        _sampler("mnist"),
+        _prior_of_digits(_card("prior-mnist")),
+        _benchmark("photos", "128x128 crops of test photographs", "EfficientNet-Lite0"),
+        _sampler("photos"),
+        _prior_of_photos(_card("prior-photos")),
+        _overhead(profiles),
+        _training(_stored(_PACKAGE / "benchmark" / "results" / "training_cost.json")),
+    ]
+    return "\n\n".join(["## Measured", *parts])
 
 
-def _sampler(config: dict) -> str:
-    training = config["metadata"]
+def _stored(file: Path) -> dict:
+    return json.loads(file.read_text())
+
+
+def _card(name: str) -> dict:
+    return _stored(_PACKAGE / "weights" / name / "config.json")
+
+
+def _sampler(name: str) -> str:
+    training = _card(f"ud2m-{name}")["metadata"]
     low, high = training["sigma_y"]
     return (
-        f"**The sampler `mnist`**: {training['trained']} and the scalars, trained with the "
+        f"**The sampler `{name}`**: {training['trained']} and the scalars, trained with the "
         f"{training['loss']} on {training['measurements']:,} measurements of "
         f"{', '.join(training['tasks'])}, noise {low} to {high}, by `{training['command']}`. That is a "
         "small budget (the paper's is 3,200,000), and the losses were still falling."
@@ -69,26 +83,29 @@ def _training(cost: dict) -> str:
     )
 
 
-def _benchmark(summary: dict) -> str:
+def _benchmark(name: str, images: str, network: str) -> str:
+    summary = _stored(_PACKAGE / "benchmark" / "results" / name / "summary.json")
     setup, machine = summary["setup"], summary["machine"]
     lines = [line for line in summary["lines"] if "defaults" not in line["method"]]
     lines.sort(key=lambda line: _ORDER.index(line["method"].partition(":")[0]))
+    columns = [(title, cell) for title, cell in _COLUMNS if any(cell(line) != "-" for line in lines)]
+    titles = [title for title, _ in columns]
+    distances = ["perceptual", *(["Frechet"] if "Frechet" in titles else [])]
     parts = [
-        f"**Samplers on the same prior** (`{setup['prior']}`), MNIST test digits, noise "
-        f"{setup['sigma_y']}, the settings of every method tuned on validation digits. PSNR, perceptual "
-        "and Frechet distance are of one sample per digit, the other columns of several samples, on as "
-        "many digits as stand after the semicolon. Both distances are in features of the shipped digit "
-        "classifier. Coverage: largest deviation of the coverage of norm balls from nominal. Mean and "
-        f"standard error. {_seconds(summary)} ({machine['device']}, {machine['threads']} thread).",
+        f"**Samplers on the same prior** (`{setup['prior']}`), {images}, noise {setup['sigma_y']}, the "
+        f"settings of every method tuned on validation images. PSNR, {' and '.join(distances)} distance "
+        "are of one sample per image, the other columns of several samples, on as many images as stand "
+        f"after the semicolon. Distances are in features of {network}. Coverage: largest deviation of "
+        f"the coverage of norm balls from nominal. Mean and standard error. {_seconds(summary)} "
+        f"({machine['device']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}).",
     ]
     for task in dict.fromkeys(line["task"] for line in summary["lines"]):
-        parts += ["", f"*{TASKS[task].title}*", "", _cells([heading for heading, _ in _COLUMNS])]
-        parts += [_cells(["---"] * len(_COLUMNS))]
-        parts += [_cells([cell(line) for _, cell in _COLUMNS]) for line in lines if line["task"] == task]
+        parts += ["", f"*{TASKS[task].title}*", "", _cells(titles), _cells(["---"] * len(titles))]
+        parts += [_cells([cell(line) for _, cell in columns]) for line in lines if line["task"] == task]
     parts += [
         "",
         "All settings, defaults of the baselines, more metrics, curves and pictures: "
-        "[report](deepinv_ud2m/benchmark/results/mnist/report.md).",
+        f"[report](deepinv_ud2m/benchmark/results/{name}/report.md).",
     ]
     return "\n".join(parts)
 
@@ -101,7 +118,7 @@ def _seconds(summary: dict) -> str:
     apart -= {method for of_task in timed["seconds"].values() for method in of_task}
     others = f"; those of {', '.join(sorted(apart))} are of the long run, under load" if apart else ""
     return (
-        f"Seconds per sample: the methods in turn, {timed['images']} digits at once, medians of "
+        f"Seconds per sample: the methods in turn, {timed['images']} images at once, medians of "
         f"{timed['rounds']} rounds{others}"
     )
 
@@ -141,7 +158,7 @@ _COLUMNS = [
     ("sampler", _title),
     ("NFE", _evaluations),
     ("seconds", _number("seconds", 3)),
-    ("digits", _images),
+    ("images", _images),
     ("PSNR", _mean("psnr", 2)),
     ("PSNR of the mean", _mean("psnr_mean", 2)),
     ("perceptual", _mean("perceptual", 3)),
@@ -155,7 +172,7 @@ def _cells(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _prior(card: dict) -> str:
+def _prior_of_digits(card: dict) -> str:
     metrics, training = card["metrics"], card["training"]
     levels = metrics["denoising_psnr"]
     distances = metrics["frechet_distance_to_test"]
@@ -171,6 +188,26 @@ def _prior(card: dict) -> str:
             f"| PSNR (dB) | {' | '.join(f'{value:.2f}' for value in levels.values())} |",
             "",
             f"Frechet distance to the test digits (features of the shipped classifier): {listed}.",
+        ]
+    )
+
+
+def _prior_of_photos(card: dict) -> str:
+    metrics, training = card["metrics"], card["training"]
+    ours, of_bm3d = metrics["denoising_psnr"], metrics["denoising_psnr_bm3d"]
+    return "\n".join(
+        [
+            f"**The prior `photos`**: {training['parameters']:,} parameters, trained on "
+            f"{training['crops']:,} crops ({training['data']}) by `{training['command']}`. The "
+            "photographs come from packages of Debian; "
+            "`deepinv_ud2m/weights/prior-photos/photographs.csv` lists each with author and licence. "
+            f"Denoising PSNR on {metrics['size']}x{metrics['size']} crops of "
+            f"{metrics['test_photographs']} test photographs:",
+            "",
+            f"| noise level | {' | '.join(ours)} |",
+            f"|---|{'---|' * len(ours)}",
+            f"| prior (dB) | {' | '.join(f'{value:.2f}' for value in ours.values())} |",
+            f"| BM3D (dB) | {' | '.join(f'{value:.2f}' for value in of_bm3d.values())} |",
         ]
     )
 

@@ -1,0 +1,94 @@
+"""The training scripts in miniature, as a user would start them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.utils import save_image
+
+from deepinv_ud2m import UD2M
+from deepinv_ud2m.published import random_prior
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    generator = torch.Generator().manual_seed(0)
+    for i in range(8):
+        image = torch.nn.functional.interpolate(
+            torch.rand(1, 3, 6, 7, generator=generator), size=(84, 98), mode="bicubic"
+        )
+        save_image(image.clamp(0, 1), folder / f"{i}.png")
+    return folder
+
+
+def start(script: str, *arguments, launcher=()):
+    command = [sys.executable, *launcher, str(EXAMPLES / script), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=400, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--bfloat16", "--checkpointing"), ("--ram", "--one-operator")])
+def test_imagenet(photos, tmp_path, options):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    result = start("train_imagenet.py", "--train", photos, "--out", tmp_path, "--smoke", *options)
+    assert result.returncode == 0, result.stderr
+    assert "parameters are trained" in result.stdout
+    for file in ("checkpoint.pt", "samples_0.png", "model/model.safetensors"):
+        assert (tmp_path / file).is_file()
+    if "--ram" not in options:  # the prior has random weights, from the seed of the run
+        torch.manual_seed(0)
+        model = UD2M.from_pretrained(tmp_path / "model", prior=random_prior("imagenet256"))
+        assert model.unfolded.num_iterations == 2
+
+
+@pytest.mark.slow
+def test_imagenet_in_two_processes(photos, tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = ["train_imagenet.py", "--train", photos, "--out", tmp_path, "--smoke"]
+    result = start(*arguments, "--accumulate", 2, launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    # Nothing hangs where the processes cannot share a step.
+    result = start(*arguments, "--accumulate", 1, launcher=launcher)
+    assert result.returncode != 0
+    assert "accumulate must be a multiple of the number of processes" in result.stderr
+
+
+@pytest.mark.slow
+def test_lsun(photos, tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("diffusers")
+    result = start("train_lsun.py", "--train", photos, "--out", tmp_path, "--smoke")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_photos_from_prior_to_sampler(photos, tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    prior = tmp_path / "prior"
+    result = start(
+        "train_prior_photos.py", "--train", photos, "--test", photos, "--out", prior, "--smoke"
+    )
+    assert result.returncode == 0, result.stderr
+    result = start(
+        "train_photos.py", "--train", photos, "--prior", prior, "--out", tmp_path / "s", "--smoke"
+    )
+    assert result.returncode == 0, result.stderr
+    assert UD2M.from_pretrained(tmp_path / "s" / "model").num_steps == 3
+
+
+def test_a_folder_without_images(tmp_path):
+    result = start("train_imagenet.py", "--train", tmp_path, "--smoke")
+    assert result.returncode != 0
+    assert f"{tmp_path} and its subfolders have 0 images" in result.stderr
