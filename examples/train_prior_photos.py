@@ -113,7 +113,7 @@ def main():
     # The card, and a figure. Test photographs have no part in the training.
     if int(os.environ.get("RANK", 0)) == 0:
         training = {
-            "data": f"{len(crops.photographs)} photographs, random crops at scales 1 to 4",
+            "data": f"random crops at scales 1 to 4 of {len(crops.photographs)} photographs",
             "command": shlex.join(["python", "examples/train_prior_photos.py", *sys.argv[1:]]),
             "parameters": sum(p.numel() for p in build_network(config).parameters()),
             "crops": -(-args.crops // args.epoch_crops) * args.epoch_crops,

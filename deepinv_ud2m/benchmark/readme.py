@@ -198,7 +198,7 @@ def _prior_of_photos(card: dict) -> str:
     return "\n".join(
         [
             f"**The prior `photos`**: {training['parameters']:,} parameters, trained on "
-            f"{training['crops']:,} crops ({training['data']}) by `{training['command']}`. The "
+            f"{training['crops']:,} {training['data']} by `{training['command']}`. The "
             "photographs come from packages of Debian; "
             "`deepinv_ud2m/weights/prior-photos/photographs.csv` lists each with author and licence. "
             f"Denoising PSNR on {metrics['size']}x{metrics['size']} crops of "
