@@ -59,7 +59,10 @@ def parse_arguments():
     parser.add_argument("--size", type=int, default=64, help="side of the crops")
     parser.add_argument("--perceptual", type=float, default=5.0, help="weight of the activations' score")
     parser.add_argument("--iterations", type=int, default=3, help="K, unfolded iterations")
-    parser.add_argument("--steps", type=int, default=3, help="N, levels of the sampler")
+    parser.add_argument(
+        "--levels", type=float, nargs="+", default=[78.7, 0.6, 0.07], help="the N levels of the sampler"
+    )
+    parser.add_argument("--reference-level", type=float, default=0.08, help="detail to work at")
     parser.add_argument("--rank", type=int, default=5, help="of LoRA; 0 trains all weights")
     parser.add_argument("--updates", type=int, default=1200, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=12, help="measurements per optimiser step")
@@ -149,12 +152,12 @@ def make_model(args):
         return UD2M.from_pretrained(args.start, merge=False)
     torch.manual_seed(args.seed)
     prior = load_prior(args.prior)
-    unfolded = UnfoldedDenoiser(prior, args.iterations)
+    unfolded = UnfoldedDenoiser(prior, args.iterations, reference_level=args.reference_level)
     if args.rank:
         add_lora(prior, args.rank, targets="all-convs")
     else:
         prior.requires_grad_(True)
-    return UD2M(unfolded, args.steps)
+    return UD2M(unfolded, levels=args.levels)
 
 
 if __name__ == "__main__":

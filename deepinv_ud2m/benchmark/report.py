@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from deepinv_ud2m.benchmark.methods import METHODS
@@ -99,11 +100,17 @@ def store(folder: Path, destination: Path) -> None:
     folder, destination = Path(folder), Path(destination)
     destination.mkdir(parents=True, exist_ok=True)
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".csv", ".md", ".png"):
+        if file.suffix == ".png" and file.stat().st_size > _LARGE_PICTURE:
+            with Image.open(file) as picture:  # a palette: a third of the size
+                picture.convert("RGB").quantize(256).save(destination / file.name, optimize=True)
+        elif file.suffix in (".json", ".csv", ".md", ".png"):
             shutil.copy(file, destination)
     # Without a time in the head, equal rows give equal files.
     packed = gzip.compress((folder / "rows.jsonl").read_bytes(), mtime=0)
     (destination / PACKED_ROWS).write_bytes(packed)
+
+
+_LARGE_PICTURE = 2**20
 
 
 def summarise(rows: list[dict], reference: Tensor | None = None) -> list[dict]:
