@@ -41,10 +41,20 @@ def measured() -> str:
         _stored(file) for file in sorted((_PACKAGE / "benchmark" / "results").glob("overhead*.json"))
     ]
     parts = [
-        _benchmark("mnist", "MNIST test digits", "the shipped digit classifier"),
+        _benchmark(
+            "mnist",
+            "MNIST test digits",
+            "the settings of every method tuned on validation digits",
+            "the shipped digit classifier",
+        ),
         _sampler("mnist"),
         _prior_of_digits(_card("prior-mnist")),
-        _benchmark("photos", "128x128 crops of test photographs", "EfficientNet-Lite0"),
+        _benchmark(
+            "photos",
+            "128x128 crops of photographs in the public domain that nothing was trained on",
+            "lambda of DiffPIR tuned on crops of other photographs, all else at its defaults",
+            "EfficientNet-Lite0",
+        ),
         _sampler("photos"),
         _prior_of_photos(_card("prior-photos")),
         _overhead(profiles),
@@ -83,17 +93,17 @@ def _training(cost: dict) -> str:
     )
 
 
-def _benchmark(name: str, images: str, network: str) -> str:
+def _benchmark(name: str, images: str, tuned: str, network: str) -> str:
     summary = _stored(_PACKAGE / "benchmark" / "results" / name / "summary.json")
     setup, machine = summary["setup"], summary["machine"]
     lines = [line for line in summary["lines"] if "defaults" not in line["method"]]
     lines.sort(key=lambda line: _ORDER.index(line["method"].partition(":")[0]))
     columns = [(title, cell) for title, cell in _COLUMNS if any(cell(line) != "-" for line in lines)]
     titles = [title for title, _ in columns]
-    distances = ["perceptual", *(["Frechet"] if "Frechet" in titles else [])]
+    distances = "PSNR, perceptual and Frechet" if "Frechet" in titles else "PSNR and perceptual"
     parts = [
-        f"**Samplers on the same prior** (`{setup['prior']}`), {images}, noise {setup['sigma_y']}, the "
-        f"settings of every method tuned on validation images. PSNR, {' and '.join(distances)} distance "
+        f"**Samplers on the same prior** (`{setup['prior']}`), {images}, noise {setup['sigma_y']}, "
+        f"{tuned}. {distances} distance "
         "are of one sample per image, the other columns of several samples, on as many images as stand "
         f"after the semicolon. Distances are in features of {network}. Coverage: largest deviation of "
         f"the coverage of norm balls from nominal. Mean and standard error. {_seconds(summary)} "
