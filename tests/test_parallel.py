@@ -94,6 +94,7 @@ def assert_equal_runs(a: Path, b: Path):
             assert step == step_b and value_b == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, tiny_config):
     """Weights, averages, discriminator and all that is logged, where one goes on with the run of two."""
     for run, stages in {"one": [(1, 4)], "two": [(2, 3), (1, 4)]}.items():
