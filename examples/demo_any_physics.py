@@ -36,10 +36,8 @@ def rng():
 
 
 # %%
-# Compressed sensing, by a fast structured random operator.
-compressed_sensing = dinv.physics.StructuredRandom(
-    img_size=shape, output_size=(3, 37, 37), rng=rng()
-)  # fmt: skip
+# Compressed sensing, by a Gaussian matrix for each colour.
+compressed_sensing = dinv.physics.CompressedSensing(m=1365, img_size=shape, channelwise=True, rng=rng())
 
 # %%
 # Tomography, normalised to a norm of one, so that the noise means what it means elsewhere.

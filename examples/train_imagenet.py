@@ -143,6 +143,8 @@ def main(prior="imagenet256", tasks=IMAGENET, sigma_y=0.01, batch_size=2):
         named = None if args.smoke else args.prior
         model.save_pretrained(args.out / "model", prior=named, metadata=training)
         print(f"written to {args.out / 'model'}")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def open_images(args):

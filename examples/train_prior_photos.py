@@ -125,6 +125,8 @@ def main():
         save_prior(network, config | {"training": training, "metrics": metrics}, args.out)
         plot(shipped, x_test, args.out / "denoised.png")
         print(metrics)
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
 
 
 def evaluate(prior, x):

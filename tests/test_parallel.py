@@ -56,6 +56,8 @@ trainer = DistillationTrainer(
     device="cpu", **{"accumulate": 2, **options},
 )
 trainer.train()
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
 """
 
 
