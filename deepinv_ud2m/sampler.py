@@ -215,14 +215,41 @@ class UD2M(Reconstructor):
             physics = RepeatedPhysics(physics, like, repeats, level)
         y, like = repeat_batch(y, repeats), repeat_batch(like, repeats)
         streams = SampleStreams(seeds, like.device, block=self._draws())
-        levels = self.levels.to(like.device, like.dtype)
-        x_s = 0.5 + levels[0] * randn(like, streams)
-        for n in range(self.num_steps):
-            x0 = self.unfolded(y, physics, x_s, levels[n], generator=streams)
+        for states in self.chain(y, physics, self.first_state(like, streams), streams):
             bar.update()
+            yield states
+
+    def first_state(self, like: Tensor, generator: torch.Generator | SampleStreams | None = None):
+        """
+        State at the first level, which is noise alone.
+
+        :param torch.Tensor like: images of the shape `[B, C, H, W]`, dtype and device to draw.
+        :param torch.Generator, SampleStreams generator: source of the noise.
+        """
+        return 0.5 + self.levels[0].to(like) * randn(like, generator)
+
+    def chain(
+        self,
+        y: Tensor,
+        physics: Physics,
+        x_s: Tensor,
+        generator: torch.Generator | SampleStreams | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """
+        Go down the levels, with gradients where they are enabled; nothing is checked or clamped.
+
+        :param torch.Tensor y: measurements, as many as states.
+        :param deepinv.physics.Physics physics: the physics.
+        :param torch.Tensor x_s: states at the first level, `[B, C, H, W]`.
+        :param torch.Generator, SampleStreams generator: source of the noise.
+        :returns: an iterator over the N levels: the state, and the draw of x from it.
+        """
+        levels = self.levels.to(x_s.device, x_s.dtype)
+        for n in range(self.num_steps):
+            x0 = self.unfolded(y, physics, x_s, levels[n], generator=generator)
             yield x_s, x0
             if n + 1 < self.num_steps:
-                x_s = self.step(x0, x_s, levels[n], levels[n + 1], streams)
+                x_s = self.step(x0, x_s, levels[n], levels[n + 1], generator)
 
     def step(
         self,

@@ -71,6 +71,9 @@ def parse_arguments():
         "--own-levels", type=float, default=0.5, help="share of the sampler's own levels"
     )
     parser.add_argument(
+        "--end-to-end", action="store_true", help="train samples of the whole sampler, not single levels"
+    )
+    parser.add_argument(
         "--fast", action="store_true", help="compiled prior in bfloat16; needs a C++ compiler on a CPU"
     )
     parser.add_argument("--eval-interval", type=int, default=500)
@@ -119,6 +122,7 @@ def main():
         lr_schedule=warmup_cosine(args.updates, warmup_steps=50),
         steps=args.updates,
         levels=SamplerLevels(model, args.own_levels),
+        end_to_end=args.end_to_end,
         compile=args.fast,
         mixed_precision="bfloat16" if args.fast else False,
         eval_interval=args.eval_interval,

@@ -63,12 +63,17 @@ def parse_arguments():
         "--levels", type=float, nargs="+", default=[78.7, 0.6, 0.07], help="the N levels of the sampler"
     )
     parser.add_argument("--reference-level", type=float, default=0.08, help="detail to work at")
+    parser.add_argument("--delta", type=float, nargs="+", help="untrained multipliers, one or K")
+    parser.add_argument("--rho", type=float, nargs="+", help="untrained multipliers, one or K")
     parser.add_argument("--rank", type=int, default=5, help="of LoRA; 0 trains all weights")
     parser.add_argument("--updates", type=int, default=1200, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=12, help="measurements per optimiser step")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--lr-scalars", type=float, default=5e-3)
     parser.add_argument("--own-levels", type=float, default=0.8, help="share of the sampler's levels")
+    parser.add_argument(
+        "--end-to-end", action="store_true", help="train samples of the whole sampler, not single levels"
+    )
     parser.add_argument(
         "--fast", action="store_true", help="compiled prior in bfloat16; needs a C++ compiler on a CPU"
     )
@@ -120,6 +125,7 @@ def main():
         lr_schedule=warmup_cosine(args.updates, warmup_steps=30),
         steps=args.updates,
         levels=SamplerLevels(model, args.own_levels),
+        end_to_end=args.end_to_end,
         compile=args.fast,
         mixed_precision="bfloat16" if args.fast else False,
         eval_samples=2,
@@ -152,7 +158,13 @@ def make_model(args):
         return UD2M.from_pretrained(args.start, merge=False)
     torch.manual_seed(args.seed)
     prior = load_prior(args.prior)
-    unfolded = UnfoldedDenoiser(prior, args.iterations, reference_level=args.reference_level)
+    unfolded = UnfoldedDenoiser(
+        prior,
+        args.iterations,
+        delta=args.delta,
+        rho=args.rho,
+        reference_level=args.reference_level,
+    )
     if args.rank:
         add_lora(prior, args.rank, targets="all-convs")
     else:

@@ -176,8 +176,9 @@ def test_groups_of_parameters_have_their_own_rates(tiny_prior):
     assert grouped == sum(p.numel() for p in unfolded.parameters() if p.requires_grad)
 
 
-def test_gradients_of_the_scalars_match_differences(tiny_prior):
-    trainer = make_trainer(tiny_prior)
+@pytest.mark.parametrize("end_to_end", [False, True])
+def test_gradients_of_the_scalars_match_differences(tiny_prior, end_to_end):
+    trainer = make_trainer(tiny_prior, end_to_end=end_to_end)
     trainer.setup_train()
     trainer.unfolded.double()
     trainer.model.double()
@@ -212,6 +213,24 @@ def test_one_forward_of_the_generator_serves_both_updates(tiny_prior):
     trainer.train_step(0)
     assert len(calls) == 2, "K calls for the step, both draws in each"
     assert not all(map(torch.equal, before, trainer.D.parameters()))
+
+
+def test_end_to_end_draws_are_the_samples_of_the_sampler(tiny_prior, monkeypatch):
+    """With all noise at zero but the operators', both are one and the same deterministic map."""
+    trainer = make_trainer(tiny_prior, end_to_end=True, losses=EnergyScoreLoss(2))
+    trainer.setup_train()
+    trainer.model.output_range = None
+    calls = []
+    trainer.unfolded.denoiser.register_forward_hook(lambda *_: calls.append(1))
+    physics, x = trainer.physics[0], images(3)
+    y = physics(x)
+    for module in ("sampler", "unfolded"):
+        monkeypatch.setattr(f"deepinv_ud2m.{module}.randn", lambda like, generator=None: 0 * like)
+    batch = trainer.draw(x, y, physics)
+    assert len(calls) == 4, "N x K evaluations, both draws in each"
+    assert batch["samples"].requires_grad
+    torch.testing.assert_close(batch["samples"].detach(), trainer.model.sample(y, physics, 2))
+    assert torch.equal(batch["x_net"], batch["samples"][0])
 
 
 def test_accumulated_gradients_are_their_mean(tiny_prior):
@@ -254,7 +273,8 @@ def test_the_average_follows_its_recursion(tiny_prior):
     assert torch.equal(trainer.trained[0], last)
 
 
-def test_training_improves_the_samples_of_a_gaussian_problem(gaussian_problem):
+@pytest.mark.parametrize("end_to_end", [False, True])
+def test_training_improves_the_samples_of_a_gaussian_problem(gaussian_problem, end_to_end):
     """
     Only the scalars can move: an exact denoiser has no adapter. Deterministic for its seed; the
     untrained sampler is 15 % away and a run that learns nothing cannot pass.
@@ -273,7 +293,7 @@ def test_training_improves_the_samples_of_a_gaussian_problem(gaussian_problem):
         model=UD2M(unfolded, num_steps=2, output_range=None), physics=physics, optimizer=optimizer,
         train_dataloader=DataLoader(x, batch_size=64, shuffle=True), losses=EnergyScoreLoss(2),
         eval_dataloader=DataLoader(x[:256], batch_size=256), eval_samples=16, steps=150, device="cpu",
-        verbose=False,
+        verbose=False, end_to_end=end_to_end,
     )  # fmt: skip
     trainer.setup_train()
     before = trainer.evaluate()["energy score"]
@@ -559,6 +579,7 @@ def test_deepinv_test_runs_the_full_sampler(tiny_prior):
         ({"accumulate": 1.5}, ValueError, "accumulate must be an integer"),
         ({"ema_decay": 1.0}, ValueError, "ema_decay must be in"),
         ({"D": torch.nn.Identity()}, ValueError, "D and losses_d belong together"),
+        ({"adversarial": True, "end_to_end": True}, ValueError, "end_to_end has no level"),
         ({"mixed_precision": "fp16"}, ValueError, "bfloat16"),
         ({"compute_eval_losses": True}, ValueError, "compute_eval_losses"),
         ({"scheduler": 1}, ValueError, "scheduler is not available: use lr_schedule"),

@@ -132,6 +132,11 @@ class DistillationTrainer(AdversarialTrainer):
     :param int steps: optimiser steps of the whole run (default: 10000).
     :param Callable levels: ``levels(batch_size) -> Tensor [batch_size]`` draws the levels s of the
         states; those of :meth:`deepinv_ud2m.VPSchedule.training_levels` by default.
+    :param bool end_to_end: train the samples of the whole sampler, through all of its levels, rather
+        than draws at one random level (default: ``False``). It takes N times the work of a step and
+        suits the end of a training: a proper score of the samples is what the sampler is used for, while
+        draws at each level may be good and their composition in few levels still be off. Losses that
+        need one level, such as the adversarial one, are for draws at a level.
     :param int accumulate: batches per optimiser step (default: 1); processes share them, so it must be a
         multiple of their number.
     :param bool checkpointing: keep only the input of each unfolded iteration for the backward pass
@@ -180,6 +185,7 @@ class DistillationTrainer(AdversarialTrainer):
     lr_schedule: Callable[[int], float] | None = None
     steps: int = 10_000
     levels: Callable[[int], Tensor] | None = None
+    end_to_end: bool = False
     accumulate: int = 1
     checkpointing: bool = False
     compile: bool = False
@@ -269,6 +275,11 @@ class DistillationTrainer(AdversarialTrainer):
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if (self.D is None) != (not self.losses_d):
             raise ValueError("D and losses_d belong together: give both or none")
+        if self.end_to_end and self.D is not None:
+            raise ValueError(
+                "end_to_end has no level to give a discriminator: use losses of the samples, such as "
+                "EnergyScoreLoss, or end_to_end=False"
+            )
         if self.mixed_precision in (True, "float16", "fp16", torch.float16):
             raise ValueError("mixed_precision must be 'bfloat16' or False, got float16")
         if self.compute_eval_losses or self.compute_train_metrics:
@@ -480,21 +491,32 @@ class DistillationTrainer(AdversarialTrainer):
         :param deepinv.physics.Physics physics: the physics.
         :returns: what losses are called with: ``x, x_net, samples, x_s, sigma, y, physics, condition``.
         """
-        sigma = self.levels(len(x)).to(x)
-        x_s = x + expand_scalar(sigma, x, "levels") * torch.randn_like(x)
         draws, level = self.num_draws, noise_level(physics)
         repeated = physics
         if draws > 1 and not is_shared(physics, x, level):
             repeated = RepeatedPhysics(physics, x, draws, level)
         with self.get_autocast_context():
-            samples = self.unfolded(
-                repeat_batch(y, draws), repeated, repeat_batch(x_s, draws), sigma.repeat(draws)
-            ).unflatten(0, (draws, len(x)))
+            draw = self._draw_whole if self.end_to_end else self._draw_level
+            x_s, sigma, samples = draw(x, repeat_batch(y, draws), repeated)
+        samples = samples.unflatten(0, (draws, len(x)))
         batch = {"x": x, "y": y, "physics": physics, "sigma": sigma, "x_s": x_s}
         batch |= {"samples": samples, "x_net": samples[0]}
         if self.D is not None:
             batch["condition"] = condition(y, physics, self._mode)
         return batch
+
+    def _draw_level(self, x: Tensor, y: Tensor, physics: Physics) -> tuple[Tensor, Tensor, Tensor]:
+        """States of x at random levels, the levels, and draws of x from the states."""
+        sigma = self.levels(len(x)).to(x)
+        x_s = x + expand_scalar(sigma, x, "levels") * torch.randn_like(x)
+        states = repeat_batch(x_s, self.num_draws)
+        return x_s, sigma, self.unfolded(y, physics, states, sigma.repeat(self.num_draws))
+
+    def _draw_whole(self, x: Tensor, y: Tensor, physics: Physics) -> tuple[Tensor, Tensor, Tensor]:
+        """The last states of chains through all levels, their level, and samples."""
+        states = self.model.first_state(repeat_batch(x, self.num_draws))
+        *_, (states, samples) = self.model.chain(y, physics, states)
+        return states[: len(x)], self.model.levels[-1].to(x).expand(len(x)), samples
 
     def _loss(self, loss: Loss, batch: dict) -> Tensor:
         return loss(**batch, model=self.model, D=self.D, epoch=0).mean()
