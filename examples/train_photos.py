@@ -60,16 +60,24 @@ def parse_arguments():
     parser.add_argument("--perceptual", type=float, default=5.0, help="weight of the activations' score")
     parser.add_argument("--iterations", type=int, default=3, help="K, unfolded iterations")
     parser.add_argument(
-        "--levels", type=float, nargs="+", default=[78.7, 0.6, 0.07], help="the N levels of the sampler"
+        "--levels",
+        type=float,
+        nargs="+",
+        default=[78.7, 0.38, 0.037],
+        help="the N levels of the sampler",
     )
     parser.add_argument("--reference-level", type=float, default=0.08, help="detail to work at")
-    parser.add_argument("--delta", type=float, nargs="+", help="untrained multipliers, one or K")
-    parser.add_argument("--rho", type=float, nargs="+", help="untrained multipliers, one or K")
+    parser.add_argument(
+        "--delta", type=float, nargs="+", default=[10.4, 2.4, 1.2], help="untrained multipliers, K"
+    )
+    parser.add_argument(
+        "--rho", type=float, nargs="+", default=[1.3, 5.8, 1.4], help="untrained multipliers, K"
+    )
     parser.add_argument("--rank", type=int, default=5, help="of LoRA; 0 trains all weights")
     parser.add_argument("--updates", type=int, default=1200, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=12, help="measurements per optimiser step")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--lr-scalars", type=float, default=5e-3)
+    parser.add_argument("--lr-scalars", type=float, default=3e-3)
     parser.add_argument("--own-levels", type=float, default=0.8, help="share of the sampler's levels")
     parser.add_argument(
         "--end-to-end", action="store_true", help="train samples of the whole sampler, not single levels"

@@ -1,5 +1,7 @@
 """The training scripts in miniature, as a user would start them."""
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -92,3 +94,22 @@ def test_a_folder_without_images(tmp_path):
     result = start("train_imagenet.py", "--train", tmp_path, "--smoke")
     assert result.returncode != 0
     assert f"{tmp_path} and its subfolders have 0 images" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of_photos", [False, True])
+def test_search_of_a_schedule(photos, tmp_path, of_photos):
+    """What it prints is what it stores, and no worse than where it started."""
+    arguments = ["--images", 2, "--trials", 6, "--tasks", "sr4", "inpaint-random"]
+    if of_photos:
+        pytest.importorskip("efficientnet_lite_pytorch")
+        arguments += ["--prior", "photos", "--data", photos, "--size", 32]
+    result = start("search_schedule.py", *arguments, "--out", tmp_path / "schedule.json")
+    assert result.returncode == 0, result.stderr
+    successes = json.loads((tmp_path / "schedule.json").read_text())["successes"]
+    best = successes[-1]
+    assert f"--delta {' '.join(f'{v:.3g}' for v in best['delta'])}" in result.stdout
+    scores = [sum(map(math.log, success["scores"].values())) for success in successes]
+    assert scores == sorted(scores, reverse=True)
+    assert len(scores) > 1
+    assert best["levels"] == sorted(best["levels"], reverse=True)
