@@ -24,6 +24,7 @@ from deepinv.models import Denoiser, Reconstructor
 from deepinv.physics import Physics
 from deepinv.utils import TensorList
 from torch import Tensor, nn
+from torch.profiler import record_function
 from tqdm.auto import tqdm
 
 from deepinv_ud2m.batching import RepeatedPhysics, is_shared, repeat_batch
@@ -249,7 +250,8 @@ class UD2M(Reconstructor):
             x0 = self.unfolded(y, physics, x_s, levels[n], generator=generator)
             yield x_s, x0
             if n + 1 < self.num_steps:
-                x_s = self.step(x0, x_s, levels[n], levels[n + 1], generator)
+                with record_function("UD2M step"):
+                    x_s = self.step(x0, x_s, levels[n], levels[n + 1], generator)
 
     def step(
         self,

@@ -17,6 +17,7 @@ import torch
 from deepinv.models import Denoiser, Reconstructor
 from deepinv.physics import Physics
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from deepinv_ud2m.checks import check_count
@@ -170,10 +171,12 @@ class UnfoldedDenoiser(Reconstructor):
         sigma = expand_scalar(sigma, x_s, "sigma")
         with torch.autocast(x_s.device.type, enabled=False):  # operators lose too much in bfloat16
             physics = remember_backprojection(physics, y)
-            x = self.initializer(y, physics, x_s, sigma, sigma_y)
+            with record_function("UD2M initialise"):
+                x = self.initializer(y, physics, x_s, sigma, sigma_y)
         iterates = []
         for k in range(self.num_iterations):
-            noise = randn(x_s, generator)
+            with record_function("UD2M noise"):
+                noise = randn(x_s, generator)
             arguments = (k, x, y, physics, x_s, sigma, sigma_y, noise)
             if self.checkpointing and torch.is_grad_enabled():
                 # The noise is an argument, so nothing random has to be repeated.
@@ -186,11 +189,12 @@ class UnfoldedDenoiser(Reconstructor):
     def iterate(self, k, x, y, physics, x_s, sigma, sigma_y, noise) -> Tensor:
         """One iteration, prox, noise, denoise; the arguments are those of :meth:`forward`, and noise."""
         rho, delta, lambda_ = self.scalars(k, sigma, sigma_y)
-        z = posterior_prox(
-            x, y, physics, x_s, sigma, rho, lambda_, sigma_y, tol=self.tol, max_iter=self.max_iter
-        )
-        w = z + delta * noise
-        return self.denoise(w, delta)
+        with record_function("UD2M prox"):
+            z = posterior_prox(
+                x, y, physics, x_s, sigma, rho, lambda_, sigma_y, tol=self.tol, max_iter=self.max_iter
+            )
+        with record_function("UD2M denoise"):
+            return self.denoise(z + delta * noise, delta)
 
     def scalars(self, k: int, sigma: Scalar, sigma_y: Scalar) -> tuple[Tensor, Tensor, Tensor]:
         r"""

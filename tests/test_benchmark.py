@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora
-from deepinv_ud2m.benchmark import profile_training
+from deepinv_ud2m.benchmark import profile, profile_training
 from deepinv_ud2m.benchmark.__main__ import main
 from deepinv_ud2m.benchmark.methods import METHODS, Method
 from deepinv_ud2m.benchmark.report import report, store, summarise
@@ -403,3 +403,33 @@ def test_the_cost_of_a_training_step_is_measured(tiny_prior, tiny_config, tmp_pa
     result = profile_training.main([*arguments, "--out", str(tmp_path / "cost.json")])
     assert json.loads((tmp_path / "cost.json").read_text())["seconds"] == result["seconds"]
     assert result["memory_gb"]["plain"] > 0
+
+
+def test_the_cost_of_a_sample_is_profiled(tiny_prior, tiny_config, tmp_path, capsys):
+    save_prior(tiny_prior, tiny_config, tmp_path / "prior")
+    arguments = ["--prior", str(tmp_path / "prior"), "--sizes", "16", "--batch-sizes", "4", "--scaling"]
+    result = profile.main(
+        [*arguments, "--pairs", "2", "--samples", "3", "--out", str(tmp_path / "p.json")]
+    )
+    assert json.loads((tmp_path / "p.json").read_text()) == result
+    assert [(row["measurements"], row["samples"]) for row in result["rows"]] == [(4, 1), (1, 3)]
+    for row in result["rows"]:
+        assert row["nfe"] == 9
+        assert sum(row["stages"].values()) == pytest.approx(1)
+        assert all(row["stages"][stage] > 0 for stage in profile.STAGES)
+        assert row["stages"]["denoise"] > row["stages"]["noise"]
+        assert row["peak_gb"] > 0
+    assert result["scaling"]["evaluations"]["points"] == [1, 3, 6, 9, 12, 15]
+    assert result["scaling"]["batch"]["slope"] > 0
+    assert (tmp_path / "p.png").stat().st_size > 1000
+    assert "overhead" in capsys.readouterr().out
+
+
+def test_a_line_is_fitted_and_bad_sizes_are_refused(capsys):
+    line = profile._line([1, 2, 4], [3.0, 5.0, 9.0])
+    assert line["slope"] == pytest.approx(2)
+    assert line["intercept"] == pytest.approx(1)
+    assert line["r_squared"] == pytest.approx(1)
+    with pytest.raises(SystemExit):
+        profile.main(["--batch-sizes", "16", "0"])
+    assert "--batch-sizes must be at least 1" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-r"""Overhead of the sampler over the network evaluations it is made of.
+r"""What a sample costs: overhead over its network evaluations, stages, memory, scaling.
 
     python -m deepinv_ud2m.benchmark.profile
 
@@ -8,7 +8,10 @@ reports the ratio
 .. math:: \frac{\text{time of one sample}}{\text{NFE} \times \text{time of one denoiser call}} .
 
 The ratio is taken within each pair, so that what else the machine does hits both, and the median
-over the pairs is reported with its quartiles.
+over the pairs is reported with its quartiles. For every size and batch it also reports the share of each
+stage (initialise, prox, noise, denoise, step), images per second and peak memory. ``--scaling`` adds the
+time against N, K and the batch, with the line that fits it; ``--random-weights`` profiles a published
+prior whose weights are not at hand.
 """
 
 from __future__ import annotations
@@ -19,59 +22,72 @@ import statistics
 import time
 from pathlib import Path
 
-import torch
+import matplotlib
 
-from deepinv_ud2m import UD2M, UnfoldedDenoiser, load_prior
-from deepinv_ud2m.benchmark.run import machine
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity
+from tqdm import tqdm
+
+from deepinv_ud2m import UD2M, UnfoldedDenoiser, VPSchedule, load_prior
+from deepinv_ud2m.benchmark.run import machine, peak_memory, reset_peak_memory
 from deepinv_ud2m.benchmark.tasks import make_physics
+from deepinv_ud2m.published import random_prior
+
+#: Stages of a sample, as the sampler names them to PyTorch's profiler; what is left is "other".
+STAGES = ("initialise", "prox", "noise", "denoise", "step")
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Measure, print and store; returns what is stored."""
     args = _parse(argv)
     torch.set_num_threads(args.threads)
-    prior = load_prior(args.prior, device=args.device)
-    cases = [(batch_size, 1) for batch_size in args.batch_sizes] + [(4, 16)]
-    rows = [measure_overhead(prior, *case, args) for case in cases]
+    prior = random_prior(args.prior) if args.random_weights else load_prior(args.prior)
+    prior = prior.to(args.device)
+    batches = [(batch_size, 1) for batch_size in args.batch_sizes]
+    if args.samples > 1:
+        batches.append((max(1, min(args.batch_sizes) // 4), args.samples))
+    cases = [(size, *batch) for size in args.sizes for batch in batches]
+    rows = [measure_overhead(prior, *case, args) for case in tqdm(cases, desc="profile")]
     result = {
         "command": "python -m deepinv_ud2m.benchmark.profile",
-        "prior": args.prior,
+        "prior": args.prior + (", random weights" if args.random_weights else ""),
+        "parameters": sum(p.numel() for p in prior.parameters()),
         "machine": machine(),
         "rows": rows,
     }
-    for row in rows:
-        print(
-            f"{row['measurements']:3d} x {row['samples']:2d} samples: overhead {row['overhead']:.3f} "
-            f"[{row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f}], NFE {row['nfe']:.0f}, "
-            f"{row['seconds']:.3f} s"
-        )
+    if args.scaling:
+        result["scaling"] = measure_scaling(prior, args)
+    print(_table(result))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        _plot(result, args.out.with_suffix(".png"))
     return result
 
 
 def measure_overhead(
-    prior: torch.nn.Module, measurements: int, samples: int, args: argparse.Namespace
+    prior: torch.nn.Module, size: int, measurements: int, samples: int, args: argparse.Namespace
 ) -> dict:
     """
     Overhead on super-resolution by four.
 
     :param torch.nn.Module prior: the denoiser.
+    :param int size: height and width of the images.
     :param int measurements: measurements sampled together.
     :param int samples: samples of each, in the same pass.
-    :param argparse.Namespace args: size, pairs, device.
+    :param argparse.Namespace args: pairs, device.
     :returns: one row of the result.
     """
-    shape = (prior.prior_info.channels, args.size, args.size)
-    physics = make_physics("sr4", shape, device=args.device)
-    y = physics(torch.rand(measurements, *shape, device=args.device))
-    model = UD2M(UnfoldedDenoiser(prior)).to(args.device)
-    x = torch.rand(measurements * samples, *shape, device=args.device)
+    model, y, physics = _problem(prior, size, measurements, args.device)
+    x = torch.rand(measurements * samples, prior.prior_info.channels, size, size, device=args.device)
     level = torch.full((len(x),), 0.1, device=args.device)
 
+    reset_peak_memory(y)
     model.sample(y, physics, samples)  # warm-up; also counts the network evaluations
-    nfe = round(model.nfe)
+    memory, nfe = peak_memory(y), round(model.nfe)
     ratios, seconds = [], []
     work = {
         "sample": lambda: model.sample(y, physics, samples),
@@ -82,16 +98,94 @@ def measure_overhead(
         spent = {name: _timed(work[name], args.device) for name in order}
         ratios.append(spent["sample"] / spent["network"])
         seconds.append(spent["sample"])
-    low, _, high = statistics.quantiles(ratios, n=4)
+    low, _, high = statistics.quantiles(ratios, n=4) if args.pairs > 1 else ratios * 3
     return {
         "measurements": measurements,
         "samples": samples,
-        "size": args.size,
+        "size": size,
         "nfe": nfe,
         "pairs": args.pairs,
         "overhead": statistics.median(ratios),
         "quartiles": [low, high],
         "seconds": statistics.median(seconds),
+        "images_per_second": len(x) / statistics.median(seconds),
+        "peak_gb": memory,
+        "stages": stage_shares(model, y, physics, samples),
+    }
+
+
+def stage_shares(model: UD2M, y: torch.Tensor, physics, samples: int = 1) -> dict[str, float]:
+    """
+    Share of each stage in the time of a sample, by PyTorch's profiler, which adds to small operations.
+
+    :param deepinv_ud2m.UD2M model: the sampler.
+    :param torch.Tensor y: measurements.
+    :param deepinv.physics.Physics physics: the physics.
+    :param int samples: samples of each measurement.
+    :returns: shares by stage and ``other``, which sum to one.
+    """
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if y.is_cuda else [])]
+    profiler = torch.profiler.profile(activities=activities)
+    with profiler, torch.profiler.record_function("UD2M sample"):
+        model.sample(y, physics, samples)
+    kind = "device_time_total" if y.is_cuda else "cpu_time_total"
+    spent = {event.key: getattr(event, kind) for event in profiler.key_averages()}
+    whole = spent["UD2M sample"]
+    shares = {stage: spent.get(f"UD2M {stage}", 0.0) / whole for stage in STAGES}
+    return shares | {"other": 1 - sum(shares.values())}
+
+
+def measure_scaling(prior: torch.nn.Module, args: argparse.Namespace) -> dict:
+    """
+    Time of a sample against N x K and the batch, at the first size.
+
+    :param torch.nn.Module prior: the denoiser.
+    :param argparse.Namespace args: sizes, batch sizes, pairs, device.
+    :returns: for ``evaluations`` (N x K at the smallest batch) and ``batch`` (at N = K = 3): the points,
+        and slope, intercept and R squared of the line of least squares.
+    """
+    size, batch_size = args.sizes[0], min(args.batch_sizes)
+    shapes = [(1, 1), (1, 3), (3, 1), (2, 3), (3, 3), (6, 2), (3, 5)]
+    evaluations = {
+        n * k: _problem(prior, size, batch_size, args.device, n, k) for n, k in dict.fromkeys(shapes)
+    }
+    batches = {b: _problem(prior, size, b, args.device) for b in (1, 2, 4, 8, 16)}
+    return {
+        name: _line(points, _medians(problems, args))
+        for name, problems in (("evaluations", evaluations), ("batch", batches))
+        for points in [list(problems)]
+    }
+
+
+def _problem(prior, size, measurements, device, num_steps=3, num_iterations=3):
+    """A sampler, measurements and their physics."""
+    shape = (prior.prior_info.channels, size, size)
+    physics = make_physics("sr4", shape, device=device)
+    y = physics(torch.rand(measurements, *shape, device=device))
+    levels = VPSchedule().sampling_levels(num_steps)
+    return UD2M(UnfoldedDenoiser(prior, num_iterations), levels=levels).to(device), y, physics
+
+
+def _medians(problems: dict, args: argparse.Namespace) -> list[float]:
+    """Seconds of a sample of each problem, the problems in turn."""
+    seconds = {key: [] for key in problems}
+    for turn in tqdm(range(args.pairs + 1), desc="scaling"):
+        for key, (model, y, physics) in problems.items():
+            spent = _timed(lambda: model.sample(y, physics), args.device)  # noqa: B023
+            if turn:  # the first is a warm-up
+                seconds[key].append(spent)
+    return [statistics.median(values) for values in seconds.values()]
+
+
+def _line(points: list[int], seconds: list[float]) -> dict:
+    slope, intercept = np.polyfit(points, seconds, 1)
+    residual = np.asarray(seconds) - slope * np.asarray(points) - intercept
+    return {
+        "points": points,
+        "seconds": seconds,
+        "slope": slope,
+        "intercept": intercept,
+        "r_squared": 1 - float(np.square(residual).sum() / np.square(seconds - np.mean(seconds)).sum()),
     }
 
 
@@ -105,18 +199,80 @@ def _timed(work, device: str) -> float:
     return time.perf_counter() - start
 
 
+def _table(result: dict) -> str:
+    lines = [
+        "| size | measurements x samples | NFE | overhead | quartiles | seconds | images/s | peak GB | "
+        + " | ".join((*STAGES, "other"))
+        + " |",
+        "|" + "---|" * (8 + len(STAGES) + 1),
+    ]
+    for row in result["rows"]:
+        low, high = row["quartiles"]
+        lines.append(
+            f"| {row['size']} | {row['measurements']} x {row['samples']} | {row['nfe']} "
+            f"| {row['overhead']:.3f} | {low:.3f} to {high:.3f} | {row['seconds']:.3f} "
+            f"| {row['images_per_second']:.3g} | {row['peak_gb']:.2f} | "
+            + " | ".join(f"{share:.1%}" for share in row["stages"].values())
+            + " |"
+        )
+    for name, line in result.get("scaling", {}).items():
+        lines.append(
+            f"\nseconds against {name}: {line['intercept']:.4f} + {line['slope']:.4f} per unit, "
+            f"R^2 {line['r_squared']:.4f}"
+        )
+    return "\n".join(lines)
+
+
+def _plot(result: dict, file: Path) -> None:
+    """Stages of each row, overhead beside them, and the scaling where it was measured."""
+    scaling, rows = result.get("scaling", {}), result["rows"]
+    fig, axes = plt.subplots(
+        1, 1 + len(scaling), figsize=(6 + 3.5 * len(scaling), 0.4 * len(rows) + 2.6)
+    )
+    axes = np.atleast_1d(axes)
+    labels = [f"{row['size']}x{row['size']}, {row['measurements']} x {row['samples']}" for row in rows]
+    left = np.zeros(len(rows))
+    for stage in (*STAGES, "other"):
+        share = np.array([100 * row["stages"][stage] for row in rows])
+        axes[0].barh(labels, share, left=left, label=stage)
+        left += share
+    for place, row in enumerate(rows):
+        axes[0].text(101, place, f"{row['overhead']:.3f}", va="center", fontsize=8)
+    axes[0].set(xlabel="share of the time (%), and overhead ratio", xlim=(0, 112))
+    axes[0].legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.25))
+    for ax, (name, line) in zip(axes[1:], scaling.items(), strict=True):
+        points = np.array(line["points"])
+        ax.plot(points, line["seconds"], "o")
+        ends = np.array([0, points.max()])
+        ax.plot(ends, line["intercept"] + line["slope"] * ends, lw=1)
+        title = {"evaluations": "N x K", "batch": "measurements"}[name]
+        ax.set(xlabel=title, ylabel="seconds", ylim=(0, None), title=f"$R^2$ = {line['r_squared']:.4f}")
+    fig.tight_layout()
+    fig.savefig(file, dpi=110)
+    plt.close(fig)
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prior", default="mnist", help="name or folder of the prior")
+    parser.add_argument(
+        "--random-weights", action="store_true", help="of a published prior, in place of its own"
+    )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--size", type=int, default=32, help="height and width of the images")
-    parser.add_argument("--pairs", type=int, default=15, help="timed pairs per batch size, at least 2")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[32], help="height and width of the images"
+    )
+    parser.add_argument("--samples", type=int, default=16, help="of each measurement, for one more row")
+    parser.add_argument("--pairs", type=int, default=15, help="timed pairs per row, at least 1")
+    parser.add_argument("--scaling", action="store_true", help="time against N, K and the batch")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--out", type=Path, help="JSON file for the result; the figure goes beside it")
     args = parser.parse_args(argv)
-    if args.pairs < 2:
-        parser.error(f"--pairs must be at least 2, got {args.pairs}")
+    for name in ("batch_sizes", "sizes", "samples", "pairs", "threads"):
+        values = getattr(args, name)
+        if min(values if isinstance(values, list) else [values]) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {values}")
     return args
 
 
