@@ -71,20 +71,29 @@ def load_published(
     return VPDenoiser(network, _noise_of_diffunet, output="out.2"), entry
 
 
-def random_prior(name: str) -> Denoiser:
+def random_prior(name: str, full_size: bool = False) -> Denoiser:
     """
-    A prior of the same class with random weights, and of small size, to try a recipe.
+    A prior of the same class with random weights: what it computes costs the same.
 
     :param str name: a key of ``PUBLISHED``.
+    :param bool full_size: the network itself; by default a small one of its class, to try a recipe.
     """
     if PUBLISHED[name].build is not None:
-        return VPDenoiser(_diffunet(large=False)(), _noise_of_diffunet, output="out.2")
+        network = PUBLISHED[name].build() if full_size else _diffunet(large=False)()
+        return VPDenoiser(network, _noise_of_diffunet, output="out.2")
     from diffusers import UNet2DModel
 
-    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D")}
-    blocks |= {"up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "block_out_channels": (32, 32)}
-    network = UNet2DModel(sample_size=32, layers_per_block=1, **blocks).eval()
-    return VPDenoiser(network, _noise_of_diffusers, output="conv_out")
+    channels = (128, 128, 256, 256, 512, 512) if full_size else (32, 32)
+    down = ["DownBlock2D"] * len(channels)
+    down[-2 if full_size else -1] = "AttnDownBlock2D"
+    network = UNet2DModel(
+        sample_size=PUBLISHED[name].image_size if full_size else 32,
+        layers_per_block=2 if full_size else 1,
+        block_out_channels=channels,
+        down_block_types=down,
+        up_block_types=[block.replace("Down", "Up") for block in reversed(down)],
+    )
+    return VPDenoiser(network.eval(), _noise_of_diffusers, output="conv_out")
 
 
 def load_weights(network: nn.Module, file: str | Path) -> None:

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Measure, print and store; returns what is stored."""
     args = _parse(argv)
     torch.set_num_threads(args.threads)
-    prior = random_prior(args.prior) if args.random_weights else load_prior(args.prior)
+    prior = random_prior(args.prior, full_size=True) if args.random_weights else load_prior(args.prior)
     prior = prior.to(args.device)
     batches = [(batch_size, 1) for batch_size in args.batch_sizes]
     if args.samples > 1:
@@ -82,7 +82,7 @@ def measure_overhead(
     :returns: one row of the result.
     """
     model, y, physics = _problem(prior, size, measurements, args.device)
-    x = torch.rand(measurements * samples, prior.prior_info.channels, size, size, device=args.device)
+    x = torch.rand(measurements * samples, _channels(prior), size, size, device=args.device)
     level = torch.full((len(x),), 0.1, device=args.device)
 
     reset_peak_memory(y)
@@ -159,11 +159,16 @@ def measure_scaling(prior: torch.nn.Module, args: argparse.Namespace) -> dict:
 
 def _problem(prior, size, measurements, device, num_steps=3, num_iterations=3):
     """A sampler, measurements and their physics."""
-    shape = (prior.prior_info.channels, size, size)
+    shape = (_channels(prior), size, size)
     physics = make_physics("sr4", shape, device=device)
     y = physics(torch.rand(measurements, *shape, device=device))
     levels = VPSchedule().sampling_levels(num_steps)
     return UD2M(UnfoldedDenoiser(prior, num_iterations), levels=levels).to(device), y, physics
+
+
+def _channels(prior) -> int:
+    info = getattr(prior, "prior_info", None)
+    return info.channels if info else 3  # the published ones
 
 
 def _medians(problems: dict, args: argparse.Namespace) -> list[float]:
