@@ -113,3 +113,23 @@ def test_search_of_a_schedule(photos, tmp_path, of_photos):
     assert scores == sorted(scores, reverse=True)
     assert len(scores) > 1
     assert best["levels"] == sorted(best["levels"], reverse=True)
+
+
+@pytest.mark.slow
+def test_a_folder_is_shared_by_processes_and_goes_on(photos, tmp_path):
+    arguments = ["sample_folder.py", "--images", photos, "--samples", 2, "--task", "inpaint-random"]
+    assert start(*arguments, "--out", tmp_path / "one").returncode == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    result = start(*arguments, "--out", tmp_path / "three", launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    written = sorted(file.name for file in (tmp_path / "one").iterdir())
+    assert len(written) == 8 * 5
+    for name in written:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes(), name
+    (tmp_path / "one" / "3.png.json").unlink()
+    kept = (tmp_path / "one" / "4_mean.png").stat().st_mtime_ns
+    assert start(*arguments, "--out", tmp_path / "one").returncode == 0
+    assert (tmp_path / "one" / "3.png.json").is_file()
+    assert (tmp_path / "one" / "4_mean.png").stat().st_mtime_ns == kept
+    result = start("sample_folder.py", "--images", tmp_path)
+    assert "has no images" in result.stderr
