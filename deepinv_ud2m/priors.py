@@ -181,18 +181,21 @@ def build_network(config: Mapping) -> Denoiser:
     preconditioning, on pixel-unshuffled images.
 
     :param Mapping config: ``config["network"]`` holds ``pixel_shuffle``, optionally ``pad_to_multiple``
-        (1 by default), and the arguments of :class:`deepinv.models.ADMUNet`;
+        (1 by default) and ``checkerboard_filter`` (none by default), see
+        :class:`deepinv_ud2m.networks.PixelShuffledDenoiser`, and the arguments of
+        :class:`deepinv.models.ADMUNet`;
         ``config["prior"]["channels"]`` the channels of the images.
     :raises ValueError: for arguments that ADMUNet does not have (itself, it would ignore them).
     """
     options = dict(config["network"])
     factor, multiple = options.pop("pixel_shuffle"), options.pop("pad_to_multiple", 1)
+    checkerboard_filter = options.pop("checkerboard_filter", None)
     unknown = options.keys() - inspect.signature(ADMUNet).parameters.keys()
     if unknown:
         raise ValueError(f"the network has no argument {sorted(unknown)}")
     channels = config["prior"]["channels"] * factor**2
     inner = ADMUNet(in_channels=channels, out_channels=channels, pretrained=None, **options)
-    return PixelShuffledDenoiser(inner, factor, multiple)
+    return PixelShuffledDenoiser(inner, factor, multiple, checkerboard_filter)
 
 
 #: Shipped priors: name, and folder in ``weights/``.

@@ -88,9 +88,7 @@ def scores(setting):
         samples = model.sample(y, physics, 2, generator=torch.Generator().manual_seed(args.seed))
         found[task] = energy_score(samples, x).mean().item()
         if features is not None:
-            seen, truth = (
-                features(images)[..., None, None] for images in (samples.flatten(0, 1), x)
-            )
+            seen, truth = (features(images)[..., None, None] for images in (samples.flatten(0, 1), x))
             seen = seen.unflatten(0, samples.shape[:2])
             found[task] += args.perceptual * energy_score(seen, truth).mean().item()
     return found

@@ -47,6 +47,7 @@ CONFIG = {
     "network": {
         "pixel_shuffle": 2,
         "pad_to_multiple": 8,
+        "checkerboard_filter": 2.0,  # takes out what the shuffling leaves behind
         "img_resolution": 32,
         "model_channels": 64,
         "channel_mult": [1, 1, 2],

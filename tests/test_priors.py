@@ -9,7 +9,7 @@ import torch
 from deepinv.models import Denoiser
 
 from deepinv_ud2m import PriorInfo, load_prior, save_prior
-from deepinv_ud2m.networks import PixelShuffledDenoiser
+from deepinv_ud2m.networks import PixelShuffledDenoiser, checkerboard
 from deepinv_ud2m.priors import PRIORS, build_network
 
 
@@ -170,6 +170,31 @@ def test_other_sizes_are_padded_by_reflection(size):
 def test_images_too_small_to_be_padded():
     with pytest.raises(ValueError, match="at least 8, got 7x20"):
         PixelShuffledDenoiser(Weighted(torch.ones(12)), 2, multiple=8)(torch.rand(1, 3, 7, 20), 0.1)
+
+
+def test_the_checkerboard_is_taken_out_and_images_stay():
+    """A checkerboard vanishes; waves of other frequencies, ramps and edges along rows stay."""
+    i, j = torch.meshgrid(torch.arange(40.0), torch.arange(32.0), indexing="ij")
+    board = torch.cos(torch.pi * (i + j))
+    edges = (i > 17).float() - 0.3 * (j > 9).float()
+    for image, left in (
+        (0.2 * board, 0.0), (0.2 * torch.cos(torch.pi * i / 2) * torch.cos(torch.pi * j), 1.0),
+        (0.01 * i + 0.02 * j, 1.0), (edges, 1.0),
+    ):  # fmt: skip
+        image = image.expand(2, 3, 40, 32)
+        part = checkerboard(image, 2.0)
+        inner = (image - part)[..., 8:-8, 8:-8]
+        torch.testing.assert_close(inner, left * image[..., 8:-8, 8:-8], atol=2e-3, rtol=0)
+    denoiser = PixelShuffledDenoiser(Weighted(torch.ones(12)), 2, checkerboard_filter=2.0)
+    plain = PixelShuffledDenoiser(Weighted(torch.ones(12)), 2)
+    x = torch.rand(2, 3, 8, 6, generator=torch.Generator().manual_seed(0))
+    found = denoiser(x, 0.1)
+    torch.testing.assert_close(found, plain(x, 0.1) - checkerboard(plain(x, 0.1), 2.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(denoiser(x, 0.1), found)
+    for options in ({"factor": 4, "checkerboard_filter": 2.0}, {"checkerboard_filter": 0.0}):
+        with pytest.raises(ValueError, match="checkerboard_filter must be positive"):
+            PixelShuffledDenoiser(torch.nn.Identity(), **options)
 
 
 def test_pixel_shuffle_takes_no_further_arguments(tiny_prior):
