@@ -52,7 +52,7 @@ def measured() -> str:
         _benchmark(
             "photos",
             "128x128 crops of photographs in the public domain that nothing was trained on",
-            "lambda of DiffPIR tuned on crops of other photographs, all else at its defaults",
+            "DiffPIR, DDRM and DPS tuned on crops of other photographs, all else at its defaults",
             "EfficientNet-Lite0",
         ),
         _sampler("photos"),
