@@ -1,7 +1,12 @@
 """UD2M posterior samplers (unfolded and distilled diffusion models) for deepinv."""
 
 from deepinv_ud2m.__about__ import __version__
-from deepinv_ud2m.initializers import LinearInitializer, PseudoInverseInitializer, RAMInitializer
+from deepinv_ud2m.initializers import (
+    LinearInitializer,
+    PseudoInverseInitializer,
+    RAMInitializer,
+    WienerInitializer,
+)
 from deepinv_ud2m.lora import add_lora, lora_disabled, merge_lora, remove_lora, unmerge_lora
 from deepinv_ud2m.priors import PriorInfo, load_prior, save_prior
 from deepinv_ud2m.proximal import posterior_prox
@@ -18,6 +23,7 @@ __all__ = [
     "Trajectory",
     "UnfoldedDenoiser",
     "VPSchedule",
+    "WienerInitializer",
     "__version__",
     "add_lora",
     "load_prior",

@@ -26,7 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from deepinv_ud2m.__about__ import __version__
-from deepinv_ud2m.initializers import LinearInitializer, PseudoInverseInitializer
+from deepinv_ud2m.initializers import LinearInitializer, PseudoInverseInitializer, WienerInitializer
 from deepinv_ud2m.lora import (
     add_lora,
     has_lora,
@@ -64,7 +64,9 @@ _SECTIONS = {
 }
 
 # Initialisers that config.json describes completely.
-_INITIALIZERS = {kind.__name__: kind for kind in (LinearInitializer, PseudoInverseInitializer)}
+_INITIALIZERS = {
+    kind.__name__: kind for kind in (LinearInitializer, PseudoInverseInitializer, WienerInitializer)
+}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -304,6 +306,8 @@ def _describe_initializer(initializer: nn.Module, trained: Collection[str]) -> d
         arguments = {"mean": float(initializer.mean), "std": float(initializer.std)}
     elif kind is PseudoInverseInitializer:
         arguments = {"mode": initializer.mode}
+    elif kind is WienerInitializer:
+        arguments = {name: getattr(initializer, name) for name in WienerInitializer.SETTINGS}
     else:
         # A network, whose own weights are not stored: enough to recognise it when it is given again.
         arguments = {"lora": lora_config(initializer), "fingerprint": fingerprint(initializer, trained)}

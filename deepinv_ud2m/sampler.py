@@ -170,7 +170,8 @@ class UD2M(Reconstructor):
         Several posterior samples per measurement.
 
         The samples of one call are drawn together. Each has a random stream of its own, so the
-        result does not depend on ``batch_size`` but for rounding.
+        result does not depend on ``batch_size`` but for rounding, to some 1e-3 where the first guess
+        is iterative.
 
         :param torch.Tensor y: measurements, finite.
         :param deepinv.physics.Physics physics: the physics that made them.

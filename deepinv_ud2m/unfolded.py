@@ -21,7 +21,7 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from deepinv_ud2m.checks import check_count
-from deepinv_ud2m.initializers import LinearInitializer
+from deepinv_ud2m.initializers import WienerInitializer
 from deepinv_ud2m.lora import freeze_prior, has_lora
 from deepinv_ud2m.priors import PriorInfo
 from deepinv_ud2m.proximal import (
@@ -62,7 +62,7 @@ class UnfoldedDenoiser(Reconstructor):
         evaluation mode, without gradients for its parameters but for those of a LoRA on it.
     :param int num_iterations: number K of iterations (default: 3).
     :param torch.nn.Module initializer: gives the first iterate
-        (default: :class:`deepinv_ud2m.initializers.LinearInitializer`).
+        (default: :class:`deepinv_ud2m.initializers.WienerInitializer`).
     :param float, Sequence[float] rho: untrained multipliers :math:`r_k`, one or K, positive
         (default: 2).
     :param float, Sequence[float] delta: untrained multipliers :math:`d_k`, likewise (default:
@@ -121,7 +121,7 @@ class UnfoldedDenoiser(Reconstructor):
         self.denoiser = denoiser
         self.num_iterations = check_count("num_iterations", num_iterations)
         check_count("max_iter", max_iter)
-        self.initializer = initializer if initializer is not None else LinearInitializer()
+        self.initializer = initializer if initializer is not None else WienerInitializer()
         self.reference_level, self.tol, self.max_iter = reference_level, tol, max_iter
         if delta is None:
             ends = torch.tensor([DELTA_LAST, DELTA_FIRST]).log10()

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, load_prior
 from deepinv_ud2m.benchmark.tasks import make_generator, make_physics
 from deepinv_ud2m.data import load_images, mnist_digits
+from deepinv_ud2m.initializers import LinearInitializer, WienerInitializer
 from deepinv_ud2m.metrics import PerceptualDistance, energy_score
 
 TASKS = ["sr4", "deblur-gaussian", "inpaint-random", "inpaint-box"]
@@ -41,6 +42,7 @@ parser.add_argument("--images", type=int, default=8)
 parser.add_argument("--tasks", nargs="+", default=TASKS)
 parser.add_argument("--sigma-y", type=float, nargs=2, default=[0.01, 0.1], help="range of noise")
 parser.add_argument("--perceptual", type=float, default=5.0, help="weight, for photographs")
+parser.add_argument("--initializer", choices=["linear", "wiener"], default="linear")
 parser.add_argument("--delta", type=float, nargs="+", default=[4.0, 2.0, 1.0], help="to start from")
 parser.add_argument("--rho", type=float, nargs="+", default=[2.0, 2.0, 2.0], help="to start from")
 parser.add_argument("--levels", type=float, nargs="+", default=[78.7, 1.277, 0.19], help="to start from")
@@ -79,6 +81,7 @@ def scores(setting):
     unfolded = UnfoldedDenoiser(
         prior,
         len(args.delta),
+        WienerInitializer() if args.initializer == "wiener" else LinearInitializer(),
         delta=setting["delta"],
         rho=setting["rho"],
         reference_level=args.reference_level,

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora, load_prior
 from deepinv_ud2m.benchmark.tasks import make_generator, make_physics
 from deepinv_ud2m.data import RandomCrops, load_images
+from deepinv_ud2m.initializers import LinearInitializer, WienerInitializer
 from deepinv_ud2m.metrics import PerceptualDistance
 from deepinv_ud2m.training import (
     DistillationTrainer,
@@ -63,15 +64,21 @@ def parse_arguments():
         "--levels",
         type=float,
         nargs="+",
-        default=[78.7, 0.38, 0.037],
+        default=[78.7, 0.5, 0.08],
         help="the N levels of the sampler",
     )
     parser.add_argument("--reference-level", type=float, default=0.08, help="detail to work at")
     parser.add_argument(
-        "--delta", type=float, nargs="+", default=[10.4, 2.4, 1.2], help="untrained multipliers, K"
+        "--delta", type=float, nargs="+", default=[3.0, 1.5, 1.0], help="untrained multipliers, K"
     )
     parser.add_argument(
-        "--rho", type=float, nargs="+", default=[1.3, 5.8, 1.4], help="untrained multipliers, K"
+        "--rho", type=float, nargs="+", default=[1.35, 3.6, 1.6], help="untrained multipliers, K"
+    )
+    parser.add_argument(
+        "--initializer",
+        choices=["linear", "wiener"],
+        default="wiener",
+        help="of each level's iterations",
     )
     parser.add_argument("--rank", type=int, default=5, help="of LoRA; 0 trains all weights")
     parser.add_argument("--updates", type=int, default=1200, help="optimiser steps")
@@ -169,6 +176,7 @@ def make_model(args):
     unfolded = UnfoldedDenoiser(
         prior,
         args.iterations,
+        WienerInitializer() if args.initializer == "wiener" else LinearInitializer(),
         delta=args.delta,
         rho=args.rho,
         reference_level=args.reference_level,

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora
-from deepinv_ud2m.benchmark import profile, profile_training
+from deepinv_ud2m.benchmark import paper_scale, profile, profile_training
 from deepinv_ud2m.benchmark.__main__ import main
 from deepinv_ud2m.benchmark.methods import METHODS, Method
 from deepinv_ud2m.benchmark.report import report, store, summarise
@@ -423,6 +423,21 @@ def test_the_cost_of_a_sample_is_profiled(tiny_prior, tiny_config, tmp_path, cap
     assert result["scaling"]["batch"]["slope"] > 0
     assert (tmp_path / "p.png").stat().st_size > 1000
     assert "overhead" in capsys.readouterr().out
+
+
+def test_one_sample_and_one_step_of_a_published_network(tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    arguments = ["--small", "--size", "32", "--threads", "1", "--checkpointing"]
+    result = paper_scale.main([*arguments, "--out", str(tmp_path / "p.json")])
+    assert json.loads((tmp_path / "p.json").read_text()) == result
+    assert result["sample"]["nfe"] == 9 and result["sample"]["finite"]
+    assert result["training_step"]["batch_size"] == 2 and result["training_step"]["checkpointing"]
+    assert 0 < result["trained"] < result["parameters"]
+    assert result["trained_share"] == pytest.approx(result["trained"] / result["parameters"])
+    for part in ("sample", "training_step"):
+        assert result[part]["seconds"] > 0 and result[part]["peak_gb"] > 0
+    with pytest.raises(SystemExit):
+        paper_scale.main(["--batch-size", "0"])
 
 
 def test_a_line_is_fitted_and_bad_sizes_are_refused(capsys):

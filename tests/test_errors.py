@@ -19,6 +19,7 @@ from deepinv_ud2m import (
     PseudoInverseInitializer,
     UnfoldedDenoiser,
     VPSchedule,
+    WienerInitializer,
 )
 from deepinv_ud2m.networks import PixelShuffledDenoiser
 from deepinv_ud2m.randomness import SampleStreams, draw_seeds, randn
@@ -225,6 +226,18 @@ def test_other_arguments():
             LinearInitializer(std=std)
     with pytest.raises(ValueError, match="mode must be"):
         PseudoInverseInitializer("dagger")
+    for name, value in (
+        ("scale", 0),
+        ("cutoff", -1.0),
+        ("tol", NAN),
+        ("decay", -0.1),
+        ("correlation", 1),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            WienerInitializer(**{name: value})
+    for images in (torch.rand(3, 32, 32), torch.rand(4, 3, 8, 32), torch.full((4, 3, 32, 32), 0.5)):
+        with pytest.raises(ValueError, match="images must be"):
+            WienerInitializer.fit(images)
 
 
 def _public_callables():

@@ -259,16 +259,18 @@ def test_per_sample_operators(model, kind):
         physics = make(operators, 10.0)
     batch = model(y, physics, generator=_seeded(), **override)
     _assert_image(batch, (3, 1, 32, 32))
+    # The first guess from a mask, which is not solved to the end, amplifies rounding.
+    close = CLOSE if kind == "blur" else {"rtol": 0, "atol": 2e-3}
     # Several samples, in any split, keep each image with its operator.
     samples = model.sample(y, physics, 4, generator=_seeded(1), **override)
     for batch_size in (3, 6):
         split = model.sample(y, physics, 4, batch_size=batch_size, generator=_seeded(1), **override)
-        torch.testing.assert_close(split, samples, **CLOSE)
+        torch.testing.assert_close(split, samples, **close)
     # Alone, sample i of image i has the random stream of image i in the batch.
     for i in range(3):
         part = slice(i, i + 1)
         alone = model.sample(y[part], make(operators[part], sigma[part]), i + 1, generator=_seeded())
-        torch.testing.assert_close(alone[i, 0], batch[i], **CLOSE)
+        torch.testing.assert_close(alone[i, 0], batch[i], **close)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -20,6 +20,7 @@ from deepinv_ud2m import (
     LinearInitializer,
     PseudoInverseInitializer,
     UnfoldedDenoiser,
+    WienerInitializer,
     add_lora,
     load_prior,
     merge_lora,
@@ -395,7 +396,11 @@ def test_settings_come_back(model, folder):
 
 
 @pytest.mark.parametrize(
-    "initializer", [LinearInitializer(0.4, 1 / 3), PseudoInverseInitializer("adjoint")]
+    "initializer",
+    [
+        *(LinearInitializer(0.4, 1 / 3), PseudoInverseInitializer("adjoint")),
+        WienerInitializer(0.4, 1e-3, 2.0, 0.02, 0.5, 0.5, 7),
+    ],
 )
 @pytest.mark.parametrize("shared", [False, True])
 def test_settings_of_other_kinds(prior_folder, tmp_path, initializer, shared):
@@ -534,9 +539,9 @@ def test_an_initializer_that_is_a_network(prior_folder, tmp_path, trained):
 
 
 def test_a_simple_initializer_may_be_given_if_it_is_the_same(folder):
-    UD2M.from_pretrained(folder, initializer=LinearInitializer())
+    UD2M.from_pretrained(folder, initializer=WienerInitializer())
     with pytest.raises(ValueError, match=r"initializer: .*0\.5.*0\.25"):
-        UD2M.from_pretrained(folder, initializer=LinearInitializer(mean=0.25))
+        UD2M.from_pretrained(folder, initializer=WienerInitializer(mean=0.25))
 
 
 # -- Saving what cannot be saved, and saving that is interrupted ------------------------------------
