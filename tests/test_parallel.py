@@ -12,7 +12,7 @@ import torch
 from deepinv_ud2m.training.checkpoint import read_checkpoint
 
 WORKER = """
-import datetime, json, sys
+import datetime, json, os, signal, sys, time
 import deepinv as dinv
 import torch
 from torch.utils.data import DataLoader
@@ -27,8 +27,9 @@ from deepinv_ud2m.training import (
 
 folder, config, steps, options = sys.argv[1], *map(json.loads, sys.argv[2:])
 torch.set_num_threads(1)
-if "LOCAL_RANK" in __import__("os").environ:
-    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+if "LOCAL_RANK" in os.environ:
+    seconds = float(os.environ.get("TIMEOUT", 60))
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=seconds))
 torch.manual_seed(0)
 prior = build_network(config)
 for parameter in prior.parameters():
@@ -55,20 +56,34 @@ trainer = DistillationTrainer(
     steps=steps, eval_interval=2, ckp_interval=2, log_interval=1, save_path=folder, verbose=False,
     device="cpu", **{"accumulate": 2, **options},
 )
+fault = os.environ.get("FAULT")
+if fault and torch.distributed.get_rank() == 1:
+    step_of_trainer = trainer.train_step
+
+    def train_step(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGKILL) if fault == "killed" else time.sleep(600)
+        return step_of_trainer(step)
+
+    trainer.train_step = train_step
 trainer.train()
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
 """
 
 
-def train(folder: Path, config: dict, processes: int, steps: int = 4, **options):
+def train(folder: Path, config: dict, processes: int, steps: int = 4, env=None, **options):
     script = folder.parent / "worker.py"
     script.write_text(WORKER)
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [*launcher, str(script), str(folder), json.dumps(config), str(steps), json.dumps(options)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return run(command, env or {})
+
+
+def run(command: list[str], env: dict):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | env
     return subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=240, check=False
     )
@@ -107,6 +122,51 @@ def test_two_processes_equal_one(tmp_path, tiny_config):
     moved = [v.abs().max() for name, v in trained(tmp_path / "one").items() if "lora_B" in name]
     assert max(moved) > 1e-2
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["killed", "silent"])
+def test_a_process_that_is_lost_ends_the_others(tmp_path, tiny_config, fault):
+    """Soon, or after the time-out of the group; the last checkpoint is whole, and the run goes on."""
+    result = train(tmp_path / "run", tiny_config, 2, env={"FAULT": fault, "TIMEOUT": "15"})
+    assert result.returncode != 0
+    assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
+    result = train(tmp_path / "run", tiny_config, 1)
+    assert result.returncode == 0, result.stderr
+    assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 4
+
+
+@pytest.mark.slow
+def test_the_benchmark_in_two_processes(tmp_path):
+    options = [
+        *("run", "--tasks", "inpaint-random", "--methods", "pinv", "diffpir:num_steps=2"),
+        *("ud2m:num_steps=1,num_iterations=1", "--images", "5", "--batch-size", "2"),
+    ]
+    rows = {}
+    for processes in (1, 2):
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+        folder = tmp_path / str(processes)
+        command = [
+            sys.executable,
+            "-m",
+            *launcher,
+            "deepinv_ud2m.benchmark",
+            *options,
+            "--out",
+            str(folder),
+        ]
+        result = run(command, {})
+        assert result.returncode == 0, result.stderr
+        lines = (folder / "rows.jsonl").read_text().splitlines()
+        costs = ("seconds", "peak_memory_gb")
+        rows[processes] = [
+            {name: value for name, value in json.loads(line).items() if name not in costs}
+            for line in lines
+        ]
+    assert len(rows[1]) == 15 and rows[1] == rows[2]
+    assert (tmp_path / "2" / "report.md").read_text().count("diffpir") > 0
+    refused = run([*command[:-2], "--out", str(tmp_path / "2"), "--seed", "1"], {})
+    assert refused.returncode != 0 and "results of another setup" in refused.stderr
 
 
 def test_a_number_of_processes_that_does_not_divide_the_batches(tmp_path, tiny_config):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from deepinv.models import Denoiser
 from torch import Tensor
 
@@ -26,6 +30,7 @@ from deepinv_ud2m.benchmark.timing import time_methods
 from deepinv_ud2m.benchmark.tune import best_settings, merge_searches, tune
 from deepinv_ud2m.data import load_images, mnist_digits
 from deepinv_ud2m.priors import load_prior
+from deepinv_ud2m.training.parallel import rank
 
 SPLITS = ("test", "validation")
 GAUSSIAN_TASKS = ["inpaint-random", "deblur-gaussian"]
@@ -46,11 +51,30 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = _parser().parse_args(argv)
     try:
-        args.command(args)
+        with _processes(args):
+            args.command(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def _processes(args: argparse.Namespace) -> Iterator[None]:
+    """Join the other processes of torchrun, each on a device of its own."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if args.command is not _run:
+        raise ValueError("only run shares its work between processes: start the others without torchrun")
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -66,7 +90,8 @@ def _run(args: argparse.Namespace) -> None:
         for method in args.methods:
             settings = best_settings(tuned, task, method)
             run_method(results, prior, x, task, method, settings, args.samples)
-    _write_report(args, x)
+    if rank() == 0:
+        _write_report(args, x)
 
 
 def _time(args: argparse.Namespace) -> None:

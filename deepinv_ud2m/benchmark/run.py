@@ -42,6 +42,7 @@ from deepinv_ud2m.metrics import (
     measurement_consistency,
 )
 from deepinv_ud2m.sampler import CallCounter
+from deepinv_ud2m.training.parallel import gather, rank, share, world_size
 
 
 @dataclass(frozen=True)
@@ -79,21 +80,28 @@ class Results:
     def __init__(self, folder: Path, setup: Setup):
         self.folder = Path(folder)
         self.setup = setup
+        # The first process alone reads and writes, and tells the others what it found.
+        error, self.rows = share(self._open() if rank() == 0 else None)
+        if error:
+            raise ValueError(error)
+
+    def _open(self) -> tuple[str | None, list[dict]]:
         stored = self.folder / "setup.json"
         if stored.is_file():
             there = json.loads(stored.read_text())
-            if there["setup"] != asdict(setup):
-                raise ValueError(
+            if there["setup"] != asdict(self.setup):
+                error = (
                     f"{self.folder} holds results of another setup, {there['setup']}; this run is "
-                    f"{asdict(setup)}: choose another output folder"
+                    f"{asdict(self.setup)}: choose another output folder"
                 )
+                return error, []
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             stored.write_text(
-                json.dumps({"setup": asdict(setup), "machine": machine()}, indent=2) + "\n"
+                json.dumps({"setup": asdict(self.setup), "machine": machine()}, indent=2) + "\n"
             )
         (self.folder / "images").mkdir(exist_ok=True)  # not in a copy of stored results
-        self.rows = read_rows(self.folder)
+        return None, read_rows(self.folder)
 
     def has(self, task: str, method: str, images: range, num_samples: int) -> bool:
         """Whether all rows of a batch are there, of as many samples or more."""
@@ -104,20 +112,17 @@ class Results:
         }
         return done.issuperset(images)
 
-    def add(self, rows: list[dict], samples: Tensor) -> None:
+    def add(self, rows: list[dict], pictures: dict[str, np.ndarray]) -> None:
         """Append the rows of a batch, in one write, after its pictures."""
+        self.rows += rows
+        if rank() > 0:
+            return
         first = rows[0]
         label = f"{first['task']}__{file_name(first['method'])}__{first['num_samples']}"
-        np.savez_compressed(
-            self.folder / "images" / f"{label}__{first['image']:05d}.npz",
-            sample=samples[0].half().cpu().numpy(),
-            mean=samples.mean(0).half().cpu().numpy(),
-            std=samples.std(0, correction=0).half().cpu().numpy(),
-        )
+        np.savez_compressed(self.folder / "images" / f"{label}__{first['image']:05d}.npz", **pictures)
         with open(self.folder / "rows.jsonl", "a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
-        self.rows += rows
 
 
 def read_rows(folder: Path) -> list[dict]:
@@ -149,7 +154,8 @@ def run_method(
     progress: bool = True,
 ) -> None:
     """
-    Run one method on one task, skipping what is there already.
+    Run one method on one task, skipping what is there already; the processes of
+    :mod:`torch.distributed` share the batches.
 
     :param Results results: where the rows go.
     :param deepinv.models.Denoiser prior: the prior all methods share.
@@ -169,23 +175,39 @@ def run_method(
     num_samples = num_samples if entry.random else 1
     settings = dict(entry.defaults) | settings | overrides
     sampler = entry.build(prior, setup.sigma_y, **settings)
-    starts = range(0, len(x), setup.batch_size)
-    bar = tqdm(starts, desc=f"{task}, {method}", disable=not progress)
-    for start in bar:
-        images = range(start, min(start + setup.batch_size, len(x)))
-        if results.has(task, method, images, num_samples):
-            continue
+    batches = [range(i, min(i + setup.batch_size, len(x))) for i in range(0, len(x), setup.batch_size)]
+    batches = [images for images in batches if not results.has(task, method, images, num_samples)]
+
+    def run_batch(images: range) -> tuple[list[dict], dict[str, np.ndarray]]:
         x_batch = x[images.start : images.stop]
         y = measure(physics, x_batch, images, setup.seed)
         prior(x_batch, torch.full((len(x_batch),), 0.1, device=x.device))  # warm-up
         # Mixed once more, so that no sample shares its seed with a measurement.
-        seed = _mix(setup.seed, 2, start + 1)
+        seed = _mix(setup.seed, 2, images.start + 1)
         samples, cost = draw(sampler, prior, y, physics, num_samples, seed)
         rows = evaluate(samples, x_batch, y, physics)
         head = {"task": task, "method": method, "settings": settings, "num_samples": num_samples}
-        results.add(
-            [head | {"image": i} | row | cost for i, row in zip(images, rows, strict=True)], samples
-        )
+        rows = [head | {"image": i} | row | cost for i, row in zip(images, rows, strict=True)]
+        return rows, _pictures(samples)
+
+    # Each process has one batch of each group, and hears of those of the others.
+    groups = range(0, len(batches), world_size())
+    bar = tqdm(groups, desc=f"{task}, {method}", disable=not progress or rank() > 0)
+    for first in bar:
+        own = batches[first : first + world_size()][rank() : rank() + 1]
+        for done in gather([run_batch(images) for images in own]):
+            for rows, pictures in done:
+                results.add(rows, pictures)
+
+
+def _pictures(samples: Tensor) -> dict[str, np.ndarray]:
+    """What the sheets show: a sample, the mean and the standard deviation, of each image."""
+    pictures = {
+        "sample": samples[0],
+        "mean": samples.mean(0),
+        "std": samples.std(0, correction=0),
+    }
+    return {name: images.half().cpu().numpy() for name, images in pictures.items()}
 
 
 def parse_method(label: str) -> tuple[Method, dict]:
