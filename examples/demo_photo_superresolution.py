@@ -35,8 +35,8 @@ y = physics(x)
 # %%
 # The sampler that ships, for all degradations at once, 8 samples.
 model = UD2M.from_pretrained("photos")
-# DiffPIR has the best of five values of ``lambda_`` on other photographs at ``zeta`` = 0.3, as
-# stored in ``deepinv_ud2m/benchmark/results/settings_photos.json``.
+# DiffPIR has the settings that were best on other photographs,
+# ``deepinv_ud2m/benchmark/results/settings_photos.json``.
 comparison = compare(x, y, physics, model, load_prior("photos"), num_samples=8, zeta=0.3, lambda_=1.0)
 print(comparison)
 

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora, load_prior
 from deepinv_ud2m.benchmark.tasks import make_physics
 from deepinv_ud2m.data import load_mnist, mnist_digits
+from deepinv_ud2m.initializers import WienerInitializer
 from deepinv_ud2m.training import (
     AdversarialDiscriminatorLoss,
     AdversarialGeneratorLoss,
@@ -47,6 +48,9 @@ LOSSES = {
     "l2": "squared error",
     "adversarial": "squared error, perceptual distance and discriminator",
 }
+# Levels and scalars to start from, the result of examples/search_schedule.py.
+LEVELS = [78.7, 0.66, 0.077]
+START = {"delta": [3.2, 2.57, 0.72], "rho": [2.08, 3.63, 1.46]}
 ALL_TASKS = ["sr4", "sr4-paper", "deblur-gaussian", "inpaint-random", "inpaint-box"]
 
 
@@ -61,6 +65,12 @@ def parse_arguments():
     parser.add_argument("--draws", type=int, default=2, help="draws per measurement, for energy")
     parser.add_argument("--iterations", type=int, default=3, help="K, unfolded iterations")
     parser.add_argument("--steps", type=int, default=3, help="N, levels of the sampler")
+    parser.add_argument(
+        "--levels",
+        type=float,
+        nargs="+",
+        help="those levels; those of a search for N = 3, else of the linear schedule",
+    )
     parser.add_argument("--rank", type=int, default=5, help="of LoRA; 0 trains all weights")
     parser.add_argument("--targets", default="all-convs", help='layers; "attention" for those alone')
     parser.add_argument("--updates", type=int, default=6000, help="optimiser steps")
@@ -165,12 +175,15 @@ def make_model(args):
         return UD2M.from_pretrained(args.start, merge=False)
     torch.manual_seed(args.seed)
     prior = load_prior("mnist")
-    unfolded = UnfoldedDenoiser(prior, args.iterations)
+    digits, _ = load_mnist("datasets", train=True, npz=args.train)
+    start = START if args.iterations == 3 else {}
+    unfolded = UnfoldedDenoiser(prior, args.iterations, WienerInitializer.fit(digits), **start)
     if args.rank:
         add_lora(prior, args.rank, targets=None if args.targets == "attention" else args.targets)
     else:
         prior.requires_grad_(True)
-    return UD2M(unfolded, args.steps)
+    levels = args.levels or (LEVELS if args.steps == len(LEVELS) else None)
+    return UD2M(unfolded, None if levels else args.steps, levels=levels)
 
 
 def operators_and_levels(task, shape, sigma_y):

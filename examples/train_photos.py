@@ -64,7 +64,7 @@ def parse_arguments():
         "--levels",
         type=float,
         nargs="+",
-        default=[78.7, 0.5, 0.08],
+        default=[78.7, 0.2, 0.04],
         help="the N levels of the sampler",
     )
     parser.add_argument("--reference-level", type=float, default=0.08, help="detail to work at")
@@ -170,7 +170,8 @@ def main():
 
 def make_model(args):
     if args.start:
-        return UD2M.from_pretrained(args.start, merge=False)
+        model = UD2M.from_pretrained(args.start, merge=False)
+        return UD2M(model.unfolded, levels=args.levels)
     torch.manual_seed(args.seed)
     prior = load_prior(args.prior)
     unfolded = UnfoldedDenoiser(

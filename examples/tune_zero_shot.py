@@ -25,25 +25,29 @@ import torch
 from tqdm import tqdm
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, load_prior
-from deepinv_ud2m.benchmark.run import measure
-from deepinv_ud2m.benchmark.tasks import make_physics
+from deepinv_ud2m.benchmark.tasks import make_generator, make_physics
 from deepinv_ud2m.data import mnist_digits
 from deepinv_ud2m.metrics import energy_score
 
 parser = argparse.ArgumentParser(description="Search the settings of untrained UD2M.")
 parser.add_argument("--prior", default="mnist", help="name or folder of the prior")
-parser.add_argument("--digits", type=int, default=16, help="validation digits")
+parser.add_argument("--digits", type=int, default=24, help="validation digits")
 parser.add_argument("--samples", type=int, default=4, help="samples per digit, at least 2")
 parser.add_argument("--settings", type=int, default=40, help="random settings to try")
 parser.add_argument("--out", type=Path, default=Path("runs/zero_shot.json"))
 args = parser.parse_args()
 
 # %%
-# Four tasks whose unknown part differs: detail, most of the pixels, and a hole.
+# Four tasks whose unknown part differs: detail, most of the pixels, a hole. Operators and noise levels
+# are different for each digit, since the settings serve all.
 tasks = ["sr4", "deblur-gaussian", "inpaint-random", "inpaint-box"]
 x = mnist_digits("validation", num=args.digits)
-problems = {task: make_physics(task, (1, 32, 32), sigma_y=0.05) for task in tasks}
-measurements = {task: measure(physics, x, range(len(x)), seed=0) for task, physics in problems.items()}
+problems, measurements = {}, {}
+for task in tasks:
+    problems[task] = physics = make_physics(task, (1, 32, 32))
+    generator = make_generator(task, (1, 32, 32), (0.01, 0.1))
+    torch.manual_seed(0)
+    measurements[task] = physics(x, **generator.step(len(x), seed=0))
 prior = load_prior(args.prior)
 
 # %%

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> dict:
     unfolded = UnfoldedDenoiser(prior, num_iterations=3)
     trained = sum(p.numel() for p in unfolded.parameters() if p.requires_grad)
     result = {
-        "command": "python -m deepinv_ud2m.benchmark.paper_scale",
+        "command": _command(args),
         "prior": f"{args.prior}, random weights" + (", small" if args.small else ""),
         "size": args.size,
         "machine": machine(),
@@ -110,6 +110,11 @@ def _make_trainer(unfolded: nn.Module, x: torch.Tensor, args: argparse.Namespace
     )
     trainer.setup_train()
     return trainer
+
+
+def _command(args: argparse.Namespace) -> str:
+    flags = [name for name in ("small", "bfloat16", "checkpointing") if getattr(args, name)]
+    return " ".join(["python -m deepinv_ud2m.benchmark.paper_scale", *(f"--{flag}" for flag in flags)])
 
 
 def _store(result: dict, args: argparse.Namespace) -> None:

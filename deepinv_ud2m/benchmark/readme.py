@@ -59,6 +59,7 @@ def measured() -> str:
         _prior_of_photos(_card("prior-photos")),
         _overhead(profiles),
         _training(_stored(_PACKAGE / "benchmark" / "results" / "training_cost.json")),
+        _paper_scale(_stored(_PACKAGE / "benchmark" / "results" / "paper_scale.json")),
     ]
     return "\n\n".join(["## Measured", *parts])
 
@@ -229,18 +230,32 @@ def _overhead(profiles: list[dict]) -> str:
         "`sample` over that of as many evaluations of the prior, measured alternately "
         f"(`{profiles[0]['command']}`; {machine['device']}, torch {machine['torch']}).",
         "",
-        "| threads | measurements x samples | NFE | overhead, median | quartiles | pairs |",
-        "|---|---|---|---|---|---|",
+        "| prior | threads | measurements x samples | NFE | overhead, median | quartiles | pairs |",
+        "|---|---|---|---|---|---|---|",
     ]
     for profile in profiles:
         for row in profile["rows"]:
             low, high = row["quartiles"]
             lines.append(
-                f"| {profile['machine']['threads']} | {row['measurements']} x {row['samples']}, "
-                f"{row['size']}x{row['size']} | {row['nfe']} | {row['overhead']:.3f} "
-                f"| {low:.3f} to {high:.3f} | {row['pairs']} |"
+                f"| {profile['prior']} | {profile['machine']['threads']} "
+                f"| {row['measurements']} x {row['samples']}, {row['size']}x{row['size']} "
+                f"| {row['nfe']} | {row['overhead']:.3f} | {low:.3f} to {high:.3f} | {row['pairs']} |"
             )
     return "\n".join(lines)
+
+
+def _paper_scale(result: dict) -> str:
+    machine, sample, step = result["machine"], result["sample"], result["training_step"]
+    prior, minutes = result["prior"].partition(",")[0], (sample["seconds"] / 60, step["seconds"] / 60)
+    return (
+        f"**At the scale of the paper**: the prior `{prior}` with random weights, "
+        f"{result['parameters']:,} parameters, of which {result['trained']:,} "
+        f"({result['trained_share']:.3%}) are trained, at {result['size']}x{result['size']} "
+        f"(`{result['command']}`; {machine['device']}, {machine['threads']} thread, float32). "
+        f"One sample of {sample['nfe']:.0f} evaluations: {minutes[0]:.0f} minutes, {sample['peak_gb']:.1f} GB "
+        f"at most. One training step (K = 3, batch {step['batch_size']}, checkpointing, squared error, "
+        f"perceptual distance and discriminator): {minutes[1]:.0f} minutes, {step['peak_gb']:.1f} GB."
+    )
 
 
 if __name__ == "__main__":
