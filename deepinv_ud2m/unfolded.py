@@ -35,9 +35,9 @@ from deepinv_ud2m.proximal import (
 from deepinv_ud2m.randomness import SampleStreams, randn
 
 #: Untrained multipliers of delta in the first and in the last iteration, and of rho; the level of
-#: detail that the prior works at beyond the noise. The winners of the search by
+#: detail that the prior works at beyond the noise. The winners, among the exact steps, of the search by
 #: examples/tune_zero_shot.py, stored in benchmark/results/zero_shot.json.
-DELTA_FIRST, DELTA_LAST, RHO, REFERENCE_LEVEL = 3.0, 1.0, 4.0, 0.2
+DELTA_FIRST, DELTA_LAST, RHO, REFERENCE_LEVEL = 4.0, 1.0, 2.0, 0.2
 
 
 class UnfoldedDenoiser(Reconstructor):
@@ -64,9 +64,9 @@ class UnfoldedDenoiser(Reconstructor):
     :param torch.nn.Module initializer: gives the first iterate
         (default: :class:`deepinv_ud2m.initializers.WienerInitializer`).
     :param float, Sequence[float] rho: untrained multipliers :math:`r_k`, one or K, positive
-        (default: 4).
+        (default: 2).
     :param float, Sequence[float] delta: untrained multipliers :math:`d_k`, likewise (default:
-        geometric from 3 in the first to 1 in the last iteration).
+        geometric from 4 in the first to 1 in the last iteration).
     :param float, Sequence[float] lambda_: untrained :math:`l_k`, likewise (default: 1).
     :param float reference_level: :math:`\sigma_0`, in units of the image, non-negative
         (default: 0.2).

@@ -252,9 +252,10 @@ def _paper_scale(result: dict) -> str:
         f"{result['parameters']:,} parameters, of which {result['trained']:,} "
         f"({result['trained_share']:.3%}) are trained, at {result['size']}x{result['size']} "
         f"(`{result['command']}`; {machine['device']}, {machine['threads']} thread, float32). "
-        f"One sample of {sample['nfe']:.0f} evaluations: {minutes[0]:.0f} minutes, {sample['peak_gb']:.1f} GB "
-        f"at most. One training step (K = 3, batch {step['batch_size']}, checkpointing, squared error, "
-        f"perceptual distance and discriminator): {minutes[1]:.0f} minutes, {step['peak_gb']:.1f} GB."
+        f"One sample of {sample['nfe']:.0f} evaluations: {minutes[0]:.0f} minutes, "
+        f"{sample['peak_gb']:.1f} GB at most. One training step (K = 3, batch {step['batch_size']}, "
+        "checkpointing, squared error, perceptual distance and discriminator): "
+        f"{minutes[1]:.0f} minutes, {step['peak_gb']:.1f} GB."
     )
 
 
