@@ -200,12 +200,16 @@ class WienerInitializer(nn.Module):
         with torch.autocast(x_s.device.type, enabled=False):
             if x_s.dtype in (torch.float16, torch.bfloat16):
                 x_s = x_s.float()
+            is_one_level = torch.as_tensor(sigma).numel() == 1
             sigma, sigma_y = expand_scalar(sigma, x_s, "sigma"), expand_scalar(sigma_y, x_s, "sigma_y")
+            if is_one_level:
+                sigma = sigma[:1]
             variances = [1 / (1 / power + sigma**-2) for power in self.powers(x_s)]
             mean = self.mean + _filtered(x_s - self.mean, [v * sigma**-2 for v in variances])
             residual = y - physics.A(mean)
-            if _is_circulant(operator, physics, x_s.shape):
-                return mean + self._wiener(residual, physics, variances, sigma_y)
+            kernel = _circular_kernel(operator, physics, x_s.shape)
+            if kernel is not None:
+                return mean + self._wiener(residual, physics, kernel, variances, sigma_y)
             return mean + self._solve(residual, physics, variances, x_s, sigma_y)
 
     def powers(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,9 +224,10 @@ class WienerInitializer(nn.Module):
         c = self.correlation if channels > 1 else 0.0
         return (1 + (channels - 1) * c) * power, (1 - c) * power
 
-    def _wiener(self, residual, physics, variances, sigma_y) -> Tensor:
+    def _wiener(self, residual, physics, kernel, variances, sigma_y) -> Tensor:
         """A C A^T is a convolution on the grid of the measurements: one impulse shows its spectrum."""
-        impulse = torch.zeros_like(residual)
+        is_same_for_all = len(kernel) == 1 and all(len(variance) == 1 for variance in variances)
+        impulse = torch.zeros_like(residual[:1] if is_same_for_all else residual)
         impulse[..., 0, 0] = 1
         spread = physics.A_adjoint(impulse)
         gains = []
@@ -298,12 +303,13 @@ def _filtered(x: Tensor, gains: list[Tensor]) -> Tensor:
     return torch.fft.irfft2(gains[1] * spectrum + (gains[0] - gains[1]) * mean, s=x.shape[-2:])
 
 
-def _is_circulant(operator: Physics, physics: Physics, shape: torch.Size) -> bool:
-    """Whether A C A^T is a circular convolution, the same in all channels, for stationary C."""
+def _circular_kernel(operator: Physics, physics: Physics, shape: torch.Size) -> Tensor | None:
+    """The kernel, where A C A^T is a circular convolution, alike in all channels, for stationary C."""
     if not isinstance(operator, BlurFFT | Downsampling) or not has_closed_form(physics, shape):
-        return False
+        return None
     kernel = operator.filter
-    return kernel is not None and torch.equal(kernel, kernel[:, :1].expand_as(kernel))
+    is_same = kernel is not None and torch.equal(kernel, kernel[:, :1].expand_as(kernel))
+    return kernel if is_same else None
 
 
 class RAMInitializer(nn.Module):

@@ -12,7 +12,8 @@ only the true posterior minimises,
 
 relative to the best on each of four tasks and averaged over them. The defaults of
 :class:`deepinv_ud2m.UnfoldedDenoiser` are the best of its result, ``benchmark/results/zero_shot.json``,
-with :math:`\eta = 1`, the step that is exact where the draws are. The settings of the baselines are searched likewise by ``python -m deepinv_ud2m.benchmark tune``.
+with :math:`\eta = 1`, the step that is exact where the draws are. The settings of the baselines are
+searched likewise by ``python -m deepinv_ud2m.benchmark tune``.
 """
 
 # %%
