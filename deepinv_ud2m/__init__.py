@@ -5,7 +5,6 @@ from deepinv_ud2m.initializers import (
     LinearInitializer,
     PseudoInverseInitializer,
     RAMInitializer,
-    WienerInitializer,
 )
 from deepinv_ud2m.lora import add_lora, lora_disabled, merge_lora, remove_lora, unmerge_lora
 from deepinv_ud2m.priors import PriorInfo, load_prior, save_prior
@@ -13,6 +12,7 @@ from deepinv_ud2m.proximal import posterior_prox
 from deepinv_ud2m.sampler import UD2M, Trajectory
 from deepinv_ud2m.schedule import VPSchedule
 from deepinv_ud2m.unfolded import UnfoldedDenoiser
+from deepinv_ud2m.wiener import WienerInitializer
 
 __all__ = [
     "UD2M",

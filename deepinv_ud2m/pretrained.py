@@ -26,7 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from deepinv_ud2m.__about__ import __version__
-from deepinv_ud2m.initializers import LinearInitializer, PseudoInverseInitializer, WienerInitializer
+from deepinv_ud2m.initializers import LinearInitializer, PseudoInverseInitializer
 from deepinv_ud2m.lora import (
     add_lora,
     has_lora,
@@ -42,6 +42,7 @@ from deepinv_ud2m.priors import PRIORS, load_prior
 from deepinv_ud2m.published import PUBLISHED
 from deepinv_ud2m.sampler import UD2M
 from deepinv_ud2m.unfolded import UnfoldedDenoiser
+from deepinv_ud2m.wiener import WienerInitializer
 
 _SHIPPED = Path(__file__).parent / "weights"
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"

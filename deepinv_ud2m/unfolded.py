@@ -21,7 +21,6 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from deepinv_ud2m.checks import check_count
-from deepinv_ud2m.initializers import WienerInitializer
 from deepinv_ud2m.lora import freeze_prior, has_lora
 from deepinv_ud2m.priors import PriorInfo
 from deepinv_ud2m.proximal import (
@@ -33,6 +32,7 @@ from deepinv_ud2m.proximal import (
     remember_backprojection,
 )
 from deepinv_ud2m.randomness import SampleStreams, randn
+from deepinv_ud2m.wiener import WienerInitializer
 
 #: Untrained multipliers of delta in the first and in the last iteration, and of rho; the level of
 #: detail that the prior works at beyond the noise. The winners, among the exact steps, of the search by
@@ -62,7 +62,7 @@ class UnfoldedDenoiser(Reconstructor):
         evaluation mode, without gradients for its parameters but for those of a LoRA on it.
     :param int num_iterations: number K of iterations (default: 3).
     :param torch.nn.Module initializer: gives the first iterate
-        (default: :class:`deepinv_ud2m.initializers.WienerInitializer`).
+        (default: :class:`deepinv_ud2m.WienerInitializer`).
     :param float, Sequence[float] rho: untrained multipliers :math:`r_k`, one or K, positive
         (default: 2).
     :param float, Sequence[float] delta: untrained multipliers :math:`d_k`, likewise (default:

@@ -29,8 +29,9 @@ from tqdm import tqdm
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, load_prior
 from deepinv_ud2m.benchmark.tasks import make_generator, make_physics
 from deepinv_ud2m.data import load_images, mnist_digits
-from deepinv_ud2m.initializers import LinearInitializer, WienerInitializer
+from deepinv_ud2m.initializers import LinearInitializer
 from deepinv_ud2m.metrics import PerceptualDistance, energy_score
+from deepinv_ud2m.wiener import WienerInitializer
 
 TASKS = ["sr4", "deblur-gaussian", "inpaint-random", "inpaint-box"]
 

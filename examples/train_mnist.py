@@ -29,7 +29,6 @@ from torch.utils.data import DataLoader
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora, load_prior
 from deepinv_ud2m.benchmark.tasks import make_physics
 from deepinv_ud2m.data import load_mnist, mnist_digits
-from deepinv_ud2m.initializers import WienerInitializer
 from deepinv_ud2m.training import (
     AdversarialDiscriminatorLoss,
     AdversarialGeneratorLoss,
@@ -42,6 +41,7 @@ from deepinv_ud2m.training import (
     parameter_groups,
     warmup_cosine,
 )
+from deepinv_ud2m.wiener import WienerInitializer
 
 LOSSES = {
     "energy": "energy score",

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora, load_prior
 from deepinv_ud2m.benchmark.tasks import make_generator, make_physics
 from deepinv_ud2m.data import RandomCrops, load_images
-from deepinv_ud2m.initializers import LinearInitializer, WienerInitializer
+from deepinv_ud2m.initializers import LinearInitializer
 from deepinv_ud2m.metrics import PerceptualDistance
 from deepinv_ud2m.training import (
     DistillationTrainer,
@@ -35,6 +35,7 @@ from deepinv_ud2m.training import (
     parameter_groups,
     warmup_cosine,
 )
+from deepinv_ud2m.wiener import WienerInitializer
 
 ALL_TASKS = [
     "deblur-gaussian",
