@@ -48,7 +48,8 @@ LOSSES = {
     "l2": "squared error",
     "adversarial": "squared error, perceptual distance and discriminator",
 }
-# Levels and scalars to start from, the result of examples/search_schedule.py.
+# Levels and scalars to start from, found by examples/search_schedule.py --initializer linear --images 16
+# --delta 3 2 0.6 --rho 2 4 1 --levels 78.7 1 0.1 --trials 70.
 LEVELS = [78.7, 0.66, 0.077]
 START = {"delta": [3.2, 2.57, 0.72], "rho": [2.08, 3.63, 1.46]}
 ALL_TASKS = ["sr4", "sr4-paper", "deblur-gaussian", "inpaint-random", "inpaint-box"]
@@ -58,7 +59,9 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Distil a sampler of digits.")
     parser.add_argument("--train", help="training digits, npz; torchvision downloads them if absent")
     parser.add_argument("--out", type=Path, default=Path("runs/ud2m_mnist"))
-    parser.add_argument("--start", help="sampler to start from, name or folder; the prior by default")
+    parser.add_argument(
+        "--start", help="sampler to start from, name or folder, with its scalars and adapter"
+    )
     parser.add_argument("--tasks", nargs="+", default=ALL_TASKS)
     parser.add_argument("--sigma-y", type=float, nargs=2, default=[0.02, 0.1], help="range of noise")
     parser.add_argument("--loss", choices=LOSSES, default="energy")
@@ -172,7 +175,8 @@ def evaluate_untrained(trainer, file):
 
 def make_model(args):
     if args.start:
-        return UD2M.from_pretrained(args.start, merge=False)
+        model = UD2M.from_pretrained(args.start, merge=False)
+        return UD2M(model.unfolded, levels=args.levels) if args.levels else model
     torch.manual_seed(args.seed)
     prior = load_prior("mnist")
     digits, _ = load_mnist("datasets", train=True, npz=args.train)

@@ -55,7 +55,9 @@ def parse_arguments():
     parser.add_argument("--train", required=True, help="folder of photographs")
     parser.add_argument("--prior", default="photos", help="name, or folder of save_prior")
     parser.add_argument("--out", type=Path, default=Path("runs/ud2m_photos"))
-    parser.add_argument("--start", help="sampler to start from, name or folder; the prior by default")
+    parser.add_argument(
+        "--start", help="sampler to start from, name or folder, with its scalars and adapter"
+    )
     parser.add_argument("--tasks", nargs="+", default=ALL_TASKS)
     parser.add_argument("--sigma-y", type=float, nargs=2, default=[0.005, 0.1], help="range of noise")
     parser.add_argument("--size", type=int, default=64, help="side of the crops")
@@ -65,8 +67,7 @@ def parse_arguments():
         "--levels",
         type=float,
         nargs="+",
-        default=[78.7, 0.2, 0.04],
-        help="the N levels of the sampler",
+        help="the N levels of the sampler; 78.7 0.2 0.04, or those of the sampler to start from",
     )
     parser.add_argument("--reference-level", type=float, default=0.08, help="detail to work at")
     parser.add_argument(
@@ -172,7 +173,7 @@ def main():
 def make_model(args):
     if args.start:
         model = UD2M.from_pretrained(args.start, merge=False)
-        return UD2M(model.unfolded, levels=args.levels)
+        return UD2M(model.unfolded, levels=args.levels) if args.levels else model
     torch.manual_seed(args.seed)
     prior = load_prior(args.prior)
     unfolded = UnfoldedDenoiser(
@@ -187,7 +188,7 @@ def make_model(args):
         add_lora(prior, args.rank, targets="all-convs")
     else:
         prior.requires_grad_(True)
-    return UD2M(unfolded, levels=args.levels)
+    return UD2M(unfolded, levels=args.levels or [78.7, 0.2, 0.04])
 
 
 if __name__ == "__main__":
