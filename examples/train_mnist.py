@@ -55,7 +55,7 @@ START = {"delta": [3.2, 2.57, 0.72], "rho": [2.08, 3.63, 1.46]}
 ALL_TASKS = ["sr4", "sr4-paper", "deblur-gaussian", "inpaint-random", "inpaint-box"]
 
 
-def parse_arguments():
+def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description="Distil a sampler of digits.")
     parser.add_argument("--train", help="training digits, npz; torchvision downloads them if absent")
     parser.add_argument("--out", type=Path, default=Path("runs/ud2m_mnist"))
@@ -92,7 +92,7 @@ def parse_arguments():
     parser.add_argument("--eval-interval", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few minutes, super-resolution only")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main():

@@ -62,6 +62,9 @@ def parse_arguments():
     parser.add_argument("--sigma-y", type=float, nargs=2, default=[0.005, 0.1], help="range of noise")
     parser.add_argument("--size", type=int, default=64, help="side of the crops")
     parser.add_argument("--perceptual", type=float, default=5.0, help="weight of the activations' score")
+    parser.add_argument(
+        "--spread", type=float, default=1.0, help="of the draws, as asked for; 1 is the posterior's"
+    )
     parser.add_argument("--iterations", type=int, default=3, help="K, unfolded iterations")
     parser.add_argument(
         "--levels",
@@ -125,10 +128,12 @@ def main():
     # %%
     # The energy score of two draws of each measurement, which is lowest for the posterior alone: of
     # their pixels, and of what a network for images sees in them.
-    losses = [EnergyScoreLoss(2)]
+    losses = [EnergyScoreLoss(2, spread=args.spread)]
     if args.perceptual:
         perceptual = PerceptualDistance("efficientnet", device=device)
-        losses.append(EnergyScoreLoss(2, features=perceptual.embedding, weight=args.perceptual))
+        losses.append(
+            EnergyScoreLoss(2, features=perceptual.embedding, spread=args.spread, weight=args.perceptual)
+        )
     trainer = DistillationTrainer(
         model=model,
         physics=physics,
@@ -163,6 +168,7 @@ def main():
         "measurements": args.updates * args.batch_size,
         "batch_size": args.batch_size,
         "loss": loss if args.perceptual else "energy score",
+        "spread": args.spread,
         "trained": f"LoRA of rank {args.rank}" if args.rank else "all weights",
         "seed": args.seed,
     }
