@@ -190,11 +190,7 @@ def remove_lora(denoiser: Denoiser) -> None:
     :param deepinv.models.Denoiser denoiser: the denoiser.
     """
     unmerge_lora(denoiser)
-    for name, layer in list(_lora_layers(denoiser)):
-        parent, _, child = name.rpartition(".")
-        setattr(denoiser.get_submodule(parent), child, layer.get_base_layer())
-    # What peft notes on the model, and would warn of when the next adapter is added.
-    vars(denoiser).pop("peft_config", None)
+    _unload(denoiser)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -331,7 +327,7 @@ def lora_disabled(denoiser: Denoiser) -> Iterator[Denoiser]:
                 _enable(layer, enabled)
 
 
-def merge_lora(denoiser: Denoiser) -> None:
+def merge_lora(denoiser: Denoiser, unload: bool = False) -> None:
     r"""
     Write :math:`W + \frac{\alpha}{r} B A` into the adapted layers, so that inference costs what
     the prior costs.
@@ -343,6 +339,9 @@ def merge_lora(denoiser: Denoiser) -> None:
     adapter there is nothing to do.
 
     :param deepinv.models.Denoiser denoiser: the denoiser.
+    :param bool unload: merge for good: the adapter is taken off, and the layers, which keep the merged
+        weights, are plain and frozen. Where an adapter was trained and all weights shall be trained
+        next (default: ``False``).
     :raises RuntimeError: inside :func:`lora_disabled`, where the prior is asked for.
     """
     layers = [layer for _, layer in _lora_layers(denoiser) if not layer.merged]
@@ -354,6 +353,8 @@ def merge_lora(denoiser: Denoiser) -> None:
             layer.register_buffer("prior_weight", weight.clone(), persistent=False)
             weight.copy_(_corrected_weight(layer))
             layer.merged_adapters.append(_ADAPTER)
+    if unload:
+        _unload(denoiser)
 
 
 def unmerge_lora(denoiser: Denoiser) -> None:
@@ -559,6 +560,15 @@ def _stay_in_eval(module: nn.Module, args: tuple) -> None:
 
 # -------------------------------------------------------------------------------------------------
 # Small things
+
+
+def _unload(denoiser: nn.Module) -> None:
+    """Put the adapted layers themselves back, with the weights that they have."""
+    for name, layer in list(_lora_layers(denoiser)):
+        parent, _, child = name.rpartition(".")
+        setattr(denoiser.get_submodule(parent), child, layer.get_base_layer())
+    # What peft notes on the model, and would warn of when the next adapter is added.
+    vars(denoiser).pop("peft_config", None)
 
 
 def _lora_layers(denoiser: nn.Module) -> Iterator[tuple[str, LoraLayer]]:

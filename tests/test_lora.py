@@ -321,6 +321,24 @@ def test_merging(denoiser):
     assert all(torch.equal(restored[key], weight) for key, weight in weights.items())
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_unloading_leaves_plain_layers_with_the_merged_weights(denoiser, merged):
+    weights = snapshot(denoiser)
+    add_lora(denoiser)
+    scatter(lora_parameters(denoiser), 0.05)
+    adapted = run(denoiser)
+    if merged:
+        merge_lora(denoiser)
+    merge_lora(denoiser, unload=True)
+    assert not has_lora(denoiser)
+    assert denoiser.state_dict().keys() == weights.keys()
+    assert not any(p.requires_grad for p in denoiser.parameters())
+    assert torch.allclose(run(denoiser), adapted, rtol=1e-5, atol=1e-5 * adapted.abs().max())
+    merge_lora(denoiser, unload=True)  # nothing to do
+    add_lora(denoiser)  # and it can be adapted again
+    assert has_lora(denoiser)
+
+
 def test_merged_state_is_copied_with_the_model():
     model = tiny()
     prior = run(model)
