@@ -701,4 +701,8 @@ def _hub():
 
 
 #: Shipped samplers: name, and folder in ``weights/``.
-PRETRAINED: dict[str, str] = {"mnist": "ud2m-mnist", "photos": "ud2m-photos"}
+PRETRAINED: dict[str, str] = {
+    "mnist": "ud2m-mnist",
+    "mnist-sr4": "ud2m-mnist-sr4",
+    "photos": "ud2m-photos",
+}

@@ -150,6 +150,7 @@ def main():
     model = trainer.train()
     training = {
         "command": shlex.join(["python", "examples/train_mnist.py", *sys.argv[1:]]),
+        "start": args.start,
         "data": "MNIST training set, 60 000 digits (LeCun & Cortes, CC BY-SA 3.0)",
         "tasks": args.tasks,
         "sigma_y": args.sigma_y,

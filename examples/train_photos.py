@@ -162,6 +162,7 @@ def main():
     loss = f"energy score of pixels + {args.perceptual:g} x that of EfficientNet-Lite0's activations"
     training = {
         "command": shlex.join(["python", "examples/train_photos.py", *sys.argv[1:]]),
+        "start": args.start,
         "data": f"{len(crops.photographs)} photographs, random {args.size}x{args.size} crops",
         "tasks": args.tasks,
         "sigma_y": args.sigma_y,

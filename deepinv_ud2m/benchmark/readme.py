@@ -48,6 +48,7 @@ def measured() -> str:
             "the shipped digit classifier",
         ),
         _sampler("mnist"),
+        _sampler("mnist-sr4"),
         _prior_of_digits(_card("prior-mnist")),
         _benchmark(
             "photos",
@@ -75,10 +76,12 @@ def _card(name: str) -> dict:
 def _sampler(name: str) -> str:
     training = _card(f"ud2m-{name}")["metadata"]
     low, high = training["sigma_y"]
+    start = f", from the sampler `{training['start']}` on" if training.get("start") else ""
+    noise = f"{low} to {high}" if low < high else low
     return (
-        f"**The sampler `{name}`**: {training['trained']} and the scalars, trained with the "
+        f"**The sampler `{name}`**: {training['trained']} and the scalars, trained{start} with the "
         f"{training['loss']} on {training['measurements']:,} measurements of "
-        f"{', '.join(training['tasks'])}, noise {low} to {high}, by `{training['command']}`. That is a "
+        f"{', '.join(training['tasks'])}, noise {noise}, by `{training['command']}`. That is a "
         "small budget (the paper's is 3,200,000), and the losses were still falling."
     )
 
@@ -159,8 +162,9 @@ def _number(key: str, digits: int):
 
 def _title(line: dict) -> str:
     name, _, rest = line["method"].partition(":")
-    steps = re.search(r"num_steps=(\d+)", rest)
-    return METHODS[name].title + (f", {steps[1]} steps" if steps else "")
+    steps, sampler = re.search(r"num_steps=(\d+)", rest), re.search(r"checkpoint=([\w-]+)$", rest)
+    title = METHODS[name].title + (f", {steps[1]} steps" if steps else "")
+    return title + (f" `{sampler[1]}`" if sampler else "")
 
 
 _ORDER = ["ud2m-distilled", *(name for name in METHODS if name != "ud2m-distilled")]
