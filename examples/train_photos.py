@@ -53,10 +53,13 @@ ALL_TASKS = [
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Distil a sampler of photographs.")
     parser.add_argument("--train", required=True, help="folder of photographs")
-    parser.add_argument("--prior", default="photos", help="name, or folder of save_prior")
+    parser.add_argument(
+        "--prior", default="photos", help="name, or folder of save_prior; also with --start"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/ud2m_photos"))
     parser.add_argument(
-        "--start", help="sampler to start from, name or folder, with its scalars and adapter"
+        "--start",
+        help="sampler to start from, name or folder, with its scalars and adapter",
     )
     parser.add_argument("--tasks", nargs="+", default=ALL_TASKS)
     parser.add_argument("--sigma-y", type=float, nargs=2, default=[0.005, 0.1], help="range of noise")

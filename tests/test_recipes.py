@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torchvision.utils import save_image
@@ -88,6 +89,33 @@ def test_photos_from_prior_to_sampler(photos, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert UD2M.from_pretrained(tmp_path / "s" / "model").num_steps == 3
+    # And on from there, all weights of the prior with it.
+    arguments = ["--train", photos, "--prior", prior, "--out", tmp_path / "all", "--smoke"]
+    arguments += ["--start", tmp_path / "s" / "model", "--rank", 0, "--spread", 0.5]
+    result = start("train_photos.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / "all" / "model" / "config.json").read_text())
+    assert config["lora"] is None
+    assert config["metadata"]["trained"] == "all weights"
+    assert UD2M.from_pretrained(tmp_path / "all" / "model").num_steps == 3
+
+
+@pytest.mark.slow
+def test_ablation_on_digits_goes_on(tmp_path):
+    digits = torch.randint(0, 256, (32, 28, 28), generator=torch.Generator().manual_seed(0))
+    file = tmp_path / "digits.npz"
+    np.savez(file, x=digits.numpy().astype(np.uint8), y=np.zeros(32, np.uint8))
+    arguments = ["--train", file, "--out", tmp_path, "--updates", 2, "--images", 4, "--samples", 2]
+    for variants in (["K = 1, N = 16"], ["K = 1, N = 16", "adversarial"]):
+        result = start("ablate_mnist.py", *arguments, "--variants", *variants)
+        assert result.returncode == 0, result.stderr
+    assert result.stdout.count("UD2M.from_pretrained(") == 1  # the first was not trained again
+    rows = json.loads((tmp_path / "ablation.json").read_text())
+    assert [row["untrained"]["nfe"] for row in rows] == [16, 9]
+    for row in rows:  # two updates move the weights
+        assert row["trained"]["energy_score"] != row["untrained"]["energy_score"]
+    assert (tmp_path / "ablation.png").is_file()
+    assert (tmp_path / "ablation.md").read_text().count("adversarial") == 2
 
 
 def test_a_folder_without_images(tmp_path):

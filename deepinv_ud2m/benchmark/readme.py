@@ -76,7 +76,7 @@ def _card(name: str) -> dict:
 def _sampler(name: str) -> str:
     training = _card(f"ud2m-{name}")["metadata"]
     low, high = training["sigma_y"]
-    start = f", from the sampler `{training['start']}` on" if training.get("start") else ""
+    start = f" on from the sampler `{training['start']}`" if training.get("start") else ""
     noise = f"{low} to {high}" if low < high else low
     return (
         f"**The sampler `{name}`**: {training['trained']} and the scalars, trained{start} with the "
