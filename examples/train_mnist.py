@@ -26,7 +26,7 @@ import torch
 from deepinv.physics.generator import BernoulliSplittingMaskGenerator, SigmaGenerator
 from torch.utils.data import DataLoader
 
-from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora, load_prior
+from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora, load_prior, merge_lora
 from deepinv_ud2m.benchmark.tasks import make_physics
 from deepinv_ud2m.data import load_mnist, mnist_digits
 from deepinv_ud2m.training import (
@@ -177,6 +177,9 @@ def evaluate_untrained(trainer, file):
 def make_model(args):
     if args.start:
         model = UD2M.from_pretrained(args.start, merge=False)
+        if args.rank == 0:
+            merge_lora(model.unfolded.denoiser, unload=True)
+            model.unfolded.denoiser.requires_grad_(True)
         return UD2M(model.unfolded, levels=args.levels) if args.levels else model
     torch.manual_seed(args.seed)
     prior = load_prior("mnist")

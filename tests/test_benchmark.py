@@ -425,6 +425,19 @@ def test_the_cost_of_a_sample_is_profiled(tiny_prior, tiny_config, tmp_path, cap
     assert "overhead" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # compiles
+def test_ways_to_sample_faster_change_the_samples_little(tiny_prior, tiny_config, tmp_path):
+    save_prior(tiny_prior, tiny_config, tmp_path / "prior")
+    arguments = ["--prior", str(tmp_path / "prior"), "--sizes", "16", "--batch-sizes", "4"]
+    faster = profile.main([*arguments, "--pairs", "1", "--samples", "1", "--faster"])["faster"]
+    assert list(faster) == list(profile.WAYS)
+    assert faster["float32"] == {"time": 1, "change": 0}
+    for name, way in faster.items():
+        assert way["time"] > 0
+        assert way["change"] < (0.05 if "bfloat16" in name else 1e-4)
+    assert faster["bfloat16"]["change"] > 0
+
+
 def test_one_sample_and_one_step_of_a_published_network(tmp_path):
     pytest.importorskip("efficientnet_lite_pytorch")
     arguments = ["--small", "--size", "32", "--threads", "1", "--checkpointing"]

@@ -10,13 +10,16 @@ reports the ratio
 The ratio is taken within each pair, so that what else the machine does hits both, and the median
 over the pairs is reported with its quartiles. For every size and batch it also reports the share of each
 stage (initialise, prox, noise, denoise, step), images per second and peak memory. ``--scaling`` adds the
-time against N, K and the batch, with the line that fits it; ``--random-weights`` profiles a published
-prior whose weights are not at hand.
+time against N, K and the batch, with the line that fits it; ``--faster`` the gain of bfloat16, of
+another memory format and of the compiler, and how far they move the samples; ``--random-weights``
+profiles a published prior whose weights are not at hand.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import json
 import statistics
 import time
@@ -34,6 +37,7 @@ from tqdm import tqdm
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, VPSchedule, load_prior
 from deepinv_ud2m.benchmark.run import machine, peak_memory, reset_peak_memory
 from deepinv_ud2m.benchmark.tasks import make_physics
+from deepinv_ud2m.data import mnist_digits, photograph
 from deepinv_ud2m.published import random_prior
 
 #: Stages of a sample, as the sampler names them to PyTorch's profiler; what is left is "other".
@@ -60,6 +64,8 @@ def main(argv: list[str] | None = None) -> dict:
     }
     if args.scaling:
         result["scaling"] = measure_scaling(prior, args)
+    if args.faster:
+        result["faster"] = measure_faster(prior, args)
     print(_table(result))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -157,13 +163,75 @@ def measure_scaling(prior: torch.nn.Module, args: argparse.Namespace) -> dict:
     }
 
 
+#: What PyTorch offers for speed, of the network alone: name, memory format, compiler, bfloat16.
+WAYS = {
+    "float32": (False, False, False),
+    "channels_last": (True, False, False),
+    "compiled": (False, True, False),
+    "bfloat16": (False, False, True),
+    "bfloat16, compiled": (False, True, True),
+}
+
+
+def measure_faster(prior: torch.nn.Module, args: argparse.Namespace) -> dict:
+    """
+    Gain of each of :data:`WAYS`, and its price, with the largest batch.
+
+    :param torch.nn.Module prior: the denoiser.
+    :param argparse.Namespace args: sizes, batch sizes, pairs, device.
+    :returns: for each way, median of the time of a sample over that in float32, measured in turn, and
+        root mean square of the change of the samples, which have the same random numbers.
+    """
+    size, batch_size = args.sizes[0], max(args.batch_sizes)
+    models = {name: _way(prior, *way) for name, way in WAYS.items()}
+    _, y, physics = _problem(prior, size, batch_size, args.device)
+
+    def draw(name):
+        generator = torch.Generator(args.device).manual_seed(0)
+        with torch.autocast(args.device, torch.bfloat16) if WAYS[name][2] else contextlib.nullcontext():
+            return models[name].sample(y, physics, generator=generator)
+
+    samples = {name: draw(name) for name in tqdm(WAYS, desc="compiling")}  # and warm-up
+    ratios = {name: [] for name in WAYS}
+    for _ in tqdm(range(args.pairs), desc="faster"):
+        spent = {name: _timed(lambda: draw(name), args.device) for name in WAYS}  # noqa: B023
+        for name in WAYS:
+            ratios[name].append(spent[name] / spent["float32"])
+    return {
+        name: {
+            "time": statistics.median(ratios[name]),
+            "change": (samples[name] - samples["float32"]).square().mean().sqrt().item(),
+        }
+        for name in WAYS
+    }
+
+
+def _way(prior: torch.nn.Module, channels_last: bool, compiled: bool, bfloat16: bool) -> UD2M:
+    prior = copy.deepcopy(prior)
+    if channels_last:
+        prior.to(memory_format=torch.channels_last)
+    if compiled:
+        prior.compile()
+    return UD2M(UnfoldedDenoiser(prior, 3), levels=VPSchedule().sampling_levels(3))
+
+
 def _problem(prior, size, measurements, device, num_steps=3, num_iterations=3):
     """A sampler, measurements and their physics."""
     shape = (_channels(prior), size, size)
     physics = make_physics("sr4", shape, device=device)
-    y = physics(torch.rand(measurements, *shape, device=device))
+    y = physics(_images(shape, measurements).to(device))
     levels = VPSchedule().sampling_levels(num_steps)
     return UD2M(UnfoldedDenoiser(prior, num_iterations), levels=levels).to(device), y, physics
+
+
+def _images(shape: tuple[int, int, int], number: int) -> torch.Tensor:
+    """Digits where they have that shape, else a photograph in that many places."""
+    if shape == (1, 32, 32):
+        return mnist_digits("test")[torch.arange(number) % 64]
+    image = torch.nn.functional.interpolate(photograph("astronaut"), shape[1:], mode="area")
+    if shape[0] == 1:
+        image = image.mean(1, keepdim=True)
+    return torch.cat([image.roll((5 * i, 9 * i), (2, 3)) for i in range(number)])
 
 
 def _channels(prior) -> int:
@@ -225,6 +293,8 @@ def _table(result: dict) -> str:
             f"\nseconds against {name}: {line['intercept']:.4f} + {line['slope']:.4f} per unit, "
             f"R^2 {line['r_squared']:.4f}"
         )
+    for name, way in result.get("faster", {}).items():
+        lines.append(f"{name}: time x {way['time']:.2f}, samples change by {way['change']:.1e}")
     return "\n".join(lines)
 
 
@@ -270,6 +340,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=16, help="of each measurement, for one more row")
     parser.add_argument("--pairs", type=int, default=15, help="timed pairs per row, at least 1")
     parser.add_argument("--scaling", action="store_true", help="time against N, K and the batch")
+    parser.add_argument(
+        "--faster", action="store_true", help="bfloat16, channels_last and torch.compile against float32"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="JSON file for the result; the figure goes beside it")
