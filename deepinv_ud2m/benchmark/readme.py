@@ -130,6 +130,9 @@ def _seconds(summary: dict) -> str:
         return "Seconds were taken while the machine did other work as well: only rough ratios count"
     apart = {line["method"] for line in summary["lines"] if "defaults" not in line["method"]}
     apart -= {method for of_task in timed["seconds"].values() for method in of_task}
+    apart |= {TASKS[line["task"]].title for line in summary["lines"]} - {
+        TASKS[task].title for task in timed["seconds"]
+    }
     others = f"; those of {', '.join(sorted(apart))} are of the long run, under load" if apart else ""
     return (
         f"Seconds per sample: the methods in turn, {timed['images']} images at once, medians of "
