@@ -56,14 +56,8 @@ def main():
     parser.add_argument("--images", type=int, default=128, help="validation digits")
     parser.add_argument("--samples", type=int, default=16, help="of each")
     parser.add_argument("--fast", action="store_true", help="as in train_mnist.py")
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        choices=VARIANTS,
-        default=list(VARIANTS),
-        metavar="NAME",
-        help="all by default",
-    )
+    everything = {"choices": VARIANTS, "default": list(VARIANTS), "metavar": "NAME"}
+    parser.add_argument("--variants", nargs="+", help="all by default", **everything)
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -79,8 +73,9 @@ def main():
 
 
 def run_variant(name, args):
-    folder = args.out / name.replace(" ", "").replace(",", "_").lower()
-    file = folder / "scores.json"
+    # What was trained or scored with other numbers is not taken for this.
+    folder = args.out / f"{name.replace(' ', '').replace(',', '_').lower()}_{args.updates}"
+    file = folder / f"scores_{args.images}x{args.samples}.json"
     if file.is_file():
         return json.loads(file.read_text())
     options = train_options(name, folder, args)
@@ -97,18 +92,8 @@ def run_variant(name, args):
 
 def train_options(name, folder, args):
     options = ["--tasks", TASK, "--sigma-y", SIGMA_Y, SIGMA_Y, "--updates", args.updates]
-    options += [
-        "--out",
-        folder,
-        "--lr",
-        2e-3,
-        "--lr-scalars",
-        5e-3,
-        "--own-levels",
-        0.8,
-        "--eval-interval",
-        args.updates,
-    ]
+    options += ["--lr", 2e-3, "--lr-scalars", 5e-3, "--own-levels", 0.8]
+    options += ["--eval-interval", args.updates, "--out", folder]
     options += ["--train", args.train] if args.train else []
     options += ["--fast"] if args.fast else []
     return [str(option) for option in [*options, *VARIANTS[name]]]  # the last of two equal ones counts

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora, load_prior, merge_lora
 from deepinv_ud2m.benchmark.tasks import make_physics
 from deepinv_ud2m.data import load_mnist, mnist_digits
+from deepinv_ud2m.lora import lora_config
 from deepinv_ud2m.training import (
     AdversarialDiscriminatorLoss,
     AdversarialGeneratorLoss,
@@ -148,6 +149,7 @@ def main():
     untrained = evaluate_untrained(trainer, args.out / "untrained.json")
     print("untrained:", ", ".join(f"{name} {value:.4g}" for name, value in untrained.items()))
     model = trainer.train()
+    adapter = lora_config(model.unfolded.denoiser)
     training = {
         "command": shlex.join(["python", "examples/train_mnist.py", *sys.argv[1:]]),
         "start": args.start,
@@ -157,7 +159,7 @@ def main():
         "measurements": args.updates * args.batch_size,
         "batch_size": args.batch_size,
         "loss": LOSSES[args.loss],
-        "trained": f"LoRA of rank {args.rank}" if args.rank else "all weights",
+        "trained": f"LoRA of rank {adapter['rank']}" if adapter else "all weights",
         "seed": args.seed,
         "validation": trainer.evaluate(),
         "validation_untrained": untrained,

@@ -27,6 +27,7 @@ from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora, load_prior, merge_lor
 from deepinv_ud2m.benchmark.tasks import make_generator, make_physics
 from deepinv_ud2m.data import RandomCrops, load_images
 from deepinv_ud2m.initializers import LinearInitializer
+from deepinv_ud2m.lora import lora_config
 from deepinv_ud2m.metrics import PerceptualDistance
 from deepinv_ud2m.training import (
     DistillationTrainer,
@@ -58,8 +59,7 @@ def parse_arguments():
     )
     parser.add_argument("--out", type=Path, default=Path("runs/ud2m_photos"))
     parser.add_argument(
-        "--start",
-        help="sampler to start from, name or folder, with its scalars and adapter",
+        "--start", help="sampler to start from, name or folder, with its scalars and adapter"
     )
     parser.add_argument("--tasks", nargs="+", default=ALL_TASKS)
     parser.add_argument("--sigma-y", type=float, nargs=2, default=[0.005, 0.1], help="range of noise")
@@ -163,6 +163,7 @@ def main():
     )
     model = trainer.train()
     loss = f"energy score of pixels + {args.perceptual:g} x that of EfficientNet-Lite0's activations"
+    adapter = lora_config(model.unfolded.denoiser)
     training = {
         "command": shlex.join(["python", "examples/train_photos.py", *sys.argv[1:]]),
         "start": args.start,
@@ -173,7 +174,7 @@ def main():
         "batch_size": args.batch_size,
         "loss": loss if args.perceptual else "energy score",
         "spread": args.spread,
-        "trained": f"LoRA of rank {args.rank}" if args.rank else "all weights",
+        "trained": f"LoRA of rank {adapter['rank']}" if adapter else "all weights",
         "seed": args.seed,
     }
     model.save_pretrained(args.out / "model", prior=args.prior, metadata=training, dtype=torch.float16)

@@ -430,7 +430,7 @@ def test_ways_to_sample_faster_change_the_samples_little(tiny_prior, tiny_config
     save_prior(tiny_prior, tiny_config, tmp_path / "prior")
     arguments = ["--prior", str(tmp_path / "prior"), "--sizes", "16", "--batch-sizes", "4"]
     faster = profile.main([*arguments, "--pairs", "1", "--samples", "1", "--faster"])["faster"]
-    assert list(faster) == list(profile.WAYS)
+    assert tuple(faster) == profile.WAYS
     assert faster["float32"] == {"time": 1, "change": 0}
     for name, way in faster.items():
         assert way["time"] > 0

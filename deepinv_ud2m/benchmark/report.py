@@ -333,7 +333,7 @@ def _plot_sheet(
         height, len(columns), figsize=(1.5 * len(columns), 1.5 * height + 0.4), squeeze=False
     )
     for column, (name, images) in zip(axes.T, columns.items(), strict=True):
-        column[0].set_title(name, fontsize=7)
+        column[0].set_title(name.replace(":", "\n").replace(", ", "\n"), fontsize=7)
         for axis in column:
             axis.set_axis_off()
         for axis, image in zip(column, images, strict=False):
