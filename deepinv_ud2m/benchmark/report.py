@@ -280,7 +280,8 @@ def _plot_calibration(file: Path, rows: list[dict]) -> None:
         for (_, method), group in ((key, group) for key, group in groups.items() if key[0] == task):
             levels, shares = _curve(group, "credible_level")
             color = _COLORS[method.partition(":")[0]]
-            axis.plot([0, *levels, 1], [0, *shares, 1], label=method, color=color)
+            style = "--" if "checkpoint=" in method else "-"
+            axis.plot([0, *levels, 1], [0, *shares, 1], style, label=method, color=color)
         axis.set(title=TASKS[task].title, xlabel="nominal level", ylabel="coverage", aspect="equal")
         axis.legend(fontsize=7)
     fig.tight_layout()
@@ -298,10 +299,14 @@ def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:
     for axis, task in zip(axes[0], tasks, strict=True):
         curves = defaultdict(list)
         for line in (line for line in lines if line["task"] == task):
-            curves[line["method"].partition(":")[0]].append((line["seconds"], line["psnr"]))
+            # A sampler trained by itself is no other number of steps of the same.
+            method = line["method"]
+            curve = method if "checkpoint=" in method else method.partition(":")[0]
+            curves[curve].append((line["seconds"], line["psnr"]))
         for method, points in curves.items():
             points = zip(*sorted(points), strict=True)
-            axis.plot(*points, marker="o", label=method, color=_COLORS[method])
+            marker = "^" if "checkpoint=" in method else "o"
+            axis.plot(*points, marker=marker, label=method, color=_COLORS[method.partition(":")[0]])
         axis.set(title=TASKS[task].title, xscale="log", xlabel="seconds per sample", ylabel="PSNR (dB)")
         axis.legend(fontsize=7)
     fig.tight_layout()
