@@ -80,7 +80,8 @@ def run_variant(name, args):
         return json.loads(file.read_text())
     options = train_options(name, folder, args)
     if not (folder / "model" / "config.json").is_file():
-        subprocess.run([sys.executable, train_mnist.__file__, *options], check=True)
+        if subprocess.run([sys.executable, train_mnist.__file__, *options], check=False).returncode:
+            sys.exit(f"{name}: train_mnist.py stopped with the error above; variants done are kept")
     untrained = train_mnist.make_model(train_mnist.parse_arguments(options))
     trained = UD2M.from_pretrained(folder / "model")
     row = {"variant": name, "updates": args.updates, "images": args.images, "samples": args.samples}
