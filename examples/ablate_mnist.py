@@ -80,7 +80,8 @@ def run_variant(name, args):
         return json.loads(file.read_text())
     options = train_options(name, folder, args)
     if not (folder / "model" / "config.json").is_file():
-        if subprocess.run([sys.executable, train_mnist.__file__, *options], check=False).returncode:
+        training = subprocess.run([sys.executable, train_mnist.__file__, *options], check=False)
+        if training.returncode:
             sys.exit(f"{name}: train_mnist.py stopped with the error above; variants done are kept")
     untrained = train_mnist.make_model(train_mnist.parse_arguments(options))
     trained = UD2M.from_pretrained(folder / "model")
