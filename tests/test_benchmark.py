@@ -263,6 +263,14 @@ def test_report_writes_tables_and_figures(tiny_prior, tmp_path):
     assert (tmp_path / "table.csv").read_text().count("\n") == 3
 
 
+def test_lines_are_in_the_order_of_tasks_and_methods():
+    row = {"num_samples": 1, "image": 0, "settings": {}, "nfe": 1, "nfe_backward": 0, "seconds": 1.0}
+    row |= {"peak_memory_gb": 1.0, "psnr": 20.0}
+    names = [("sr4", "ud2m"), ("sr4", "dps:num_steps=10"), ("sr4", "pinv"), ("inpaint-box", "ud2m")]
+    rows = [row | {"task": task, "method": method} for task, method in reversed(names)]
+    assert [(line["task"], line["method"]) for line in summarise(rows)] == names
+
+
 def test_stored_results_are_results_that_can_be_extended(tiny_prior, tmp_path):
     run_all(tmp_path / "run", tiny_prior, methods=["ud2m"])
     x = mnist_digits("test", num=4)

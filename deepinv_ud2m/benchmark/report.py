@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import shutil
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -164,14 +167,22 @@ def _take_timings(lines: list[dict], timings: dict) -> None:
 
 
 def _groups(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """Rows per task and method, of each image the one with the most samples."""
+    """Rows per task and method, in the order of those, of each image the one with the most samples."""
     groups = defaultdict(dict)
     for row in rows:
         group = groups[row["task"], row["method"]]
         there = group.get(row["image"])
         if there is None or there["num_samples"] < row["num_samples"]:
             group[row["image"]] = row
-    return {key: [group[image] for image in sorted(group)] for key, group in groups.items()}
+    return {
+        key: [group[image] for image in sorted(group)]
+        for key, group in sorted(groups.items(), key=lambda item: _order(*item[0]))
+    }
+
+
+def _order(task: str, method: str) -> tuple:
+    name = method.partition(":")[0]
+    return list(TASKS).index(task), [*METHODS, name].index(name), method
 
 
 def _with_most_samples(group: list[dict]) -> list[dict]:
@@ -271,47 +282,67 @@ def _row(cells: list[str]) -> str:
 def _plot_calibration(file: Path, rows: list[dict]) -> None:
     groups = {key: _with_most_samples(group) for key, group in _groups(rows).items()}
     groups = {key: group for key, group in groups.items() if "credible_level" in group[0]}
-    tasks = list(dict.fromkeys(key[0] for key in groups))
-    if not tasks:
-        return
-    fig, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.6), squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
-        axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-        for (_, method), group in ((key, group) for key, group in groups.items() if key[0] == task):
-            levels, shares = _curve(group, "credible_level")
-            color = _COLORS[method.partition(":")[0]]
-            style = "--" if "checkpoint=" in method else "-"
-            axis.plot([0, *levels, 1], [0, *shares, 1], style, label=method, color=color)
-        axis.set(title=TASKS[task].title, xlabel="nominal level", ylabel="coverage", aspect="equal")
-        axis.legend(fontsize=7)
-    fig.tight_layout()
-    fig.savefig(file, dpi=110)
-    plt.close(fig)
+    with _panels(file, [task for task, _ in groups]) as panels:
+        for task, axis in panels.items():
+            axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+            axis.set(xlabel="nominal level", ylabel="coverage", aspect="equal")
+            for (_, method), group in ((key, group) for key, group in groups.items() if key[0] == task):
+                levels, shares = _curve(group, "credible_level")
+                style = {"linestyle": "--"} if "checkpoint=" in method else {}
+                axis.plot([0, *levels, 1], [0, *shares, 1], **style, **_label(method))
 
 
 def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:
     """One curve per method over its numbers of steps, without defaults and the pseudo-inverse."""
     lines = [line for line in lines if line["nfe"] and "defaults" not in line["method"]]
-    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    key, title = ("perceptual", "perceptual distance (better: lower)")
+    if any(key not in line for line in lines):
+        key, title = ("psnr", "PSNR in dB (better: higher)")
+    with _panels(file, [line["task"] for line in lines]) as panels:
+        for task, axis in panels.items():
+            axis.set(xscale="log", xlabel="seconds per sample", ylabel=title)
+            curves = defaultdict(list)
+            for line in (line for line in lines if line["task"] == task):
+                # A sampler trained by itself is no other number of steps of the same.
+                method = line["method"]
+                curve = method if "checkpoint=" in method else method.partition(":")[0]
+                curves[curve].append((line["seconds"], line[key]))
+            for method, points in curves.items():
+                marker = "^" if "checkpoint=" in method else "o"
+                axis.plot(*zip(*sorted(points), strict=True), marker=marker, **_label(method))
+
+
+@contextmanager
+def _panels(file: Path, tasks: Iterable[str], columns: int = 4) -> Iterator[dict[str, plt.Axes]]:
+    """A panel for each task, drawn into by the caller, then saved with one legend for all of them."""
+    tasks = list(dict.fromkeys(tasks))
     if not tasks:
+        yield {}
         return
-    fig, axes = plt.subplots(1, len(tasks), figsize=(3.8 * len(tasks), 3.4), squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
-        curves = defaultdict(list)
-        for line in (line for line in lines if line["task"] == task):
-            # A sampler trained by itself is no other number of steps of the same.
-            method = line["method"]
-            curve = method if "checkpoint=" in method else method.partition(":")[0]
-            curves[curve].append((line["seconds"], line["psnr"]))
-        for method, points in curves.items():
-            points = zip(*sorted(points), strict=True)
-            marker = "^" if "checkpoint=" in method else "o"
-            axis.plot(*points, marker=marker, label=method, color=_COLORS[method.partition(":")[0]])
-        axis.set(title=TASKS[task].title, xscale="log", xlabel="seconds per sample", ylabel="PSNR (dB)")
-        axis.legend(fontsize=7)
-    fig.tight_layout()
+    height = -(-len(tasks) // columns)
+    columns = -(-len(tasks) // height)
+    size = (3.4 * columns, 3.4 * height)
+    fig, axes = plt.subplots(height, columns, figsize=size, squeeze=False, layout="constrained")
+    panels = dict(zip(tasks, axes.flat, strict=False))
+    yield panels
+    for task, axis in panels.items():
+        axis.set_title(TASKS[task].title, fontsize=10)
+    for axis in axes.flat[len(tasks) :]:
+        axis.set_axis_off()
+    labelled = {}
+    for axis in panels.values():
+        labelled |= dict(reversed(pair) for pair in zip(*axis.get_legend_handles_labels(), strict=True))
+    fig.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=4, fontsize=9)
     fig.savefig(file, dpi=110)
     plt.close(fig)
+
+
+def _label(method: str) -> dict:
+    """Name and colour of a method's curve, the same in all panels."""
+    name, _, settings = method.partition(":")
+    checkpoint = re.search(r"checkpoint=([^,]+)", settings)
+    title = METHODS[name].title + (f" {Path(checkpoint[1]).name}" if checkpoint else "")
+    return {"label": title, "color": _COLORS[name]}
 
 
 def _plot_sheet(
