@@ -341,7 +341,8 @@ def merge_lora(denoiser: Denoiser, unload: bool = False) -> None:
     :param deepinv.models.Denoiser denoiser: the denoiser.
     :param bool unload: merge for good: the adapter is taken off, and the layers, which keep the merged
         weights, are plain and frozen. Where an adapter was trained and all weights shall be trained
-        next (default: ``False``).
+        next (default: ``False``). The merged weights are then those of another prior: they can be saved
+        only after they were made trainable.
     :raises RuntimeError: inside :func:`lora_disabled`, where the prior is asked for.
     """
     layers = [layer for _, layer in _lora_layers(denoiser) if not layer.merged]
@@ -354,6 +355,9 @@ def merge_lora(denoiser: Denoiser, unload: bool = False) -> None:
             weight.copy_(_corrected_weight(layer))
             layer.merged_adapters.append(_ADAPTER)
     if unload:
+        denoiser.merged_for_good = [
+            name + ".weight" for name, layer in _lora_layers(denoiser) if layer.merged
+        ] + getattr(denoiser, "merged_for_good", [])
         _unload(denoiser)
 
 

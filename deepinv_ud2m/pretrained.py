@@ -153,6 +153,19 @@ def fingerprint(network: nn.Module, trained: Collection[str] = ()) -> str:
     return digest.hexdigest()
 
 
+def trained_fingerprint(unfolded: UnfoldedDenoiser) -> str:
+    """
+    A hash of what was trained, to tell samplers apart; rounded as by :func:`fingerprint`.
+
+    :param deepinv_ud2m.UnfoldedDenoiser unfolded: the unfolded denoiser.
+    :returns: the first 16 hexadecimal digits of a SHA-256.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(trained_state_dict(unfolded).items()):
+        digest.update(name.encode() + _bytes(weight))
+    return digest.hexdigest()[:16]
+
+
 def _networks(unfolded: UnfoldedDenoiser) -> list[tuple[nn.Module, str, str]]:
     """The networks that may have been trained, the prefixes of their weights and of their adapters."""
     return [
@@ -225,7 +238,8 @@ def save_pretrained(
         scalars are in float32 always (default: ``torch.float32``).
     :raises TypeError: if ``model`` is not such a sampler, ``prior`` not a name, or ``metadata``
         cannot be written as JSON. Nothing is written then.
-    :raises ValueError: for another ``dtype``, or weights that float16 cannot hold. Likewise.
+    :raises ValueError: for another ``dtype``, weights that float16 cannot hold, or an adapter that was
+        merged for good into weights that are not trained. Likewise.
     """
     if dtype not in (torch.float32, torch.float16):
         raise ValueError(f"dtype must be torch.float32 or torch.float16, got {dtype}")
@@ -235,6 +249,8 @@ def save_pretrained(
     if prior is not None and not isinstance(prior, str | Path):
         raise TypeError(f"prior must be a name or a folder that load_prior takes, got {prior!r}")
     metadata = _check_metadata(metadata)
+    for network, _, _ in _networks(model.unfolded):
+        _check_merged(network)
     state = trained_state_dict(model.unfolded)
     types = {k: torch.float32 if k.startswith("scalars.") else dtype for k in state}
     # Copies: safetensors does not take tensors that share memory.
@@ -249,12 +265,22 @@ def save_pretrained(
     config = {
         "format": FORMAT,
         "package_version": __version__,
-        **_describe(model, prior),
+        **describe(model, prior),
         "metadata": metadata,
         "weights": {"sha256": hashlib.sha256(weights).hexdigest(), "tensors": _shapes(state)},
     }
     text = json.dumps(config, indent=2) + "\n"
     _replace_files(Path(folder), {_WEIGHTS: weights, _CONFIG: text.encode()})
+
+
+def _check_merged(network: nn.Module) -> None:
+    left_out = set(getattr(network, "merged_for_good", ())) - set(_trained_names(network))
+    if left_out:
+        raise ValueError(
+            "model: merge_lora(..., unload=True) made an adapter part of weights that are not trained, "
+            f"{_shorten(sorted(left_out))}, and what is not trained is not stored: call "
+            "requires_grad_(True) on them, or merge without unload"
+        )
 
 
 def _check_metadata(metadata: Mapping | None) -> dict:
@@ -269,8 +295,8 @@ def _check_metadata(metadata: Mapping | None) -> dict:
         ) from error
 
 
-def _describe(model: UD2M, prior: str | Path | None) -> dict:
-    """All that :func:`from_pretrained` needs besides the weights."""
+def describe(model: UD2M, prior: str | Path | None = None) -> dict:
+    """All that :func:`from_pretrained` needs besides the weights, as JSON holds it."""
     unfolded = model.unfolded
     info = unfolded.prior_info
     if prior is None and info is not None:
@@ -705,4 +731,5 @@ PRETRAINED: dict[str, str] = {
     "mnist": "ud2m-mnist",
     "mnist-sr4": "ud2m-mnist-sr4",
     "photos": "ud2m-photos",
+    "photos-posterior": "ud2m-photos-posterior",
 }

@@ -14,7 +14,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -149,6 +149,7 @@ def _load_shipped(name: str) -> tuple[Denoiser, PriorInfo]:
     try:
         config = json.loads(config_file.read_text())
         network, info = build_network(config), PriorInfo(**config["prior"])
+        info = replace(info, name=str(name))  # by which it is found again, for samplers of it
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{config_file} cannot be used: {error!r}") from error
     weights = folder / "model.safetensors"

@@ -2,9 +2,9 @@ r"""
 A folder of photographs, on all devices
 =======================================
 
-Degrades every image of a folder, draws posterior samples, and writes their mean, their standard
-deviation and the first of them beside the measurement. Several processes share the images, one device
-each:
+Degrades every image of a folder by one of the tasks of the benchmark, draws posterior samples, and
+writes their mean, their standard deviation and the first of them beside the measurement. Several
+processes share the images, one device each:
 
 .. code-block:: bash
 
@@ -12,7 +12,8 @@ each:
     torchrun --nproc_per_node 4 examples/sample_folder.py --images photos --task sr4
 
 Noise and samples of an image follow from ``--seed`` and its file name, so they do not depend on how many
-processes there are. Images that are done are not done again: a run that was stopped goes on.
+processes there are. Images that are done with the same options are not done again: a run that was
+stopped goes on.
 """
 
 # %%
@@ -29,8 +30,9 @@ from tqdm import tqdm
 
 from deepinv_ud2m import UD2M
 from deepinv_ud2m.benchmark.tasks import TASKS, make_physics
+from deepinv_ud2m.data import load_image
+from deepinv_ud2m.data.images import EXTENSIONS
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 parser = argparse.ArgumentParser(description="Posterior samples for a folder of images.")
 parser.add_argument("--images", type=Path, required=True, help="folder of images")
 parser.add_argument("--model", default="photos", help="name or folder of a sampler")
@@ -41,9 +43,9 @@ parser.add_argument("--batch-size", type=int, default=1, help="samples in one pa
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", type=Path, default=Path("runs/restored"))
 args = parser.parse_args()
-files = sorted(f for f in args.images.glob("*") if f.suffix.lower() in SUFFIXES)
+files = sorted(f for f in args.images.glob("*") if f.suffix.lower() in EXTENSIONS)
 if not files:
-    parser.error(f"--images: {args.images} has no images ({', '.join(sorted(SUFFIXES))})")
+    parser.error(f"--images: {args.images} has no images ({', '.join(EXTENSIONS)})")
 if args.samples < 2:
     parser.error(f"--samples must be at least 2, got {args.samples}")
 
@@ -54,16 +56,18 @@ device = "cpu"
 if torch.cuda.is_available():
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 model = UD2M.from_pretrained(args.model).to(device)
+channels = getattr(model.unfolded.prior_info, "channels", 3)
 args.out.mkdir(parents=True, exist_ok=True)
+options = {name: getattr(args, name) for name in ("model", "task", "sigma_y", "samples", "seed")}
 psnr = dinv.metric.PSNR()
 
 # %%
 # Restoration. The summary is written last, so its presence means that the image is done.
 for file in tqdm(files[rank::world_size], desc=f"process {rank}", position=rank):
     summary = args.out / f"{file.name}.json"
-    if summary.is_file():
+    if summary.is_file() and json.loads(summary.read_text())["options"] == options:
         continue
-    x = dinv.utils.load_image(str(file), device=device)[:, :3]
+    x = load_image(file, channels).to(device)
     x = x[..., : x.shape[-2] // 4 * 4, : x.shape[-1] // 4 * 4]
     physics = make_physics(args.task, tuple(x.shape[1:]), args.sigma_y, device)
     seed = zlib.crc32(f"{args.seed} {file.name}".encode())
@@ -74,10 +78,9 @@ for file in tqdm(files[rank::world_size], desc=f"process {rank}", position=rank)
     mean, std = samples.mean(0), samples.std(0)
     results = {"measurement": y.clamp(0, 1), "sample": samples[0], "mean": mean, "std": std / std.max()}
     for name, image in results.items():
-        save_image(image, args.out / f"{file.stem}_{name}.png")
+        save_image(image, args.out / f"{file.name}_{name}.png")
     scores = {name: psnr(image, x).item() for name, image in (("sample", samples[0]), ("mean", mean))}
-    summary.write_text(
-        json.dumps({"psnr": scores, "std_max": std.max().item(), "nfe": model.nfe}, indent=1) + "\n"
-    )
+    done = {"options": options, "psnr": scores, "std_max": std.max().item(), "nfe": model.nfe}
+    summary.write_text(json.dumps(done, indent=1) + "\n")
 if rank == 0:
     print(f"written to {args.out}")

@@ -47,7 +47,7 @@ parser.add_argument("--initializer", choices=["linear", "wiener"], default="wien
 parser.add_argument("--delta", type=float, nargs="+", default=[4.0, 2.0, 1.0], help="to start from")
 parser.add_argument("--rho", type=float, nargs="+", default=[2.0, 2.0, 2.0], help="to start from")
 parser.add_argument("--levels", type=float, nargs="+", default=[78.7, 1.277, 0.19], help="to start from")
-parser.add_argument("--reference-level", type=float, default=0.2)
+parser.add_argument("--reference-level", type=float, default=0.08, help="detail to work at")
 parser.add_argument("--trials", type=int, default=80)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", type=Path, default=Path("runs/schedule.json"))
@@ -132,7 +132,8 @@ for trial in bar:
     bar.set_postfix(score=f"{mean_log(best_scores):.4f}", step=f"{length:.2f}")
 
 # %%
-# The result, as arguments of the training scripts.
+# The result, as arguments of train_photos.py.
 for name, values in unpack(best).items():
     print(f"--{name}", *(f"{value:.3g}" for value in values))
+print(f"--reference-level {args.reference_level:g} --initializer {args.initializer}")
 print(f"mean log score {mean_log(successes[0]['scores']):.4f} at the start, {mean_log(best_scores):.4f}")

@@ -29,6 +29,7 @@ from torchvision.transforms import v2
 
 from deepinv_ud2m import UD2M, RAMInitializer, UnfoldedDenoiser, add_lora, load_prior
 from deepinv_ud2m.benchmark.tasks import TASKS, make_generator, make_physics
+from deepinv_ud2m.data.images import EXTENSIONS
 from deepinv_ud2m.published import PUBLISHED, random_prior
 from deepinv_ud2m.training import (
     AdversarialDiscriminatorLoss,
@@ -75,7 +76,7 @@ def parse_arguments(prior, tasks, sigma_y, batch_size):
     return args
 
 
-def main(prior="imagenet256", tasks=IMAGENET, sigma_y=0.01, batch_size=2):
+def main(prior="imagenet256", tasks=IMAGENET, sigma_y=0.01, batch_size=2, penalty=2.5):
     args = parse_arguments(prior, tasks, sigma_y, batch_size)
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")
@@ -105,7 +106,8 @@ def main(prior="imagenet256", tasks=IMAGENET, sigma_y=0.01, batch_size=2):
     generators = [make_generator(task, shape, args.sigma_y, device=device) for task in args.tasks]
 
     # %%
-    # Table 9: weights 1, 0.1 and 0.01 of squared error, perceptual distance and discriminator.
+    # Table 9: weights 1, 0.1 and 0.01 of squared error, perceptual distance and discriminator. The
+    # paper's penalty, 10 for ImageNet, is of images in [-1, 1]: a quarter of it in [0, 1].
     D = ConditionalDiscriminator(3)
     groups = parameter_groups(model.unfolded, lr=1e-4, lr_initializer=1e-5, weight_decay=0.01)
     trainer = DistillationTrainer(
@@ -119,7 +121,7 @@ def main(prior="imagenet256", tasks=IMAGENET, sigma_y=0.01, batch_size=2):
             PerceptualLoss(args.perceptual, download=args.download, weight=0.1),
             AdversarialGeneratorLoss(weight=0.01),
         ],
-        losses_d=[AdversarialDiscriminatorLoss(penalty_weight=0.01)],
+        losses_d=[AdversarialDiscriminatorLoss(penalty_weight=penalty)],
         D=D,
         optimizer=dinv.training.AdversarialOptimizer(
             torch.optim.AdamW(groups),
@@ -134,6 +136,7 @@ def main(prior="imagenet256", tasks=IMAGENET, sigma_y=0.01, batch_size=2):
         ckp_interval=2 if args.smoke else 500,
         plot_images=True,
         save_path=args.out,
+        settings={name: getattr(args, name) for name in ("tasks", "sigma_y", "size", "one_operator")},
         seed=args.seed,
         device=device,
     )
@@ -160,7 +163,9 @@ def open_images(args):
     )
     if not Path(args.train).is_dir():
         raise SystemExit(f"--train: there is no folder {args.train}")
-    images = dinv.datasets.ImageFolder(args.train, transform=crop)
+    images = dinv.datasets.ImageFolder(args.train, x_path="**/*", transform=crop)
+    # ImageNet's files end with .JPEG; by itself deepinv knows lower-case endings only.
+    images.x_paths = [path for path in images.x_paths if path.suffix.lower() in EXTENSIONS]
     if len(images) < args.batch_size:
         raise SystemExit(
             f"--train: {args.train} and its subfolders have {len(images)} images, "

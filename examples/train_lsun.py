@@ -19,4 +19,5 @@ if __name__ == "__main__":
         tasks=["inpaint-box", "inpaint-random", "deblur-gaussian", "sr4-bicubic"],
         sigma_y=0.025,
         batch_size=4,
+        penalty=0.0025,
     )

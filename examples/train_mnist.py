@@ -26,7 +26,7 @@ import torch
 from deepinv.physics.generator import BernoulliSplittingMaskGenerator, SigmaGenerator
 from torch.utils.data import DataLoader
 
-from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora, load_prior, merge_lora
+from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora, load_prior
 from deepinv_ud2m.benchmark.tasks import make_physics
 from deepinv_ud2m.data import load_mnist, mnist_digits
 from deepinv_ud2m.lora import lora_config
@@ -40,6 +40,7 @@ from deepinv_ud2m.training import (
     PerceptualLoss,
     SamplerLevels,
     parameter_groups,
+    sampler_to_train,
     warmup_cosine,
 )
 from deepinv_ud2m.wiener import WienerInitializer
@@ -50,7 +51,7 @@ LOSSES = {
     "adversarial": "squared error, perceptual distance and discriminator",
 }
 # Levels and scalars to start from, found by examples/search_schedule.py --initializer linear --images 16
-# --delta 3 2 0.6 --rho 2 4 1 --levels 78.7 1 0.1 --trials 70.
+# --reference-level 0.2 --delta 3 2 0.6 --rho 2 4 1 --levels 78.7 1 0.1 --trials 70.
 LEVELS = [78.7, 0.66, 0.077]
 START = {"delta": [3.2, 2.57, 0.72], "rho": [2.08, 3.63, 1.46]}
 ALL_TASKS = ["sr4", "sr4-paper", "deblur-gaussian", "inpaint-random", "inpaint-box"]
@@ -61,25 +62,27 @@ def parse_arguments(argv=None):
     parser.add_argument("--train", help="training digits, npz; torchvision downloads them if absent")
     parser.add_argument("--out", type=Path, default=Path("runs/ud2m_mnist"))
     parser.add_argument(
-        "--start", help="sampler to start from, name or folder, with its scalars and adapter"
+        "--start", help="sampler to train on, name or folder: what was trained in it, or --rank 0"
     )
     parser.add_argument("--tasks", nargs="+", default=ALL_TASKS)
     parser.add_argument("--sigma-y", type=float, nargs=2, default=[0.02, 0.1], help="range of noise")
     parser.add_argument("--loss", choices=LOSSES, default="energy")
     parser.add_argument("--draws", type=int, default=2, help="draws per measurement, for energy")
-    parser.add_argument("--iterations", type=int, default=3, help="K, unfolded iterations")
-    parser.add_argument("--steps", type=int, default=3, help="N, levels of the sampler")
+    parser.add_argument("--iterations", type=int, help="K, unfolded iterations; 3")
+    parser.add_argument("--steps", type=int, help="N, levels of the sampler; 3")
     parser.add_argument(
         "--levels",
         type=float,
         nargs="+",
         help="those levels; those of a search for N = 3, else of the linear schedule",
     )
-    parser.add_argument("--rank", type=int, default=5, help="of LoRA; 0 trains all weights")
-    parser.add_argument("--targets", default="all-convs", help='layers; "attention" for those alone')
+    parser.add_argument(
+        "--rank", type=int, help="of LoRA; 0 trains all weights; 5, or as it was trained"
+    )
+    parser.add_argument("--targets", help='layers of LoRA; all-convs, or "attention" for those alone')
     parser.add_argument("--updates", type=int, default=6000, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=16, help="measurements per optimiser step")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, help="1e-3, or 4e-4 where all weights are trained")
     parser.add_argument("--lr-scalars", type=float, default=2e-3)
     parser.add_argument(
         "--own-levels", type=float, default=0.5, help="share of the sampler's own levels"
@@ -93,7 +96,15 @@ def parse_arguments(argv=None):
     parser.add_argument("--eval-interval", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few minutes, super-resolution only")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.start:
+        of_it = [name for name in ("iterations", "steps", "targets") if getattr(args, name) is not None]
+        if of_it or args.rank:
+            parser.error(
+                f"--{(of_it or ['rank'])[0]} cannot be given with --start, but for --rank 0: "
+                "the sampler to start from has its own"
+            )
+    return args
 
 
 def main():
@@ -104,6 +115,8 @@ def main():
     # %%
     # The model: the prior with its adapter, K iterations, N levels.
     model = make_model(args)
+    adapter = lora_config(model.unfolded.denoiser)
+    lr = args.lr or (1e-3 if adapter else 4e-4)
 
     # %%
     # The tasks of the benchmark, with a noise level per image and, for random inpainting, a mask.
@@ -116,7 +129,7 @@ def main():
     # Losses, and a discriminator where one is asked for.
     losses, discriminator, losses_d = choose_losses(args)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model.unfolded, lr=args.lr, lr_scalars=args.lr_scalars), betas=(0.9, 0.99)
+        parameter_groups(model.unfolded, lr=lr, lr_scalars=args.lr_scalars), betas=(0.9, 0.99)
     )
     if discriminator is not None:
         optimizer_d = torch.optim.AdamW(discriminator.parameters(), lr=5e-4, betas=(0.5, 0.99))
@@ -143,13 +156,13 @@ def main():
         ckp_interval=100,
         plot_images=True,
         save_path=args.out,
+        settings={name: getattr(args, name) for name in ("tasks", "sigma_y", "start")},
         seed=args.seed,
         device=device,
     )
     untrained = evaluate_untrained(trainer, args.out / "untrained.json")
     print("untrained:", ", ".join(f"{name} {value:.4g}" for name, value in untrained.items()))
     model = trainer.train()
-    adapter = lora_config(model.unfolded.denoiser)
     training = {
         "command": shlex.join(["python", "examples/train_mnist.py", *sys.argv[1:]]),
         "start": args.start,
@@ -178,22 +191,19 @@ def evaluate_untrained(trainer, file):
 
 def make_model(args):
     if args.start:
-        model = UD2M.from_pretrained(args.start, merge=False)
-        if args.rank == 0:
-            merge_lora(model.unfolded.denoiser, unload=True)
-            model.unfolded.denoiser.requires_grad_(True)
-        return UD2M(model.unfolded, levels=args.levels) if args.levels else model
+        return sampler_to_train(args.start, all_weights=args.rank == 0, levels=args.levels)
     torch.manual_seed(args.seed)
     prior = load_prior("mnist")
     digits, _ = load_mnist("datasets", train=True, npz=args.train)
-    start = START if args.iterations == 3 else {}
-    unfolded = UnfoldedDenoiser(prior, args.iterations, WienerInitializer.fit(digits), **start)
-    if args.rank:
-        add_lora(prior, args.rank, targets=None if args.targets == "attention" else args.targets)
-    else:
+    iterations, steps, targets = args.iterations or 3, args.steps or 3, args.targets or "all-convs"
+    start = START if iterations == 3 else {}
+    unfolded = UnfoldedDenoiser(prior, iterations, WienerInitializer.fit(digits), **start)
+    if args.rank == 0:
         prior.requires_grad_(True)
-    levels = args.levels or (LEVELS if args.steps == len(LEVELS) else None)
-    return UD2M(unfolded, None if levels else args.steps, levels=levels)
+    else:
+        add_lora(prior, args.rank or 5, targets=None if targets == "attention" else targets)
+    levels = args.levels or (LEVELS if steps == len(LEVELS) else None)
+    return UD2M(unfolded, None if levels else steps, levels=levels)
 
 
 def operators_and_levels(task, shape, sigma_y):

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora, load_prior, merge_lora
+from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora, load_prior
 from deepinv_ud2m.benchmark.tasks import make_generator, make_physics
 from deepinv_ud2m.data import RandomCrops, load_images
 from deepinv_ud2m.initializers import LinearInitializer
@@ -34,6 +34,7 @@ from deepinv_ud2m.training import (
     EnergyScoreLoss,
     SamplerLevels,
     parameter_groups,
+    sampler_to_train,
     warmup_cosine,
 )
 from deepinv_ud2m.wiener import WienerInitializer
@@ -49,17 +50,18 @@ ALL_TASKS = [
     "sr2",
     "jpeg-10",
 ]
+INITIALIZERS = {"linear": LinearInitializer, "wiener": WienerInitializer}
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Distil a sampler of photographs.")
     parser.add_argument("--train", required=True, help="folder of photographs")
     parser.add_argument(
-        "--prior", default="photos", help="name, or folder of save_prior; also with --start"
+        "--prior", help="name, or folder of save_prior; photos, or that of the sampler to start from"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/ud2m_photos"))
     parser.add_argument(
-        "--start", help="sampler to start from, name or folder, with its scalars and adapter"
+        "--start", help="sampler to train on, name or folder: what was trained in it, or --rank 0"
     )
     parser.add_argument("--tasks", nargs="+", default=ALL_TASKS)
     parser.add_argument("--sigma-y", type=float, nargs=2, default=[0.005, 0.1], help="range of noise")
@@ -68,30 +70,23 @@ def parse_arguments():
     parser.add_argument(
         "--spread", type=float, default=1.0, help="of the draws, as asked for; 1 is the posterior's"
     )
-    parser.add_argument("--iterations", type=int, default=3, help="K, unfolded iterations")
+    parser.add_argument("--iterations", type=int, help="K, unfolded iterations; 3")
     parser.add_argument(
         "--levels",
         type=float,
         nargs="+",
         help="the N levels of the sampler; 78.7 0.2 0.04, or those of the sampler to start from",
     )
-    parser.add_argument("--reference-level", type=float, default=0.08, help="detail to work at")
+    parser.add_argument("--reference-level", type=float, help="detail to work at; 0.08")
+    parser.add_argument("--delta", type=float, nargs="+", help="untrained multipliers, K; 3 1.5 1")
+    parser.add_argument("--rho", type=float, nargs="+", help="untrained multipliers, K; 1.35 3.6 1.6")
+    parser.add_argument("--initializer", choices=INITIALIZERS, help="of each level's iterations; wiener")
     parser.add_argument(
-        "--delta", type=float, nargs="+", default=[3.0, 1.5, 1.0], help="untrained multipliers, K"
+        "--rank", type=int, help="of LoRA; 0 trains all weights; 5, or as it was trained"
     )
-    parser.add_argument(
-        "--rho", type=float, nargs="+", default=[1.35, 3.6, 1.6], help="untrained multipliers, K"
-    )
-    parser.add_argument(
-        "--initializer",
-        choices=["linear", "wiener"],
-        default="wiener",
-        help="of each level's iterations",
-    )
-    parser.add_argument("--rank", type=int, default=5, help="of LoRA; 0 trains all weights")
     parser.add_argument("--updates", type=int, default=1200, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=12, help="measurements per optimiser step")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, help="1e-3, or 2e-4 where all weights are trained")
     parser.add_argument("--lr-scalars", type=float, default=3e-3)
     parser.add_argument("--own-levels", type=float, default=0.8, help="share of the sampler's levels")
     parser.add_argument(
@@ -104,6 +99,14 @@ def parse_arguments():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="two steps on two tasks")
     args = parser.parse_args()
+    if args.start:
+        of_it = ("iterations", "delta", "rho", "reference_level", "initializer")
+        fixed = [name for name in of_it if getattr(args, name) is not None]
+        if fixed or args.rank:
+            parser.error(
+                f"--{(fixed or ['rank'])[0].replace('_', '-')} cannot be given with --start, but for "
+                "--rank 0: the sampler to start from has its own"
+            )
     if args.smoke:
         args.tasks, args.updates, args.batch_size, args.size = args.tasks[:2], 2, 2, 32
     return args
@@ -115,6 +118,8 @@ def main():
     # %%
     # The model: the prior with its adapter, K iterations, N levels.
     model = make_model(args)
+    adapter = lora_config(model.unfolded.denoiser)
+    lr = args.lr or (1e-3 if adapter else 2e-4)
 
     # %%
     # One physics for each task, and a generator of its operators and noise levels.
@@ -145,7 +150,7 @@ def main():
         eval_dataloader=DataLoader(shown, len(shown)),
         losses=losses,
         optimizer=torch.optim.AdamW(
-            parameter_groups(model.unfolded, lr=args.lr, lr_scalars=args.lr_scalars), betas=(0.9, 0.99)
+            parameter_groups(model.unfolded, lr=lr, lr_scalars=args.lr_scalars), betas=(0.9, 0.99)
         ),
         lr_schedule=warmup_cosine(args.updates, warmup_steps=30),
         steps=args.updates,
@@ -158,12 +163,12 @@ def main():
         ckp_interval=50,
         plot_images=True,
         save_path=args.out,
+        settings={name: getattr(args, name) for name in ("tasks", "sigma_y", "size", "start")},
         seed=args.seed,
         device=device,
     )
     model = trainer.train()
     loss = f"energy score of pixels + {args.perceptual:g} x that of EfficientNet-Lite0's activations"
-    adapter = lora_config(model.unfolded.denoiser)
     training = {
         "command": shlex.join(["python", "examples/train_photos.py", *sys.argv[1:]]),
         "start": args.start,
@@ -177,31 +182,30 @@ def main():
         "trained": f"LoRA of rank {adapter['rank']}" if adapter else "all weights",
         "seed": args.seed,
     }
-    model.save_pretrained(args.out / "model", prior=args.prior, metadata=training, dtype=torch.float16)
+    model.save_pretrained(args.out / "model", metadata=training, dtype=torch.float16)
     print(f"written to {args.out / 'model'}: UD2M.from_pretrained({str(args.out / 'model')!r})")
 
 
 def make_model(args):
     if args.start:
-        model = UD2M.from_pretrained(args.start, merge=False)
-        if args.rank == 0:
-            merge_lora(model.unfolded.denoiser, unload=True)
-            model.unfolded.denoiser.requires_grad_(True)
-        return UD2M(model.unfolded, levels=args.levels) if args.levels else model
+        all_weights = args.rank == 0
+        return sampler_to_train(
+            args.start, prior=args.prior, all_weights=all_weights, levels=args.levels
+        )
     torch.manual_seed(args.seed)
-    prior = load_prior(args.prior)
+    prior = load_prior(args.prior or "photos")
     unfolded = UnfoldedDenoiser(
         prior,
-        args.iterations,
-        WienerInitializer() if args.initializer == "wiener" else LinearInitializer(),
-        delta=args.delta,
-        rho=args.rho,
-        reference_level=args.reference_level,
+        args.iterations or 3,
+        INITIALIZERS[args.initializer or "wiener"](),
+        delta=args.delta or [3.0, 1.5, 1.0],
+        rho=args.rho or [1.35, 3.6, 1.6],
+        reference_level=0.08 if args.reference_level is None else args.reference_level,
     )
-    if args.rank:
-        add_lora(prior, args.rank, targets="all-convs")
-    else:
+    if args.rank == 0:
         prior.requires_grad_(True)
+    else:
+        add_lora(prior, args.rank or 5, targets="all-convs")
     return UD2M(unfolded, levels=args.levels or [78.7, 0.2, 0.04])
 
 

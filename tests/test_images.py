@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deepinv_ud2m.data import load_images
+from deepinv_ud2m.data import load_image, load_images
 
 
 @pytest.fixture
@@ -63,6 +63,19 @@ def test_images_without_room_are_left_out_if_asked(tmp_path):
         load_images(tmp_path, 1, 24, num=4, skip_small=True)
     with pytest.raises(ValueError, match="0 images of at least 64x64 pixels"):
         load_images(tmp_path, 1, 64, skip_small=True)
+
+
+def test_one_image_whole(tmp_path, pixels):
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    x = load_image(tmp_path / "a.png", 3)
+    assert x.shape == (1, 3, 20, 24)
+    assert torch.equal(x[..., 2:22], load_images(tmp_path / "a.png", 3, 20))
+    assert load_image(tmp_path / "a.png", 1).shape == (1, 1, 20, 24)
+    with pytest.raises(ValueError, match=r"there is no '.*b\.png'"):
+        load_image(tmp_path / "b.png", 3)
+    (tmp_path / "b.png").write_text("not an image")
+    with pytest.raises(ValueError, match=r"b\.png cannot be read as an image"):
+        load_image(tmp_path / "b.png", 3)
 
 
 def test_colours_become_grey_as_in_pil(tmp_path, pixels):

@@ -45,7 +45,7 @@ def test_a_loaded_prior_is_frozen_and_says_what_it_is(tiny_config, folder):
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert all(parameter.dtype == torch.float32 for parameter in loaded.parameters())
-    assert loaded.prior_info == PriorInfo(**tiny_config["prior"])
+    assert loaded.prior_info == PriorInfo(**tiny_config["prior"] | {"name": str(folder)})
     assert load_prior(folder).prior_info == loaded.prior_info  # a Path will do
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,6 +119,30 @@ def test_ablation_on_digits_goes_on(tmp_path):
     assert (tmp_path / "ablation.md").read_text().count("adversarial") == 2
 
 
+def test_options_that_a_sampler_to_start_from_has_already():
+    for script, option in (("train_photos.py", "--delta"), ("train_mnist.py", "--iterations")):
+        train = ["--train", "nowhere"]
+        result = start(script, *train, "--start", "nowhere", option, 3)
+        assert result.returncode != 0
+        assert f"{option} cannot be given with --start" in result.stderr
+        assert "--rank cannot be given" in start(script, *train, "--start", "x", "--rank", 5).stderr
+
+
+def test_images_of_a_folder_whatever_their_ending(tmp_path, monkeypatch):
+    """As in ImageNet, in subfolders."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from train_imagenet import open_images
+
+    (tmp_path / "n01").mkdir()
+    for name in ("n01/b.JPEG", "n01/a.png", "c.jpg"):
+        save_image(torch.full((3, 40, 50), 0.5), tmp_path / "file.png")
+        (tmp_path / "file.png").rename(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    images = open_images(SimpleNamespace(train=str(tmp_path), size=32, batch_size=3))
+    assert [path.name for path in images.x_paths] == ["c.jpg", "a.png", "b.JPEG"]
+    assert images[2].shape == (3, 32, 32)
+
+
 def test_a_folder_without_images(tmp_path):
     result = start("train_imagenet.py", "--train", tmp_path, "--smoke")
     assert result.returncode != 0
@@ -155,9 +180,11 @@ def test_a_folder_is_shared_by_processes_and_goes_on(photos, tmp_path):
     for name in written:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes(), name
     (tmp_path / "one" / "3.png.json").unlink()
-    kept = (tmp_path / "one" / "4_mean.png").stat().st_mtime_ns
+    kept = (tmp_path / "one" / "4.png_mean.png").stat().st_mtime_ns
     assert start(*arguments, "--out", tmp_path / "one").returncode == 0
     assert (tmp_path / "one" / "3.png.json").is_file()
-    assert (tmp_path / "one" / "4_mean.png").stat().st_mtime_ns == kept
+    assert (tmp_path / "one" / "4.png_mean.png").stat().st_mtime_ns == kept
+    assert start(*arguments, "--out", tmp_path / "one", "--sigma-y", 0.05).returncode == 0
+    assert (tmp_path / "one" / "4.png_mean.png").stat().st_mtime_ns > kept  # other options, done anew
     result = start("sample_folder.py", "--images", tmp_path)
     assert "has no images" in result.stderr

@@ -475,6 +475,13 @@ def test_a_checkpoint_of_another_run_is_refused(tiny_prior, tmp_path):
         other = copy.deepcopy(tiny_prior)
         next(other.parameters()).data += 0.1
         make_trainer(other, save_path=tmp_path).train()
+    with pytest.raises(ValueError, match=r"another run: its settings is \{\}, here it is \{'tasks'"):
+        make_trainer(tiny_prior, save_path=tmp_path, settings={"tasks": ["sr4"]}).train()
+    for changed in ({"levels": [70.0, 0.5]}, {"levels": None}):
+        with pytest.raises(ValueError, match="another run: its sampler: levels"):
+            trainer = make_trainer(tiny_prior, save_path=tmp_path)
+            trainer.model = UD2M(trainer.unfolded, **changed)
+            trainer.train()
     make_trainer(tiny_prior, save_path=tmp_path, seed=1, resume=False, steps=3).train()
     with pytest.raises(ValueError, match=r"steps is 2, but the checkpoint .* is at step 3 already"):
         make_trainer(tiny_prior, save_path=tmp_path, seed=1, steps=2).train()

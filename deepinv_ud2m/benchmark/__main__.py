@@ -83,8 +83,7 @@ def _run(args: argparse.Namespace) -> None:
         args.images, args.samples = 4, 4
     prior, x = _prior_and_images(args)
     tuned = merge_searches(args.settings)
-    data = args.data if args.data in SPLITS else f"{args.data}, {x.shape[-1]}x{x.shape[-1]}"
-    setup = Setup(args.prior, data, args.sigma_y, args.seed, args.batch_size)
+    setup = Setup(args.prior, _name_of_data(args, x), args.sigma_y, args.seed, args.batch_size)
     results = Results(args.out, setup)
     for task in args.tasks:
         for method in args.methods:
@@ -103,7 +102,8 @@ def _time(args: argparse.Namespace) -> None:
 
 def _tune(args: argparse.Namespace) -> None:
     prior, x = _prior_and_images(args)
-    result = tune(prior, x, args.tasks, args.methods, args.settings, args.sigma_y)
+    data = _name_of_data(args, x)
+    result = tune(prior, x, args.tasks, args.methods, args.settings, args.sigma_y, data=data)
     for task in args.tasks:
         for method in args.methods:
             print(f"{task}, {method}: {best_settings(result, task, method)}")
@@ -127,9 +127,13 @@ def _write_report(args: argparse.Namespace, x: Tensor) -> None:
     network = perceptual_network(tuple(x.shape[1:]))
     # The distance to digits is taken to all that ship; other images have no more than themselves.
     reference = mnist_digits("test") if network == "digits" else x
-    features = perceptual_distance(network).distance.backbone.features if network else None
+    features = perceptual_distance(network).to(x.device).distance.backbone.features if network else None
     report(args.out, x, reference.to(x.device), features)
     print((args.out / "report.md").read_text())
+
+
+def _name_of_data(args: argparse.Namespace, x: Tensor) -> str:
+    return args.data if args.data in SPLITS else f"{args.data}, {x.shape[-1]}x{x.shape[-1]}"
 
 
 def _prior_and_images(args: argparse.Namespace) -> tuple[Denoiser, Tensor]:
@@ -142,6 +146,11 @@ def _prior_and_images(args: argparse.Namespace) -> tuple[Denoiser, Tensor]:
         raise ValueError(f"--images must be at least 1, got {args.images}")
     prior = load_prior(args.prior, args.device)
     if args.data in SPLITS:
+        if prior.prior_info.channels != 1:
+            raise ValueError(
+                f"--data, a folder of images, must be given for the prior {args.prior!r}: the shipped "
+                f"digits are grey, it takes images of {prior.prior_info.channels} channels"
+            )
         return prior, mnist_digits(args.data, num=args.images or 64).to(args.device)
     info = prior.prior_info
     size = args.size or info.image_size

@@ -30,6 +30,7 @@ from deepinv.sampling import (
 from torch import Tensor
 
 from deepinv_ud2m.initializers import RAMInitializer
+from deepinv_ud2m.pretrained import trained_fingerprint
 from deepinv_ud2m.sampler import UD2M
 from deepinv_ud2m.schedule import VPSchedule
 from deepinv_ud2m.unfolded import REFERENCE_LEVEL, UnfoldedDenoiser
@@ -85,7 +86,9 @@ def _ud2m_distilled(
     trained = UD2M.from_pretrained(checkpoint, prior=copy.deepcopy(prior), initializer=initializer)
     eta = trained.eta if eta is None else eta
     levels = trained.levels if num_steps is None else VPSchedule().sampling_levels(num_steps)
-    return _ud2m_sampler(UD2M(trained.unfolded, levels=levels, eta=eta))
+    sampler = _ud2m_sampler(UD2M(trained.unfolded, levels=levels, eta=eta))
+    sampler.weights = trained_fingerprint(trained.unfolded)
+    return sampler
 
 
 def _ud2m_sampler(model: UD2M) -> Sampler:

@@ -20,7 +20,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shlex
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -45,6 +47,7 @@ STAGES = ("initialise", "prox", "noise", "denoise", "step")
 
 def main(argv: list[str] | None = None) -> dict:
     """Measure, print and store; returns what is stored."""
+    argv = sys.argv[1:] if argv is None else argv
     args = _parse(argv)
     torch.set_num_threads(args.threads)
     prior = random_prior(args.prior, full_size=True) if args.random_weights else load_prior(args.prior)
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> dict:
     cases = [(size, *batch) for size in args.sizes for batch in batches]
     rows = [measure_overhead(prior, *case, args) for case in tqdm(cases, desc="profile")]
     result = {
-        "command": "python -m deepinv_ud2m.benchmark.profile",
+        "command": shlex.join(["python", "-m", "deepinv_ud2m.benchmark.profile", *argv]),
         "prior": args.prior + (", random weights" if args.random_weights else ""),
         "parameters": sum(p.numel() for p in prior.parameters()),
         "machine": machine(),

@@ -58,6 +58,7 @@ def measured() -> str:
             "EfficientNet-Lite0",
         ),
         _sampler("photos"),
+        _sampler("photos-posterior"),
         _prior_of_photos(_card("prior-photos")),
         _overhead(profiles),
         _training(_stored(_PACKAGE / "benchmark" / "results" / "training_cost.json")),
@@ -79,9 +80,10 @@ def _sampler(name: str) -> str:
     low, high = training["sigma_y"]
     start = f" on from the sampler `{training['start']}`" if training.get("start") else ""
     noise = f"{low} to {high}" if low < high else low
+    spread = f" of spread {training['spread']}" if training.get("spread", 1.0) != 1.0 else ""
     return (
         f"**The sampler `{name}`**: {training['trained']} and the scalars, trained{start} with the "
-        f"{training['loss']} on {training['measurements']:,} measurements of "
+        f"{training['loss']}{spread} on {training['measurements']:,} measurements of "
         f"{', '.join(training['tasks'])}, noise {noise}, by `{training['command']}`. That is a "
         "small budget: the paper's is 3,200,000."
     )
@@ -113,6 +115,10 @@ def _benchmark(name: str, images: str, tuned: str, network: str) -> str:
         f"after the semicolon. Distances are in features of {network}. Coverage: largest deviation of "
         f"the coverage of norm balls from nominal. Mean and standard error. {_seconds(summary)} "
         f"({machine['device']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}).",
+    ]
+    parts += [
+        "",
+        f"![Perceptual distance against time](deepinv_ud2m/benchmark/results/{name}/quality_time.png)",
     ]
     for task in dict.fromkeys(line["task"] for line in summary["lines"]):
         parts += ["", f"*{TASKS[task].title}*", "", _cells(titles), _cells(["---"] * len(titles))]
@@ -234,10 +240,11 @@ def _prior_of_photos(card: dict) -> str:
 
 def _overhead(profiles: list[dict]) -> str:
     machine = profiles[0]["machine"]
+    commands = [f"`{profile['command']}`" for profile in profiles]
     lines = [
         "**Overhead of the sampler** over the network evaluations it is made of: time of a call of "
         "`sample` over that of as many evaluations of the prior, measured alternately "
-        f"(`{profiles[0]['command']}`; {machine['device']}, torch {machine['torch']}).",
+        f"({', '.join(commands)}; {machine['device']}, torch {machine['torch']}).",
         "",
         "| prior | threads | measurements x samples | NFE | overhead, median | quartiles | pairs |",
         "|---|---|---|---|---|---|---|",

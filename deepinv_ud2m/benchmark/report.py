@@ -288,8 +288,8 @@ def _plot_calibration(file: Path, rows: list[dict]) -> None:
             axis.set(xlabel="nominal level", ylabel="coverage", aspect="equal")
             for (_, method), group in ((key, group) for key, group in groups.items() if key[0] == task):
                 levels, shares = _curve(group, "credible_level")
-                style = {"linestyle": "--"} if "checkpoint=" in method else {}
-                axis.plot([0, *levels, 1], [0, *shares, 1], **style, **_label(method))
+                style = "--" if ":" in method else "-"
+                axis.plot([0, *levels, 1], [0, *shares, 1], style, **_label(method))
 
 
 def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:
@@ -341,7 +341,9 @@ def _label(method: str) -> dict:
     """Name and colour of a method's curve, the same in all panels."""
     name, _, settings = method.partition(":")
     checkpoint = re.search(r"checkpoint=([^,]+)", settings)
+    steps = re.search(r"num_steps=(\d+)", settings)
     title = METHODS[name].title + (f" {Path(checkpoint[1]).name}" if checkpoint else "")
+    title += f", {steps[1]} steps" if steps else ""
     return {"label": title, "color": _COLORS[name]}
 
 

@@ -103,6 +103,23 @@ class Results:
         (self.folder / "images").mkdir(exist_ok=True)  # not in a copy of stored results
         return None, read_rows(self.folder)
 
+    def check(self, task: str, method: str, settings: dict, weights: str | None) -> None:
+        """Refuse to mix rows of one method with other settings, or another sampler of that name."""
+        of_method = [row for row in self.rows if (row["task"], row["method"]) == (task, method)]
+        for row in of_method:
+            if row["settings"] != settings:
+                found = f"with the settings {row['settings']}, this run's are {settings}"
+            elif row.get("weights") != weights:
+                found = (
+                    f"of a sampler with other weights, {row.get('weights')}, this run's are {weights}"
+                )
+            else:
+                continue
+            raise ValueError(
+                f"{self.folder} has rows of {method!r} on {task} {found}: choose another output folder, "
+                "or remove those rows"
+            )
+
     def has(self, task: str, method: str, images: range, num_samples: int) -> bool:
         """Whether all rows of a batch are there, of as many samples or more."""
         done = {
@@ -138,8 +155,10 @@ def read_rows(folder: Path) -> list[dict]:
         file.write_bytes(gzip.decompress(packed.read_bytes()))
     if not file.is_file():
         return []
-    complete = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    file.write_text("".join(complete))
+    lines = file.read_text().splitlines(keepends=True)
+    complete = [line for line in lines if line.endswith("\n")]
+    if len(complete) < len(lines):
+        file.write_text("".join(complete))
     return [json.loads(line) for line in complete]
 
 
@@ -165,6 +184,7 @@ def run_method(
         ``"diffpir:num_steps=20"``.
     :param dict settings: settings of the method; those in the label win.
     :param int num_samples: samples S per image; metrics of a distribution need S >= 2.
+    :raises ValueError: if there are rows of the method with other settings, or of another sampler.
     :param bool progress: show a progress bar.
     """
     setup = results.setup
@@ -175,6 +195,8 @@ def run_method(
     num_samples = num_samples if entry.random else 1
     settings = dict(entry.defaults) | settings | overrides
     sampler = entry.build(prior, setup.sigma_y, **settings)
+    weights = getattr(sampler, "weights", None)
+    results.check(task, method, settings, weights)
     batches = [range(i, min(i + setup.batch_size, len(x))) for i in range(0, len(x), setup.batch_size)]
     batches = [images for images in batches if not results.has(task, method, images, num_samples)]
 
@@ -187,6 +209,7 @@ def run_method(
         samples, cost = draw(sampler, prior, y, physics, num_samples, seed)
         rows = evaluate(samples, x_batch, y, physics)
         head = {"task": task, "method": method, "settings": settings, "num_samples": num_samples}
+        head |= {"weights": weights} if weights else {}
         rows = [head | {"image": i} | row | cost for i, row in zip(images, rows, strict=True)]
         return rows, _pictures(samples)
 

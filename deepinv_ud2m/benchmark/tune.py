@@ -28,6 +28,7 @@ def tune(
     sigma_y: float = 0.05,
     num_samples: int = 2,
     seed: int = 1000,
+    data: str = "",
     progress: bool = True,
 ) -> dict:
     """
@@ -43,18 +44,28 @@ def tune(
     :param float sigma_y: noise level.
     :param int num_samples: samples per image, at least 2.
     :param int seed: of measurements and samples.
+    :param str data: name of the images, kept with the result.
     :param bool progress: show a progress bar.
     :raises ValueError: if the file holds a search of another setup; it is not touched.
     :returns: ``{"criterion": ..., "scores": {task: {method: [{"settings", "score"}, ...]}}}``.
     """
-    result = (
-        json.loads(file.read_text()) if file.is_file() else _empty(len(x), sigma_y, num_samples, seed)
-    )
-    stated = _empty(len(x), sigma_y, num_samples, seed)
-    if {k: v for k, v in result.items() if k != "scores"} != {
-        k: v for k, v in stated.items() if k != "scores"
-    }:
-        raise ValueError(f"{file} holds a search of another setup: choose another file")
+    stated = {
+        "criterion": "energy score (mean squared error where not random), smaller is better",
+        "prior": getattr(getattr(prior, "prior_info", None), "name", type(prior).__name__),
+        "data": data,
+        "validation_images": len(x),
+        "shape": list(x.shape[1:]),
+        "samples": num_samples,
+        "sigma_y": sigma_y,
+        "seed": seed,
+    }
+    result = json.loads(file.read_text()) if file.is_file() else stated | {"scores": {}}
+    for name, value in stated.items():
+        if result.get(name) != value:
+            raise ValueError(
+                f"{file} holds a search of another setup, its {name} is {result.get(name)!r}, "
+                f"here it is {value!r}: choose another file"
+            )
     for task in tasks:
         physics = make_physics(task, tuple(x.shape[1:]), sigma_y, x.device)
         y = measure(physics, x, range(len(x)), seed)
@@ -118,14 +129,3 @@ def _criterion(samples: Tensor, x: Tensor) -> float | None:
     if len(samples) == 1:
         return (samples[0] - x).square().mean().item()
     return energy_score(samples, x).mean().item()
-
-
-def _empty(num_images: int, sigma_y: float, num_samples: int, seed: int) -> dict:
-    return {
-        "criterion": "energy score (mean squared error where not random), smaller is better",
-        "validation_images": num_images,
-        "samples": num_samples,
-        "sigma_y": sigma_y,
-        "seed": seed,
-        "scores": {},
-    }

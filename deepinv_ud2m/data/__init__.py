@@ -24,9 +24,17 @@ from PIL import Image
 from torch import Tensor
 
 from deepinv_ud2m.data.crops import RandomCrops
-from deepinv_ud2m.data.images import load_images
+from deepinv_ud2m.data.images import load_image, load_images
 
-__all__ = ["RandomCrops", "load_images", "load_mnist", "mnist_arrays", "mnist_digits", "photograph"]
+__all__ = [
+    "RandomCrops",
+    "load_image",
+    "load_images",
+    "load_mnist",
+    "mnist_arrays",
+    "mnist_digits",
+    "photograph",
+]
 
 _SHIPPED = Path(__file__).parent / "mnist_digits.npz"
 _PHOTOGRAPHS = Path(__file__).parent / "photos"

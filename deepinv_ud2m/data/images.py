@@ -98,6 +98,23 @@ def load_images(
     return torch.stack(crops)
 
 
+def load_image(file: str | Path, channels: int) -> Tensor:
+    """
+    An image file as a tensor, whole, with the conversions of :func:`load_images`.
+
+    :param str, pathlib.Path file: the file.
+    :param int channels: channels C of the result, 1 or 3.
+    :return: the image `[1, C, H, W]` in ``[0, 1]``, float32.
+    :raises ValueError: if it does not exist or cannot be read as an image.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3, got {channels!r}")
+    if not Path(file).is_file():
+        raise ValueError(f"file must be an image file, but there is no {str(file)!r}")
+    images = _open_files(str(file), [Path(file)])
+    return _prepare(images, 0, str(file), channels, None)[None]
+
+
 class _TooSmall(ValueError):
     """An image has no room for the crop."""
 
@@ -194,21 +211,24 @@ def _open_dataset(dataset: Dataset, name: str) -> _Images:
     return _Images(name, labels, dataset.__getitem__)
 
 
-def _prepare(images: _Images, index: int, label: str, channels: int, size: int) -> Tensor:
+def _prepare(images: _Images, index: int, label: str, channels: int, size: int | None) -> Tensor:
+    """One image, its centre crop if there is a size."""
     try:
         image = _image_of(images.read(index))
     # Of a damaged file, PIL raises what its decoder happens to meet (SyntaxError, struct.error, ...).
     except Exception as error:
         raise ValueError(f"{label} cannot be read as an image: {error}") from error
     height, width = image.shape[-2:] if isinstance(image, Tensor) else (image.height, image.width)
-    if min(height, width) < size:
+    of_crop = (height, width) if size is None else (size, size)
+    if min(height, width) < min(of_crop):
         raise _TooSmall(f"{label} is {height}x{width} pixels, but the crops are {size}x{size}")
-    top, left = (height - size) // 2, (width - size) // 2
+    top, left = (height - of_crop[0]) // 2, (width - of_crop[1]) // 2
+    bottom, right = top + of_crop[0], left + of_crop[1]
     try:
         if isinstance(image, Tensor):
-            values = _from_tensor(image[..., top : top + size, left : left + size])
+            values = _from_tensor(image[..., top:bottom, left:right])
         else:
-            values = _from_pil(image.crop((left, top, left + size, top + size)))
+            values = _from_pil(image.crop((left, top, right, bottom)))
     except (ValueError, OSError) as error:
         raise ValueError(f"{label} cannot be used: {error}") from error
     return _with_channels(values, channels)

@@ -17,6 +17,7 @@ from deepinv_ud2m.training.prior import (
     train_prior,
     warmup_cosine,
 )
+from deepinv_ud2m.training.start import sampler_to_train
 from deepinv_ud2m.training.trainer import DistillationTrainer, parameter_groups
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "SamplerLevels",
     "denoising_psnr",
     "parameter_groups",
+    "sampler_to_train",
     "train_prior",
     "warmup_cosine",
 ]

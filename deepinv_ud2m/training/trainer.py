@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from deepinv_ud2m.batching import RepeatedPhysics, is_shared, repeat_batch
 from deepinv_ud2m.metrics import energy_score
 from deepinv_ud2m.pretrained import (
-    fingerprint,
+    describe,
     load_trained_state_dict,
     save_pretrained,
     trained_state_dict,
@@ -157,6 +157,9 @@ class DistillationTrainer(AdversarialTrainer):
         with ``plot_images`` pictures of evaluations, and the exported models ``best`` and ``final``
         (default: ``None``, nothing is written).
     :param bool resume: go on from the checkpoint in ``save_path``, if there is one (default: ``True``).
+    :param Mapping settings: what else makes a run another one and the trainer cannot see, such as the
+        ranges of random operators; a checkpoint with other settings is refused. Of what JSON holds
+        (default: nothing).
     :param int seed: of the run (default: 0).
     :raises TypeError, ValueError: for arguments that cannot work, before anything is computed.
 
@@ -198,6 +201,7 @@ class DistillationTrainer(AdversarialTrainer):
     log_interval: int = 50
     save_path: str | Path | None = None
     resume: bool = True
+    settings: Mapping | None = None
     seed: int = 0
     online_measurements: bool = True
     optimizer_step_multi_dataset: bool = False
@@ -788,11 +792,13 @@ class DistillationTrainer(AdversarialTrainer):
         shapes = {n: list(p.shape) for n, p in self.unfolded.named_parameters() if p.requires_grad}
         batches = [[getattr(of, "batch_size", None), len(of)] for of in self.train_dataloader]
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        trained = [name for name, p in self.unfolded.denoiser.named_parameters() if p.requires_grad]
+        sampler = describe(self.model)
         return {
-            "prior": fingerprint(self.unfolded.denoiser, trained),
-            "num_iterations": self.unfolded.num_iterations,
+            "prior": sampler.pop("prior")["fingerprint"],
+            **{f"{name}: {key}": v for name, of in sampler.items() for key, v in (of or {}).items()},
+            "settings": json.loads(json.dumps(self.settings or {})),
             "trained parameters": shapes,
+            "end_to_end": self.end_to_end,
             "discriminator": type(self.D).__name__ if self.D is not None else None,
             "physics": [type(physics).__name__ for physics in self.physics],
             "losses": [repr(loss) for loss in [*self.losses, *self.losses_d]],
