@@ -519,6 +519,7 @@ def test_too_many_in_a_row_stop_training_with_the_last_good_state_saved(tiny_pri
         trainer.train()
     state = read_checkpoint(tmp_path / "checkpoint.pt")
     assert state["step"] == 2 and state["skipped"] == 3
+    assert [scheduler["last_epoch"] for scheduler in state["schedulers"]] == [2]
     assert all(value.isfinite().all() for value in state["trained"].values())
 
 

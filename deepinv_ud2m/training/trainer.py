@@ -561,11 +561,14 @@ class DistillationTrainer(AdversarialTrainer):
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self.max_skipped:
             good, places = self._last_good
+            for scheduler in self.schedulers:  # the learning rate of that step, to go on from it
+                scheduler.last_epoch = good - 1
+                scheduler.step()
             if self.folder:
                 self._save(good, places)
             raise RuntimeError(
                 f"the loss or its gradient was not finite in {self._skipped_in_a_row} steps in a row, "
-                f"from step {good} on; the weights before them are "
+                f"from step {good} on; the last weights are "
                 + (f"in {self.folder / 'checkpoint.pt'}" if self.folder else "in the model")
             )
 
