@@ -23,7 +23,7 @@ import deepinv as dinv
 import torch
 
 from deepinv_ud2m import UD2M
-from deepinv_ud2m.data import photograph
+from deepinv_ud2m.data import load_image, photograph
 
 OUT = Path(__file__).parent / "output"
 parser = argparse.ArgumentParser(description="Restore a whole photograph.")
@@ -34,7 +34,7 @@ args = parser.parse_args()
 # %%
 # The photograph.
 if args.photo:
-    x = dinv.utils.load_image(args.photo)[:, :3]
+    x = load_image(args.photo, channels=3)
 else:
     a, b = photograph("astronaut"), photograph("chelsea")
     x = torch.cat([torch.cat([a, b, a.flip(-1)], -1), torch.cat([b.flip(-1), a.flip(-2), b], -1)], -2)

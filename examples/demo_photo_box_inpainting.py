@@ -26,7 +26,8 @@ from deepinv_ud2m.data import photograph
 OUT = Path(__file__).parent / "output"
 
 # %%
-# The problem. Any image will do: ``load_images("photo.jpg", channels=3, size=256)`` reads one.
+# The problem. Any image will do: ``load_images("photo.jpg", channels=3, size=256)`` reads its centre,
+# ``load_image("photo.jpg", channels=3)`` the whole.
 x = photograph("chelsea")
 mask = torch.ones_like(x)
 mask[..., 96:160, 96:160] = 0

@@ -25,7 +25,8 @@ from deepinv_ud2m.physics import JPEG
 OUT = Path(__file__).parent / "output"
 
 # %%
-# The problem. Any image will do: ``load_images("photo.jpg", channels=3, size=256)`` reads one.
+# The problem. Any image will do: ``load_images("photo.jpg", channels=3, size=256)`` reads its centre,
+# ``load_image("photo.jpg", channels=3)`` the whole.
 x = photograph("chelsea")
 physics = JPEG(x.shape[1:], quality=10)
 y = physics(x)

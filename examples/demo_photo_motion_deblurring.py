@@ -26,7 +26,8 @@ from deepinv_ud2m.data import photograph
 OUT = Path(__file__).parent / "output"
 
 # %%
-# The problem. Any image will do: ``load_images("photo.jpg", channels=3, size=256)`` reads one.
+# The problem. Any image will do: ``load_images("photo.jpg", channels=3, size=256)`` reads its centre,
+# ``load_image("photo.jpg", channels=3)`` the whole.
 x = photograph("astronaut")
 kernels = dinv.physics.generator.MotionBlurGenerator((31, 31), rng=torch.Generator().manual_seed(0))
 physics = dinv.physics.BlurFFT(img_size=x.shape[1:], filter=kernels.step(1)["filter"])

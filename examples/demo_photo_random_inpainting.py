@@ -24,7 +24,8 @@ from deepinv_ud2m.data import photograph
 OUT = Path(__file__).parent / "output"
 
 # %%
-# The problem. Any image will do: ``load_images("photo.jpg", channels=3, size=256)`` reads one.
+# The problem. Any image will do: ``load_images("photo.jpg", channels=3, size=256)`` reads its centre,
+# ``load_image("photo.jpg", channels=3)`` the whole.
 x = photograph("chelsea")
 kept = torch.rand(1, 1, *x.shape[-2:], generator=torch.Generator().manual_seed(0)) < 0.3
 physics = dinv.physics.Inpainting(x.shape[1:], mask=kept.float().expand_as(x))

@@ -24,7 +24,8 @@ from deepinv_ud2m.data import photograph
 OUT = Path(__file__).parent / "output"
 
 # %%
-# The problem. Any image will do: ``load_images("photo.jpg", channels=3, size=256)`` reads one.
+# The problem. Any image will do: ``load_images("photo.jpg", channels=3, size=256)`` reads its centre,
+# ``load_image("photo.jpg", channels=3)`` the whole.
 x = photograph("astronaut")
 physics = dinv.physics.Downsampling(
     img_size=x.shape[1:], filter="gaussian", factor=4, padding="circular"

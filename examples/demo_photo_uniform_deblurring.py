@@ -24,7 +24,8 @@ from deepinv_ud2m.data import photograph
 OUT = Path(__file__).parent / "output"
 
 # %%
-# The problem. Any image will do: ``load_images("photo.jpg", channels=3, size=256)`` reads one.
+# The problem. Any image will do: ``load_images("photo.jpg", channels=3, size=256)`` reads its centre,
+# ``load_image("photo.jpg", channels=3)`` the whole.
 x = photograph("astronaut")
 physics = dinv.physics.BlurFFT(img_size=x.shape[1:], filter=torch.ones(1, 1, 5, 5) / 25)
 physics.set_noise_model(dinv.physics.GaussianNoise(0.025, rng=torch.Generator().manual_seed(0)))
