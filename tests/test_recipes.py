@@ -119,6 +119,28 @@ def test_ablation_on_digits_goes_on(tmp_path):
     assert (tmp_path / "ablation.md").read_text().count("adversarial") == 2
 
 
+def test_the_mean_of_samplers(tmp_path):
+    one, other = (
+        UD2M.from_pretrained("mnist-sr4", merge=False),
+        UD2M.from_pretrained("mnist-sr4", merge=False),
+    )
+    with torch.no_grad():
+        for parameter in other.unfolded.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    other.save_pretrained(tmp_path / "other")
+    result = start("average_samplers.py", "mnist-sr4", tmp_path / "other", "--out", tmp_path / "mean")
+    assert result.returncode == 0, result.stderr
+    mean = UD2M.from_pretrained(tmp_path / "mean", merge=False)
+    of_one = dict(one.unfolded.named_parameters())
+    for name, parameter in mean.unfolded.named_parameters():
+        shift = 0.5 if parameter.requires_grad else 0
+        torch.testing.assert_close(parameter, of_one[name] + shift, atol=2e-3, rtol=1e-3)
+    result = start("average_samplers.py", "mnist", "mnist-sr4", "--out", tmp_path / "none")
+    assert "differ in K, adapter or network" in result.stderr
+    assert not (tmp_path / "none").exists()
+
+
 def test_options_that_a_sampler_to_start_from_has_already():
     for script, option in (("train_photos.py", "--delta"), ("train_mnist.py", "--iterations")):
         train = ["--train", "nowhere"]
