@@ -3,9 +3,9 @@ The mean of trained samplers
 ============================
 
 The weights of several samplers, trained on one from the other, are averaged, and the mean is written as
-a sampler of its own: between one that was trained at single levels and one that was trained on from it by
-samples of the whole sampler, it has the accuracy of the second and more of the first's spread. With one
-sampler and ``--levels``, it is that sampler with other levels.
+a sampler of its own. Between one that was trained at single levels and one that was trained on from it
+by samples of the whole sampler, it has the accuracy of the second and more of the first's spread. With
+one sampler and ``--levels``, it is that sampler with other levels.
 
 .. code-block:: bash
 
