@@ -113,7 +113,8 @@ def _benchmark(name: str, images: str, tuned: str, network: str) -> str:
         f"{tuned}. {distances} distance "
         "are of one sample per image, the other columns of several samples, on as many images as stand "
         f"after the semicolon. Distances are in features of {network}. Coverage: largest deviation of "
-        f"the coverage of norm balls from nominal. Mean and standard error. {_seconds(summary)} "
+        f"the coverage of norm balls from nominal. Mean and standard error. Hollow points: of "
+        f"fewer images. {_seconds(summary)} "
         f"({machine['device']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}).",
     ]
     parts += [

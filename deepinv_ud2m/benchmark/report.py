@@ -293,7 +293,10 @@ def _plot_calibration(file: Path, rows: list[dict]) -> None:
 
 
 def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:
-    """One curve per method over its numbers of steps, without defaults and the pseudo-inverse."""
+    """
+    One curve per method over its numbers of steps, without defaults and the pseudo-inverse. Points of
+    fewer images than others of the task have are hollow.
+    """
     lines = [line for line in lines if line["nfe"] and "defaults" not in line["method"]]
     key, title = ("perceptual", "perceptual distance (better: lower)")
     if any(key not in line for line in lines):
@@ -301,15 +304,21 @@ def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:
     with _panels(file, [line["task"] for line in lines]) as panels:
         for task, axis in panels.items():
             axis.set(xscale="log", xlabel="seconds per sample", ylabel=title)
-            curves = defaultdict(list)
-            for line in (line for line in lines if line["task"] == task):
+            curves, of_task = defaultdict(list), [line for line in lines if line["task"] == task]
+            for line in of_task:
                 # A sampler trained by itself is no other number of steps of the same.
                 method = line["method"]
                 curve = method if "checkpoint=" in method else method.partition(":")[0]
-                curves[curve].append((line["seconds"], line[key]))
+                curves[curve].append((line["seconds"], line[key], line["images"]))
+            most = max(line["images"] for line in of_task)
             for method, points in curves.items():
                 marker = "^" if "checkpoint=" in method else "o"
-                axis.plot(*zip(*sorted(points), strict=True), marker=marker, **_label(method))
+                seconds, values, images = zip(*sorted(points), strict=True)
+                axis.plot(seconds, values, marker=marker, **_label(method))
+                fewer = [i for i, number in enumerate(images) if number < most]
+                axis.plot(
+                    seconds, values, marker, mfc="w", color=_label(method)["color"], markevery=fewer
+                )
 
 
 @contextmanager
