@@ -65,7 +65,7 @@ psnr = dinv.metric.PSNR()
 # Restoration. The summary is written last, so its presence means that the image is done.
 for file in tqdm(files[rank::world_size], desc=f"process {rank}", position=rank):
     summary = args.out / f"{file.name}.json"
-    if summary.is_file() and json.loads(summary.read_text())["options"] == options:
+    if summary.is_file() and json.loads(summary.read_text()).get("options") == options:
         continue
     x = load_image(file, channels).to(device)
     x = x[..., : x.shape[-2] // 4 * 4, : x.shape[-1] // 4 * 4]

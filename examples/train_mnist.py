@@ -156,7 +156,7 @@ def main():
         ckp_interval=100,
         plot_images=True,
         save_path=args.out,
-        settings={name: getattr(args, name) for name in ("tasks", "sigma_y", "start")},
+        settings={name: getattr(args, name) for name in ("tasks", "sigma_y", "own_levels", "start")},
         seed=args.seed,
         device=device,
     )

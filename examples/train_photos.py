@@ -163,7 +163,9 @@ def main():
         ckp_interval=50,
         plot_images=True,
         save_path=args.out,
-        settings={name: getattr(args, name) for name in ("tasks", "sigma_y", "size", "start")},
+        settings={
+            name: getattr(args, name) for name in ("tasks", "sigma_y", "size", "own_levels", "start")
+        },
         seed=args.seed,
         device=device,
     )
