@@ -68,6 +68,9 @@ def parse_arguments(argv=None):
     parser.add_argument("--sigma-y", type=float, nargs=2, default=[0.02, 0.1], help="range of noise")
     parser.add_argument("--loss", choices=LOSSES, default="energy")
     parser.add_argument("--draws", type=int, default=2, help="draws per measurement, for energy")
+    parser.add_argument(
+        "--spread", type=float, default=1.0, help="of the draws, for energy; 1 is the posterior's"
+    )
     parser.add_argument("--iterations", type=int, help="K, unfolded iterations; 3")
     parser.add_argument("--steps", type=int, help="N, levels of the sampler; 3")
     parser.add_argument(
@@ -123,7 +126,7 @@ def main():
     shape = (1, 32, 32)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     physics = [make_physics(task, shape, device=device) for task in args.tasks]
-    generators = [operators_and_levels(task, shape, args.sigma_y) for task in args.tasks]
+    generators = [operators_and_levels(task, shape, args.sigma_y, device) for task in args.tasks]
 
     # %%
     # Losses, and a discriminator where one is asked for.
@@ -172,6 +175,7 @@ def main():
         "measurements": args.updates * args.batch_size,
         "batch_size": args.batch_size,
         "loss": LOSSES[args.loss],
+        **({"spread": args.spread} if args.loss == "energy" else {}),
         "trained": f"LoRA of rank {adapter['rank']}" if adapter else "all weights",
         "seed": args.seed,
         "validation": trainer.evaluate(),
@@ -206,16 +210,18 @@ def make_model(args):
     return UD2M(unfolded, None if levels else steps, levels=levels)
 
 
-def operators_and_levels(task, shape, sigma_y):
-    levels = SigmaGenerator(*sigma_y, rng=torch.Generator())
+def operators_and_levels(task, shape, sigma_y, device):
+    levels = SigmaGenerator(*sigma_y, rng=torch.Generator(device), device=device)
     if task != "inpaint-random":
         return levels
-    return BernoulliSplittingMaskGenerator(shape, split_ratio=0.3, rng=torch.Generator()) + levels
+    rng = torch.Generator(device)
+    masks = BernoulliSplittingMaskGenerator(shape, split_ratio=0.3, rng=rng, device=device)
+    return masks + levels
 
 
 def choose_losses(args):
     if args.loss == "energy":
-        return [EnergyScoreLoss(args.draws)], None, None
+        return [EnergyScoreLoss(args.draws, spread=args.spread)], None, None
     if args.loss == "l2":
         return [L2Loss("x0")], None, None
     losses = [L2Loss("x0"), PerceptualLoss("digits", weight=0.1), AdversarialGeneratorLoss(weight=0.01)]

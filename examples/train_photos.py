@@ -95,6 +95,7 @@ def parse_arguments():
     parser.add_argument(
         "--fast", action="store_true", help="compiled prior in bfloat16; needs a C++ compiler on a CPU"
     )
+    parser.add_argument("--workers", type=int, default=0, help="processes that cut crops")
     parser.add_argument("--eval-interval", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="two steps on two tasks")
@@ -146,7 +147,7 @@ def main():
         model=model,
         physics=physics,
         physics_generator=generators,
-        train_dataloader=DataLoader(crops, args.batch_size),
+        train_dataloader=DataLoader(crops, args.batch_size, num_workers=args.workers),
         eval_dataloader=DataLoader(shown, len(shown)),
         losses=losses,
         optimizer=torch.optim.AdamW(

@@ -75,6 +75,7 @@ def parse_arguments():
     parser.add_argument("--median", type=float, default=0.2, help="median noise level of training")
     parser.add_argument("--test-size", type=int, default=128, help="side of the centre crops to test on")
     parser.add_argument("--fast", action="store_true", help="compiled, in bfloat16")
+    parser.add_argument("--workers", type=int, default=0, help="processes that cut crops, on a GPU many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a tiny network, a few crops")
     args = parser.parse_args()
@@ -95,7 +96,7 @@ def main():
     # Data: every process draws crops of its own. What cannot be read is found before the training.
     x_test = load_images(args.test, 3, args.test_size, skip_small=True)
     crops = RandomCrops(args.train, args.size, args.epoch_crops // world_size, verbose=True)
-    loader = DataLoader(crops, batch_size=args.batch_size // world_size)
+    loader = DataLoader(crops, batch_size=args.batch_size // world_size, num_workers=args.workers)
 
     # %%
     # Training.

@@ -83,8 +83,9 @@ def test_bad_folders(folder, tmp_path_factory):
 # -- Training -------------------------------------------------------------------------------------
 
 
-def train(tiny_config, epochs, file=None, seed=0, **options):
-    loader = DataLoader(mnist_digits("validation", num=64), batch_size=16, shuffle=True)
+def train(tiny_config, epochs, file=None, seed=0, workers=0, **options):
+    digits = mnist_digits("validation", num=64)
+    loader = DataLoader(digits, batch_size=16, shuffle=True, num_workers=workers)
     options = {"checkpoint": file, "seed": seed, "device": "cpu", "verbose": False} | options
     return train_prior(tiny_config, loader, epochs, **options)
 
@@ -101,8 +102,9 @@ def test_a_prior_learns_to_denoise_and_is_saved(tiny_config, tmp_path):
     )
 
 
-def test_a_stopped_run_resumes_to_the_same_bits(tiny_config, tmp_path, monkeypatch):
-    whole = train(tiny_config, 3).state_dict()
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stopped_run_resumes_to_the_same_bits(tiny_config, tmp_path, monkeypatch, workers):
+    whole = train(tiny_config, 3).state_dict()  # workers change nothing
     file = tmp_path / "checkpoint.pt"
     step = PriorTrainer.step
 
@@ -113,9 +115,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(tiny_config, tmp_path, monkeypat
 
     monkeypatch.setattr(PriorTrainer, "step", killed)
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_config, 3, file)
+        train(tiny_config, 3, file, workers=workers)
     monkeypatch.setattr(PriorTrainer, "step", step)
-    resumed = train(tiny_config, 3, file).state_dict()
+    resumed = train(tiny_config, 3, file, workers=workers).state_dict()
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
     other = train(tiny_config, 3, seed=1).state_dict()
     assert not all(torch.equal(value, other[key]) for key, value in whole.items())

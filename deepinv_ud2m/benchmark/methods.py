@@ -197,7 +197,10 @@ METHODS = {
     "dps": Method(
         "DPS",
         _dps,
-        grid={"guidance": ["norm", "annealed"], "weight": [0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0]},
+        grid={
+            "guidance": ["norm", "annealed"],
+            "weight": [0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0],
+        },
         defaults={"guidance": "norm", "weight": 1.0},
     ),
     "pigdm": Method(

@@ -9,6 +9,7 @@ not on what else is run.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import gzip
 import importlib.util
@@ -260,13 +261,15 @@ def parse_method(label: str) -> tuple[Method, dict]:
 
 
 def measure(physics: Physics, x: Tensor, images: range, seed: int) -> Tensor:
-    """Measurements of images, each with a noise of its own whatever the batch."""
+    """Measurements of images, each with a noise of its own whatever the batch and the device."""
+    # A GPU would draw other noise from the same seed.
+    on_cpu = copy.deepcopy(physics).cpu() if x.is_cuda else physics
     measurements = []
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        for i, image in zip(images, x, strict=True):
+        for i, image in zip(images, x.cpu(), strict=True):
             torch.manual_seed(_mix(seed, i))
-            measurements.append(physics(image[None]))
-    return torch.cat(measurements)
+            measurements.append(on_cpu(image[None]))
+    return torch.cat(measurements).to(x.device)
 
 
 @torch.no_grad()

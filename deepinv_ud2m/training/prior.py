@@ -246,8 +246,9 @@ class PriorTrainer(Trainer):
         """Set the run up, resuming from ``checkpoint`` where it exists."""
         self.save_path = None  # deepinv would make a folder named by the second
         self.ema = AveragedModel(self.network, multi_avg_fn=_warm_average(self.ema_decay))
-        self._seeded_epoch = None
         super().setup_train(train=train, **kwargs)
+        if train:
+            self._seed_epoch(self.epoch_start)
 
     def load_model(self, ckpt_pretrained=None, strict: bool = True) -> dict | None:
         """Resume from ``checkpoint``; nothing is unpickled but tensors and plain values."""
@@ -283,12 +284,12 @@ class PriorTrainer(Trainer):
 
     def step(self, epoch, progress_bar, train_ite=None, train=True, **kwargs):
         """One deepinv step; after a training step, the average and the learning rate move too."""
-        if train and epoch != self._seeded_epoch:
-            self._seed_epoch(epoch)
         super().step(epoch, progress_bar, train_ite=train_ite, train=train, **kwargs)
         if train:
             self.ema.update_parameters(self.network)
             self.step_scheduler.step()
+            if kwargs.get("last_batch"):  # before the workers of the next epoch start
+                self._seed_epoch(epoch + 1)
 
     def _seed_epoch(self, epoch: int):
         seeds = np.random.SeedSequence([self.seed, epoch, rank()]).generate_state(
@@ -297,7 +298,6 @@ class PriorTrainer(Trainer):
         torch.manual_seed(int(seeds[0]) >> 1)
         for generator, seed in zip(self.generators, seeds[1:], strict=True):
             generator.manual_seed(int(seed) >> 1)
-        self._seeded_epoch = epoch
 
 
 def _warm_average(decay: float):
