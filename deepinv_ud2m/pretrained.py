@@ -516,10 +516,15 @@ def _find_prior(
     if prior is None:
         try:
             prior = load_prior(str(name))
-        except ValueError as error:
+        except (ValueError, OSError, ImportError) as error:
+            how = (
+                f"prior=load_prior({name!r}, download=True), or weights="
+                if name in PUBLISHED
+                else "prior="
+            )
             raise ValueError(
                 f"this sampler was trained with the prior {name!r} (fingerprint "
-                f"{expected['fingerprint']}), which is not found by that name. Give it as prior=. "
+                f"{expected['fingerprint']}), which is not at hand by that name. Give it as {how}. "
                 f"({error})"
             ) from error
     elif not isinstance(prior, nn.Module):
@@ -659,7 +664,7 @@ def model_card(repo_id: str, config: Mapping) -> str:
     """
     prior, initializer, lora = config["prior"], config["initializer"]["kind"], config["lora"]
     given = [f'"{repo_id}"']
-    if prior["name"] not in {*PRIORS, *PUBLISHED}:
+    if prior["name"] not in PRIORS:  # those of others have to be fetched
         given.append("prior=prior")
     if initializer not in _INITIALIZERS:
         given.append("initializer=initializer")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from deepinv.models import Denoiser, Reconstructor
-from deepinv.physics import Physics
+from deepinv.physics import LinearPhysics, Physics
 from deepinv.utils import TensorList
 from torch import Tensor, nn
 from torch.profiler import record_function
@@ -358,6 +358,7 @@ class UD2M(Reconstructor):
                 f"sigma_y must be positive and finite, got {level.tolist()}; for measurements without "
                 "noise give the physics a ZeroNoise, which stands for a small floor"
             )
+        self._check_device(y)
         like = _image_like(y, physics)
         expand_scalar(level, like, "sigma_y")
         if generator is not None and generator.device.type != like.device.type:
@@ -367,6 +368,15 @@ class UD2M(Reconstructor):
         if hasattr(self.unfolded, "check"):
             self.unfolded.check(physics, like.shape, self.levels, level)
         return like
+
+    def _check_device(self, y: Tensor | TensorList) -> None:
+        weight = next(self.unfolded.parameters(), None)
+        device = y[0].device if isinstance(y, TensorList) else y.device
+        if weight is not None and weight.device != device:
+            raise ValueError(
+                f"y must be on the device of the model, {weight.device}, got y on {device}: move one "
+                "with .to(device)"
+            )
 
     def __repr__(self) -> str:
         levels = [f"{level:.4g}" for level in self.levels.tolist()]
@@ -414,7 +424,8 @@ def _image_like(y: Tensor | TensorList, physics: Physics) -> Tensor:
             f"y of shape {shapes} does not fit the physics {type(physics).__name__}: {error}"
         ) from error
     expected = [list(p.shape) for p in again] if isinstance(y, TensorList) else list(again.shape)
-    if expected != shapes:
+    # What is not linear checks y itself: JPEG takes whole blocks and the visible image alike.
+    if isinstance(physics, LinearPhysics) and expected != shapes:
         raise ValueError(
             f"y of shape {shapes} does not fit the physics {type(physics).__name__}, whose "
             f"measurements would have shape {expected}"

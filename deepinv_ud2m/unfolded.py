@@ -136,13 +136,19 @@ class UnfoldedDenoiser(Reconstructor):
         freeze_prior(denoiser)
 
     def _multipliers(self, name: str, values: float | Sequence[float]) -> Tensor:
-        values = torch.as_tensor(values, dtype=torch.float32).reshape(-1)
-        if len(values) not in (1, self.num_iterations) or not bool((values > 0).all()):
+        try:
+            given = torch.as_tensor(values, dtype=torch.float32).reshape(-1)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"{name} must be a number or a sequence of numbers, got {values!r}"
+            ) from error
+        positive = bool(((given > 0) & given.isfinite()).all())
+        if len(given) not in (1, self.num_iterations) or not positive:
             raise ValueError(
                 f"{name} must be one positive number or {self.num_iterations} "
-                f"(num_iterations), got {values.tolist()}"
+                f"(num_iterations), finite; got {given.tolist()}"
             )
-        return values.expand(self.num_iterations).clone()
+        return given.expand(self.num_iterations).clone()
 
     def forward(
         self,

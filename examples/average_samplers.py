@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from deepinv_ud2m.pretrained import describe
 from deepinv_ud2m.training import sampler_to_train
 
 parser = argparse.ArgumentParser(description="The mean of the weights of trained samplers.")
@@ -30,14 +31,22 @@ parser.add_argument("--out", type=Path, required=True)
 args = parser.parse_args()
 
 # %%
-# All in the place of the first; samplers of different shapes have no mean.
+# All in the place of the first. Samplers that differ in more than what was trained have no mean, nor
+# have adapters, whose factors are multiplied.
 model, *others = (sampler_to_train(name, prior=args.prior, levels=args.levels) for name in args.samplers)
 parameters = dict(model.unfolded.named_parameters())
+if describe(model)["lora"] is not None and others:
+    parser.error(
+        f"{args.samplers[0]} has an adapter: only samplers with all weights trained have a mean"
+    )
 with torch.no_grad():
     for number, (name, other) in enumerate(zip(args.samplers[1:], others, strict=True), 2):
         of_other = dict(other.unfolded.named_parameters())
+        for part in ("unfolded", "initializer", "lora", "prior"):
+            if describe(other)[part] != describe(model)[part]:
+                parser.error(f"{name} and {args.samplers[0]} differ in {part}: no mean")
         if {n: p.shape for n, p in of_other.items()} != {n: p.shape for n, p in parameters.items()}:
-            parser.error(f"{name} and {args.samplers[0]} differ in K, adapter or network: no mean")
+            parser.error(f"{name} and {args.samplers[0]} differ in the shape of weights: no mean")
         for key, parameter in parameters.items():
             parameter.lerp_(of_other[key], 1 / number)
 

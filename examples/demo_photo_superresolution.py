@@ -19,6 +19,7 @@ import torch
 
 from deepinv_ud2m import UD2M, load_prior
 from deepinv_ud2m.benchmark.comparison import compare
+from deepinv_ud2m.benchmark.tune import shipped_settings
 from deepinv_ud2m.data import photograph
 
 OUT = Path(__file__).parent / "output"
@@ -36,9 +37,9 @@ y = physics(x)
 # %%
 # The sampler that ships, for all degradations at once, 8 samples.
 model = UD2M.from_pretrained("photos")
-# DiffPIR has the settings that were best on other photographs,
-# ``deepinv_ud2m/benchmark/results/settings_photos.json``.
-comparison = compare(x, y, physics, model, load_prior("photos"), num_samples=8, zeta=0.3, lambda_=1.0)
+# DiffPIR has the settings that were best on other photographs.
+diffpir = shipped_settings("photos", "sr4", "diffpir")
+comparison = compare(x, y, physics, model, load_prior("photos"), num_samples=8, **diffpir)
 print(comparison)
 
 # %%

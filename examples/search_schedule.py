@@ -50,6 +50,7 @@ parser.add_argument("--levels", type=float, nargs="+", default=[78.7, 1.277, 0.1
 parser.add_argument("--reference-level", type=float, default=0.08, help="detail to work at")
 parser.add_argument("--trials", type=int, default=80)
 parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 parser.add_argument("--out", type=Path, default=Path("runs/schedule.json"))
 args = parser.parse_args()
 if len(args.delta) != len(args.rho):
@@ -59,14 +60,14 @@ if len(args.delta) != len(args.rho):
 # The problems, and the features that are scored.
 if args.data:
     x = load_images(args.data, 3, args.size, num=args.images, skip_small=True)
-    features = PerceptualDistance("efficientnet").embedding
+    features = PerceptualDistance("efficientnet", device=args.device).embedding
 else:
     x, features = mnist_digits("validation", num=args.images), None
-prior = load_prior(args.prior)
+x, prior = x.to(args.device), load_prior(args.prior, args.device)
 problems = {}
 for task in args.tasks:
-    physics = make_physics(task, tuple(x.shape[1:]))
-    generator = make_generator(task, tuple(x.shape[1:]), args.sigma_y)
+    physics = make_physics(task, tuple(x.shape[1:]), device=args.device)
+    generator = make_generator(task, tuple(x.shape[1:]), args.sigma_y, device=args.device)
     torch.manual_seed(args.seed)
     problems[task] = physics(x, **generator.step(len(x), seed=args.seed)), physics
 
@@ -87,9 +88,10 @@ def scores(setting):
         rho=setting["rho"],
         reference_level=args.reference_level,
     )
-    model, found = UD2M(unfolded, levels=setting["levels"]), {}
+    model, found = UD2M(unfolded, levels=setting["levels"]).to(args.device), {}
     for task, (y, physics) in problems.items():
-        samples = model.sample(y, physics, 2, generator=torch.Generator().manual_seed(args.seed))
+        generator = torch.Generator(args.device).manual_seed(args.seed)
+        samples = model.sample(y, physics, 2, generator=generator)
         found[task] = energy_score(samples, x).mean().item()
         if features is not None:
             seen, truth = (features(images)[..., None, None] for images in (samples.flatten(0, 1), x))

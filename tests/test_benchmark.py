@@ -242,6 +242,8 @@ def test_a_folder_of_another_setup_is_refused_and_left_alone(tiny_prior, tmp_pat
     before = (tmp_path / "rows.jsonl").read_text()
     with pytest.raises(ValueError, match="another setup"):
         Results(tmp_path, Setup("tiny", "test", 0.1, 0, 2))
+    with pytest.raises(ValueError, match="another setup"):
+        Results(tmp_path, Setup("tiny", "test", 0.05, 0, 2, "weights of another prior"))
     assert (tmp_path / "rows.jsonl").read_text() == before
 
 
@@ -284,6 +286,19 @@ def test_lines_are_in_the_order_of_tasks_and_methods():
     names = [("sr4", "ud2m"), ("sr4", "dps:num_steps=10"), ("sr4", "pinv"), ("inpaint-box", "ud2m")]
     rows = [row | {"task": task, "method": method} for task, method in reversed(names)]
     assert [(line["task"], line["method"]) for line in summarise(rows)] == names
+
+
+def test_differences_are_of_the_same_images():
+    """Images that one method lacks do not count, however much they differ."""
+    row = {"num_samples": 1, "settings": {}, "nfe": 1, "nfe_backward": 0, "seconds": 1.0, "task": "sr4"}
+    row |= {"peak_memory_gb": 1.0}
+    rows = [row | {"method": "ud2m-distilled", "image": i, "psnr": 20.0 + 7 * i} for i in range(4)]
+    gaps = {1: -1.0, 3: -2.0}
+    rows += [row | {"method": "pinv", "image": i, "psnr": 20 + 7 * i + gap} for i, gap in gaps.items()]
+    ours, theirs = summarise(rows)
+    assert "psnr_gap" not in ours
+    assert theirs["psnr_gap"] == pytest.approx(-1.5)
+    assert theirs["psnr_gap_se"] == pytest.approx(0.5)  # standard deviation 0.5 sqrt(2), of two images
 
 
 def test_stored_results_are_results_that_can_be_extended(tiny_prior, tmp_path):
@@ -338,6 +353,10 @@ def test_tuning_finds_the_minimum_and_resumes(tiny_prior, tmp_path):
     hook.remove()
     with pytest.raises(ValueError, match="another setup"):
         tune(tiny_prior, x, ["sr4"], ["ud2m"], file, sigma_y=0.1, progress=False)
+    other = copy.deepcopy(tiny_prior)
+    next(other.parameters()).add_(1)
+    with pytest.raises(ValueError, match="its prior_weights is"):
+        tune(other, x, ["sr4"], ["ud2m"], file, progress=False)
     with pytest.raises(ValueError, match="its data is '', here it is 'photos'"):
         tune(tiny_prior, x, ["sr4"], ["ud2m"], file, data="photos", progress=False)
 
@@ -392,12 +411,17 @@ def test_bad_images_are_refused_and_leave_results_untouched(
     before = (out / "rows.jsonl").read_text()
     (tmp_path / "empty").mkdir()
     (photos / "2.png").write_bytes(b"not a picture")
+    two = ["--data", str(photos), "--size", "32", "--images", "2"]
     for arguments, message in [
         (["--data", str(tmp_path / "empty"), "--size", "32"], "empty itself has no file"),
         (["--data", str(photos), "--size", "32"], "2.png"),
         (["--data", str(photos), "--size", "64", "--images", "2"], "0.png"),
         (["--data", str(photos), "--size", "16", "--images", "2"], "another setup"),
         (["--data", str(photos), "--size", "33"], "multiple"),
+        ([*two, "--sigma-y", "0"], "sigma_y must be positive"),
+        ([*two, "--batch-size", "0"], "batch_size must be"),
+        ([*two, "--samples", "0"], "--samples must be"),
+        ([*two, "--methods", "diffpir:steps=9"], "got 'steps'"),
         (["--data", str(photos)], "--size"),
         (["--data", "Nowhere", "--size", "32"], "Nowhere"),
     ]:

@@ -180,6 +180,13 @@ def test_generator_of_another_device_on_a_gpu(model):
         model(GREY, _denoising(), generator=torch.Generator("cuda"))
 
 
+def test_measurements_on_another_device(model):
+    model.to("meta")  # stands for a GPU
+    for call in (model, model.sample):
+        with pytest.raises(ValueError, match="y must be on the device of the model, meta, got y on cpu"):
+            call(GREY, _denoising())
+
+
 # -- Construction ---------------------------------------------------------------------------------
 
 
@@ -208,10 +215,15 @@ def test_num_iterations(num_iterations):
 
 
 @pytest.mark.parametrize("name", ["rho", "delta", "lambda_"])
-@pytest.mark.parametrize("value", [0.0, -1.0, NAN, [1.0, 2.0], [1.0, -1.0, 1.0], []])
+@pytest.mark.parametrize("value", [0.0, -1.0, NAN, float("inf"), [1.0, 2.0], [1.0, -1.0, 1.0], []])
 def test_multipliers(name, value):
     with pytest.raises(ValueError, match=rf"{name.rstrip('_')}.* must be one positive number or 3"):
         UnfoldedDenoiser(Untouchable(), 3, **{name: value})
+
+
+def test_multipliers_that_are_no_numbers():
+    with pytest.raises(TypeError, match="rho must be a number or a sequence of numbers, got 'a'"):
+        UnfoldedDenoiser(Untouchable(), rho="a")
 
 
 def test_other_arguments():

@@ -31,6 +31,17 @@ def pillow(x, quality, subsampling="4:2:0"):
     return torch.from_numpy(array).permute(2, 0, 1)[None].float(), tables
 
 
+@pytest.mark.parametrize("size", [(50, 40), (34, 70)])
+def test_a_file_whose_sides_are_not_whole_blocks_is_sampled(size, tiny_prior):
+    x = torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(0))
+    y = pillow(x, 20)[0] / 255
+    physics = JPEG((1, *size), 20)
+    x_hat = UD2M(UnfoldedDenoiser(tiny_prior, 1), num_steps=1)(y, physics)
+    assert x_hat.shape == x.shape
+    with pytest.raises(ValueError, match="does not fit the physics JPEG"):
+        UD2M(UnfoldedDenoiser(tiny_prior))(y[..., 1:], physics)
+
+
 # -- Pillow's codec -------------------------------------------------------------------------------
 
 

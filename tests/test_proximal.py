@@ -28,6 +28,7 @@ from deepinv.physics import (
 from deepinv.physics import noise as noises
 from deepinv.utils import TensorList
 
+from deepinv_ud2m.batching import RepeatedPhysics
 from deepinv_ud2m.proximal import (
     NOISE_FLOOR,
     expand_scalar,
@@ -503,3 +504,17 @@ def test_backprojection_is_computed_once():
     for _ in range(3):
         posterior_prox(x, y, view, x_s, S, RHO, LAMBDA, 0.05)
     assert len(calls) == 1
+
+
+def test_backprojection_of_several_samples_is_computed_once():
+    physics, x, x_s, y = problem("Downsampling bicubic")
+    calls = []
+    adjoint = physics.A_adjoint
+    physics.A_adjoint = lambda *args, **kwargs: calls.append(0) or adjoint(*args, **kwargs)
+    repeated = RepeatedPhysics(physics, x[:1], len(x), 0.05)
+    expected = posterior_prox(x, y, repeated, x_s, S, RHO, LAMBDA, 0.05)
+    view = remember_backprojection(repeated, y)
+    calls.clear()
+    assert torch.equal(posterior_prox(x, y, view, x_s, S, RHO, LAMBDA, 0.05), expected)
+    assert not calls
+    assert repeated.physics is physics

@@ -136,8 +136,12 @@ def test_the_mean_of_samplers(tmp_path):
     for name, parameter in mean.unfolded.named_parameters():
         shift = 0.5 if parameter.requires_grad else 0
         torch.testing.assert_close(parameter, of_one[name] + shift, atol=2e-3, rtol=1e-3)
-    result = start("average_samplers.py", "mnist", "mnist-sr4", "--out", tmp_path / "none")
-    assert "differ in K, adapter or network" in result.stderr
+    for names, reason in (
+        (["mnist", "photos"], "photos and mnist differ in unfolded"),
+        (["photos-posterior"] * 2, "photos-posterior has an adapter"),
+    ):
+        result = start("average_samplers.py", *names, "--out", tmp_path / "none")
+        assert reason in result.stderr
     assert not (tmp_path / "none").exists()
 
 

@@ -583,6 +583,8 @@ def test_deepinv_test_runs_the_full_sampler(tiny_prior):
     "options, error, message",
     [
         ({"losses": []}, ValueError, "losses is empty"),
+        ({"physics": None}, ValueError, "physics must be given"),
+        ({"train_dataloader": None}, ValueError, "train_dataloader must be given"),
         ({"steps": 0}, ValueError, "steps must be an integer >= 1"),
         ({"accumulate": 1.5}, ValueError, "accumulate must be an integer"),
         ({"ema_decay": 1.0}, ValueError, "ema_decay must be in"),

@@ -119,5 +119,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(tiny_config, tmp_path, monkeypat
     monkeypatch.setattr(PriorTrainer, "step", step)
     resumed = train(tiny_config, 3, file, workers=workers).state_dict()
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+    with pytest.raises(ValueError, match=r"its lr is 0\.002, here it is 0\.1"):
+        train(tiny_config, 3, file, lr=0.1)
     other = train(tiny_config, 3, seed=1).state_dict()
     assert not all(torch.equal(value, other[key]) for key, value in whole.items())

@@ -28,7 +28,9 @@ from deepinv_ud2m.benchmark.run import (
 from deepinv_ud2m.benchmark.tasks import TASKS
 from deepinv_ud2m.benchmark.timing import time_methods
 from deepinv_ud2m.benchmark.tune import best_settings, merge_searches, tune
+from deepinv_ud2m.checks import check_count
 from deepinv_ud2m.data import load_images, mnist_digits
+from deepinv_ud2m.pretrained import fingerprint
 from deepinv_ud2m.priors import load_prior
 from deepinv_ud2m.training.parallel import rank
 
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with _processes(args):
             args.command(args)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -83,7 +85,9 @@ def _run(args: argparse.Namespace) -> None:
         args.images, args.samples = 4, 4
     prior, x = _prior_and_images(args)
     tuned = merge_searches(args.settings)
-    setup = Setup(args.prior, _name_of_data(args, x), args.sigma_y, args.seed, args.batch_size)
+    check_count("--samples", args.samples)
+    data, weights = _name_of_data(args, x), fingerprint(prior)
+    setup = Setup(args.prior, data, args.sigma_y, args.seed, args.batch_size, weights)
     results = Results(args.out, setup)
     for task in args.tasks:
         for method in args.methods:

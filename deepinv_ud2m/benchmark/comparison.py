@@ -17,7 +17,8 @@ from deepinv.physics import Physics
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from deepinv_ud2m.benchmark.run import perceptual_distance, perceptual_network
+from deepinv_ud2m.benchmark.run import perceptual_distance, perceptual_network, synchronize
+from deepinv_ud2m.checks import check_count
 from deepinv_ud2m.proximal import noise_level
 from deepinv_ud2m.sampler import UD2M, CallCounter
 
@@ -125,7 +126,12 @@ def compare(
     :param float zeta: of DiffPIR, share of fresh noise in a step (default: 0.1).
     :param float lambda_: of DiffPIR, weight of the prior (default: 7).
     :param int seed: of all samples (default: 0).
+    :raises ValueError: for fewer than 2 samples.
+
+    DiffPIR takes one noise level: the mean, where each image has its own.
     """
+    if check_count("num_samples", num_samples) < 2:
+        raise ValueError(f"num_samples must be at least 2, for a standard deviation, got {num_samples}")
     samples, one, mean = _restore_by_ud2m(y, physics, model, num_samples, seed)
     sigma_y = float(torch.as_tensor(noise_level(physics)).mean())
     diffpir = dinv.sampling.DiffPIR(
@@ -145,9 +151,11 @@ def compare(
 
 
 def _restore_by_ud2m(y, physics, model, num_samples, seed):
-    start = time.perf_counter()
     generator = torch.Generator(y.device).manual_seed(seed)
+    synchronize(y)
+    start = time.perf_counter()
     samples = model.sample(y, physics, num_samples, generator=generator)
+    synchronize(y)
     seconds = time.perf_counter() - start
     one = Estimate("UD2M, one sample", samples[0], model.nfe, seconds / num_samples)
     mean = Estimate(f"UD2M, mean of {num_samples}", samples.mean(0), num_samples * model.nfe, seconds)
@@ -159,6 +167,7 @@ def _timed(name: str, prior: Denoiser, batch: int, restore: Callable[[], Tensor]
     start = time.perf_counter()
     with CallCounter([prior]) as counter:
         images = restore().clamp(0, 1)
+    synchronize(images)
     return Estimate(name, images, counter.images / batch, time.perf_counter() - start)
 
 

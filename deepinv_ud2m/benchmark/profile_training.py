@@ -122,7 +122,8 @@ def _parts(trainer: DistillationTrainer) -> None:
     draws = (x + 0.1)[None].requires_grad_()
     batch |= {"samples": draws, "x_net": draws[0], "step": 0}
     sum(trainer._loss(loss, batch) for loss in trainer.losses).backward()
-    trainer._train_discriminator([batch | {"samples": draws.detach(), "x_net": draws[0].detach()}])
+    drawn = {"samples": draws.detach(), "x_net": draws[0].detach(), "micro_step": 0}
+    trainer._train_discriminator([batch | drawn], 0)
 
 
 def _two_passes(trainer: DistillationTrainer) -> None:

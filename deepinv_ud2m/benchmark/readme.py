@@ -113,8 +113,8 @@ def _benchmark(name: str, images: str, tuned: str, network: str) -> str:
         f"{tuned}. {distances} distance "
         "are of one sample per image, the other columns of several samples, on as many images as stand "
         f"after the semicolon. Distances are in features of {network}. Coverage: largest deviation of "
-        f"the coverage of norm balls from nominal. Mean and standard error. Hollow points: of "
-        f"fewer images. {_seconds(summary)} "
+        f"the coverage of norm balls from nominal. Less UD2M's: difference to the first row on the "
+        f"same images. Means and standard errors. Hollow points: of fewer images. {_seconds(summary)} "
         f"({machine['device']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}).",
     ]
     parts += [
@@ -149,11 +149,11 @@ def _seconds(summary: dict) -> str:
     )
 
 
-def _mean(key: str, digits: int):
+def _mean(key: str, digits: int, sign: str = ""):
     def cell(line: dict) -> str:
         if key not in line:
             return "-"
-        return f"{line[key]:.{digits}f} ± {line[key + '_se']:.{digits}f}"
+        return f"{line[key]:{sign}.{digits}f} ± {line[key + '_se']:.{digits}f}"
 
     return cell
 
@@ -191,6 +191,8 @@ _COLUMNS = [
     ("perceptual", _mean("perceptual", 3)),
     ("energy score", _mean("energy_score", 2)),
     ("Frechet", _number("frechet", 1)),
+    ("PSNR less UD2M's", _mean("psnr_gap", 2, "+")),
+    ("perceptual less UD2M's", _mean("perceptual_gap", 3, "+")),
     ("coverage", _number("coverage_error", 2)),
 ]
 

@@ -13,7 +13,9 @@ import copy
 import functools
 import gzip
 import importlib.util
+import inspect
 import json
+import math
 import platform
 import re
 import resource
@@ -35,6 +37,7 @@ from tqdm import tqdm
 from deepinv_ud2m import __version__
 from deepinv_ud2m.benchmark.methods import METHODS, Method
 from deepinv_ud2m.benchmark.tasks import make_physics
+from deepinv_ud2m.checks import check_count
 from deepinv_ud2m.metrics import (
     PerceptualDistance,
     credible_level,
@@ -56,6 +59,8 @@ class Setup:
     :param float sigma_y: noise level.
     :param int seed: of measurements and samples.
     :param int batch_size: images sampled together.
+    :param str prior_weights: fingerprint of the weights of the prior, which its name does not tell.
+    :raises ValueError: for a noise level or a batch that is not positive.
     """
 
     prior: str
@@ -63,6 +68,12 @@ class Setup:
     sigma_y: float
     seed: int
     batch_size: int
+    prior_weights: str | None = None
+
+    def __post_init__(self):
+        check_count("batch_size", self.batch_size)
+        if not 0 < self.sigma_y < math.inf:
+            raise ValueError(f"sigma_y must be positive and finite, got {self.sigma_y}")
 
 
 #: Name of the rows in stored results.
@@ -90,7 +101,7 @@ class Results:
         stored = self.folder / "setup.json"
         if stored.is_file():
             there = json.loads(stored.read_text())
-            if there["setup"] != asdict(self.setup):
+            if {"prior_weights": None} | there["setup"] != asdict(self.setup):
                 error = (
                     f"{self.folder} holds results of another setup, {there['setup']}; this run is "
                     f"{asdict(self.setup)}: choose another output folder"
@@ -257,6 +268,12 @@ def parse_method(label: str) -> tuple[Method, dict]:
             settings[key] = json.loads(value)
         except json.JSONDecodeError:
             settings[key] = value
+    taken = [*inspect.signature(METHODS[name].build).parameters][
+        2:
+    ]  # after the prior and the noise level
+    unknown = sorted(set(settings) - set(taken))
+    if unknown:
+        raise ValueError(f"settings of {name!r} must be of {taken}, got {unknown[0]!r} in {label!r}")
     return METHODS[name], settings
 
 
@@ -286,10 +303,10 @@ def draw(
     samples, seconds = [], []
     with EvaluationCounter(getattr(sampler, "networks", [prior])) as counter:
         for s in range(num_samples):
-            _synchronize(y)
+            synchronize(y)
             start = time.perf_counter()
             sample = sampler(y, physics, _mix(seed, 1, s))
-            _synchronize(y)
+            synchronize(y)
             seconds.append(time.perf_counter() - start)
             samples.append(sample.float().clamp(0, 1))
     per_image = num_samples * len(y)
@@ -414,7 +431,8 @@ def peak_memory(y: Tensor) -> float:
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-def _synchronize(y: Tensor) -> None:
+def synchronize(y: Tensor) -> None:
+    """Wait for what a GPU has been told to do, before a clock is read."""
     if y.is_cuda:
         torch.cuda.synchronize()
 

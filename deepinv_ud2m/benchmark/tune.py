@@ -17,6 +17,7 @@ from tqdm import tqdm
 from deepinv_ud2m.benchmark.run import draw, measure, parse_method
 from deepinv_ud2m.benchmark.tasks import make_physics
 from deepinv_ud2m.metrics import energy_score
+from deepinv_ud2m.pretrained import fingerprint
 
 
 def tune(
@@ -52,6 +53,7 @@ def tune(
     stated = {
         "criterion": "energy score (mean squared error where not random), smaller is better",
         "prior": getattr(getattr(prior, "prior_info", None), "name", type(prior).__name__),
+        "prior_weights": fingerprint(prior),
         "data": data,
         "validation_images": len(x),
         "shape": list(x.shape[1:]),
@@ -102,6 +104,19 @@ def best_settings(result: dict, task: str, method: str) -> dict:
     scores = searches.get(method) or (searches[same[0]] if same else [])
     finite = [score for score in scores if score["score"] is not None]
     return min(finite, key=lambda score: score["score"])["settings"] if finite else {}
+
+
+def shipped_settings(prior: str, task: str, method: str) -> dict:
+    """
+    The winner of the search that ships with the package.
+
+    :param str prior: ``"mnist"`` or ``"photos"``.
+    :param str task: name of the task.
+    :param str method: label of the method.
+    :returns: its settings; none where it was not searched.
+    """
+    file = Path(__file__).parent / "results" / f"settings_{prior}.json"
+    return best_settings(json.loads(file.read_text()), task, method)
 
 
 def merge_searches(files: list[Path]) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -21,6 +22,13 @@ def world_size() -> int:
 def rank() -> int:
     """Number of this process, from 0, which alone writes."""
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def own_device() -> str:
+    """The GPU of this process of ``torchrun``, the GPU where there is one process, else the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
 
 
 def gather(value: T) -> list[T]:

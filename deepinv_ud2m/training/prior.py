@@ -11,6 +11,7 @@ from which an interrupted run goes on exactly where it stopped.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -29,8 +30,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
+from deepinv_ud2m.checks import check_count
 from deepinv_ud2m.priors import build_network
-from deepinv_ud2m.training.parallel import rank, world_size
+from deepinv_ud2m.training.parallel import own_device, rank, world_size
 
 
 def train_prior(
@@ -68,8 +70,9 @@ def train_prior(
     :param torch.device, str device: a GPU if there is one by default.
     :param bool verbose: show progress (default: ``True``).
     :returns: the moving average of the weights, as a frozen network in evaluation mode.
+    :raises ValueError: if ``checkpoint`` is of a run with other arguments; it is left as it is.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or own_device()
     torch.manual_seed(seed)
     prior = build_network(config).train().requires_grad_(True).to(device)
     if fast:
@@ -101,6 +104,17 @@ def train_prior(
         checkpoint=checkpoint,
         seed=seed,
         generators=[*generators, levels.rng],
+        identity={
+            "config": json.loads(json.dumps({name: config[name] for name in ("prior", "network")})),
+            "epochs": epochs,
+            "batches": len(loader),
+            "batch_size": loader.batch_size,
+            "lr": lr,
+            "median": median,
+            "seed": seed,
+            "fast": fast,
+            "processes": world_size(),
+        },
         verbose=verbose and rank() == 0,
         show_progress_bar=verbose and rank() == 0,
         freq_update_progress_bar=20,
@@ -201,7 +215,10 @@ def warmup_cosine(total_steps: int, warmup_steps: int = 200, floor: float = 0.01
     :param int warmup_steps: length of the warm-up, in steps (default: 200).
     :param float floor: factor at the end (default: 0.01).
     :returns: a function of the step, for :class:`torch.optim.lr_scheduler.LambdaLR`.
+    :raises ValueError: for fewer than one step of either.
     """
+    check_count("total_steps", total_steps)
+    check_count("warmup_steps", warmup_steps)
 
     def factor(step: int) -> float:
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
@@ -229,6 +246,9 @@ class PriorTrainer(Trainer):
         exists. ``None`` writes nothing.
     :param int seed: of the run (default: 0).
     :param list[torch.Generator] generators: generators of the data order and of the physics.
+    :param Mapping identity: what makes a run another one, of what JSON holds; a checkpoint of another
+        run is refused.
+    :raises ValueError: for such a checkpoint; it is left as it is.
     """
 
     step_scheduler: LambdaLR
@@ -236,6 +256,7 @@ class PriorTrainer(Trainer):
     checkpoint: str | Path | None = None
     seed: int = 0
     generators: list = field(default_factory=list)
+    identity: Mapping = field(default_factory=dict)
 
     @property
     def network(self) -> torch.nn.Module:
@@ -256,6 +277,13 @@ class PriorTrainer(Trainer):
         if not path.is_file():
             return None
         state = torch.load(path, map_location=self.device, weights_only=True)
+        there = state.get("identity", {})
+        for name, value in self.identity.items():
+            if there.get(name) != value:
+                raise ValueError(
+                    f"{path} is of another run: its {name} is {there.get(name)!r}, here it is "
+                    f"{value!r}. Choose another checkpoint, or the same arguments"
+                )
         self.network.load_state_dict(state["model"], strict=strict)
         self.ema.load_state_dict(state["ema"], strict=strict)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -277,6 +305,7 @@ class PriorTrainer(Trainer):
             "step_scheduler": self.step_scheduler.state_dict(),
             "loss_history": {k: [float(v) for v in h] for k, h in self.loss_history.items()},
             "epoch": epoch,
+            "identity": dict(self.identity),
         }
         temporary = path.with_name(path.name + ".part")
         torch.save(state, temporary)

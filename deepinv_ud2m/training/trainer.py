@@ -214,7 +214,7 @@ class DistillationTrainer(AdversarialTrainer):
         self._check()
         super().__post_init__()
         self.model.to(self.device)
-        self.physics = _as_list(self.physics)
+        self.physics = [physics.to(self.device) for physics in _as_list(self.physics)]
         self.losses, self.losses_d = _as_list(self.losses), _as_list(self.losses_d)
         self.physics_generator = self.physics_generator and _as_list(self.physics_generator)
         self.metrics = _as_list(self.metrics)
@@ -255,6 +255,9 @@ class DistillationTrainer(AdversarialTrainer):
             raise TypeError(
                 f"model must be UD2M(UnfoldedDenoiser(prior)), got {type(self.model).__name__}"
             )
+        for name in ("physics", "train_dataloader"):
+            if not _as_list(getattr(self, name)):
+                raise ValueError(f"{name} must be given, one or a list, got {getattr(self, name)!r}")
         if not self.losses:
             raise ValueError("losses is empty: give at least one loss, such as L2Loss()")
         for name in (
