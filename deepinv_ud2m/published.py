@@ -77,7 +77,11 @@ def random_prior(name: str, full_size: bool = False) -> Denoiser:
 
     :param str name: a key of ``PUBLISHED``.
     :param bool full_size: the network itself; by default a small one of its class, to try a recipe.
+    :returns: the denoiser.
+    :raises ValueError: for another name.
     """
+    if name not in PUBLISHED:
+        raise ValueError(f"name must be one of {sorted(PUBLISHED)}, got {name!r}")
     if PUBLISHED[name].build is not None:
         network = PUBLISHED[name].build() if full_size else _diffunet(large=False)()
         return VPDenoiser(network, _noise_of_diffunet, output="out.2")

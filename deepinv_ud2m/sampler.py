@@ -227,6 +227,7 @@ class UD2M(Reconstructor):
 
         :param torch.Tensor like: images of the shape `[B, C, H, W]`, dtype and device to draw.
         :param torch.Generator, SampleStreams generator: source of the noise.
+        :returns: the state, `[B, C, H, W]`.
         """
         return 0.5 + self.levels[0].to(like) * randn(like, generator)
 

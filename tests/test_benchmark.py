@@ -438,6 +438,8 @@ def test_the_command_compares_with_a_gaussian_posterior(tmp_path, capsys):
     assert main(["gaussian", "--out", str(tmp_path), *arguments]) == 0
     assert "exact" in capsys.readouterr().out
     assert main(["gaussian", "--out", str(tmp_path), *arguments, "--sigma-y", "0"]) == 2
+    assert main(["gaussian", "--out", str(tmp_path), *arguments, "--tasks", "jpeg-10"]) == 2
+    assert "tasks must be linear" in capsys.readouterr().err
 
 
 def test_small_images_are_refused():

@@ -96,6 +96,9 @@ def gaussian_report(
         raise ValueError("tasks must name at least one task, got none")
     prior = GaussianPrior()
     problems = {task: _physics(task, size, sigma_y) for task in tasks}
+    for task, physics in problems.items():
+        if not isinstance(physics, LinearPhysics):
+            raise ValueError(f"tasks must be linear, to have a Gaussian posterior; got {task!r}")
     samplers = {
         task: _samplers(prior, task, physics, methods, sigma_y, settings)
         for task, physics in problems.items()

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -38,6 +40,7 @@ from deepinv_ud2m.training import (
 
 def main(argv: list[str] | None = None) -> dict:
     """Measure, print and store after each part; returns what is stored."""
+    argv = sys.argv[1:] if argv is None else argv
     args = _parse(argv)
     torch.set_num_threads(args.threads)
     prior = random_prior(args.prior, full_size=not args.small).to(args.device)
@@ -47,7 +50,7 @@ def main(argv: list[str] | None = None) -> dict:
     unfolded = UnfoldedDenoiser(prior, num_iterations=3)
     trained = sum(p.numel() for p in unfolded.parameters() if p.requires_grad)
     result = {
-        "command": _command(args),
+        "command": shlex.join(["python", "-m", "deepinv_ud2m.benchmark.paper_scale", *argv]),
         "prior": f"{args.prior}, random weights" + (", small" if args.small else ""),
         "size": args.size,
         "machine": machine(),
@@ -110,11 +113,6 @@ def _make_trainer(unfolded: nn.Module, x: torch.Tensor, args: argparse.Namespace
     )
     trainer.setup_train()
     return trainer
-
-
-def _command(args: argparse.Namespace) -> str:
-    flags = [name for name in ("small", "bfloat16", "checkpointing") if getattr(args, name)]
-    return " ".join(["python -m deepinv_ud2m.benchmark.paper_scale", *(f"--{flag}" for flag in flags)])
 
 
 def _store(result: dict, args: argparse.Namespace) -> None:

@@ -39,7 +39,7 @@ from deepinv_ud2m import UD2M, UnfoldedDenoiser, VPSchedule, load_prior
 from deepinv_ud2m.benchmark.run import machine, peak_memory, reset_peak_memory
 from deepinv_ud2m.benchmark.tasks import make_physics
 from deepinv_ud2m.data import mnist_digits, photograph
-from deepinv_ud2m.published import random_prior
+from deepinv_ud2m.published import PUBLISHED, random_prior
 
 #: Stages of a sample, as the sampler names them to PyTorch's profiler; what is left is "other".
 STAGES = ("initialise", "prox", "noise", "denoise", "step")
@@ -345,6 +345,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="JSON file for the result; the figure goes beside it")
     args = parser.parse_args(argv)
+    if args.random_weights and args.prior not in PUBLISHED:
+        parser.error(f"--random-weights is for --prior of {sorted(PUBLISHED)}, got {args.prior!r}")
     for name in ("batch_sizes", "sizes", "samples", "pairs", "threads"):
         values = getattr(args, name)
         if min(values if isinstance(values, list) else [values]) < 1:

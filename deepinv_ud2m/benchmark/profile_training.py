@@ -18,7 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import shlex
 import statistics
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -44,6 +46,7 @@ from deepinv_ud2m.training.losses import condition
 
 def main(argv: list[str] | None = None) -> dict:
     """Measure, print and store; returns what is stored."""
+    argv = sys.argv[1:] if argv is None else argv
     args = _parse(argv)
     torch.set_num_threads(args.threads)
     memory = {name: _in_a_process(_memory, args, name == "checkpointing") for name in _MEMORY}
@@ -63,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict:
             seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     result = {
-        "command": "python -m deepinv_ud2m.benchmark.profile_training",
+        "command": shlex.join(["python", "-m", "deepinv_ud2m.benchmark.profile_training", *argv]),
         "machine": machine(),
         "batch_size": args.batch_size,
         "rounds": args.rounds,

@@ -53,8 +53,9 @@ def measured() -> str:
         _prior_of_digits(_card("prior-mnist")),
         _benchmark(
             "photos",
-            "128x128 crops of photographs in the public domain that nothing was trained on",
-            "DiffPIR, DDRM and DPS tuned on crops of other photographs, all else at its defaults",
+            "128x128 crops of photographs that nothing was trained on",
+            "DiffPIR, DDRM and DPS tuned on crops of other photographs (DPS at 100 steps), all else at "
+            "its defaults",
             "EfficientNet-Lite0",
         ),
         _sampler("photos"),
@@ -107,14 +108,15 @@ def _benchmark(name: str, images: str, tuned: str, network: str) -> str:
     lines.sort(key=lambda line: _ORDER.index(line["method"].partition(":")[0]))
     columns = [(title, cell) for title, cell in _COLUMNS if any(cell(line) != "-" for line in lines)]
     titles = [title for title, _ in columns]
+    has_gaps = any("psnr_gap" in line for line in lines)
     distances = "PSNR, perceptual and Frechet" if "Frechet" in titles else "PSNR and perceptual"
     parts = [
         f"**Samplers on the same prior** (`{setup['prior']}`), {images}, noise {setup['sigma_y']}, "
         f"{tuned}. {distances} distance "
         "are of one sample per image, the other columns of several samples, on as many images as stand "
         f"after the semicolon. Distances are in features of {network}. Coverage: largest deviation of "
-        f"the coverage of norm balls from nominal. Less UD2M's: difference to the first row on the "
-        f"same images. Means and standard errors. Hollow points: of fewer images. {_seconds(summary)} "
+        f"the coverage of norm balls from nominal. {_LESS if has_gaps else ''}Means and standard "
+        f"errors. Hollow points: of fewer images. {_seconds(summary)} "
         f"({machine['device']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}).",
     ]
     parts += [
@@ -178,6 +180,8 @@ def _title(line: dict) -> str:
     title = METHODS[name].title + (f", {steps[1]} steps" if steps else "")
     return title + (f" `{sampler[1]}`" if sampler else "")
 
+
+_LESS = "Less UD2M's: difference to the first row on the same images. "
 
 _ORDER = ["ud2m-distilled", *(name for name in METHODS if name != "ud2m-distilled")]
 
@@ -264,17 +268,19 @@ def _overhead(profiles: list[dict]) -> str:
 
 
 def _paper_scale(result: dict) -> str:
+    precision = "bfloat16" if result["bfloat16"] else "float32"
+    checkpointing = "checkpointing, " if result["training_step"]["checkpointing"] else ""
     machine, sample, step = result["machine"], result["sample"], result["training_step"]
     prior, minutes = result["prior"].partition(",")[0], (sample["seconds"] / 60, step["seconds"] / 60)
     return (
         f"**At the scale of the paper**: the prior `{prior}` with random weights, "
         f"{result['parameters']:,} parameters, of which {result['trained']:,} "
         f"({result['trained_share']:.3%}) are trained, at {result['size']}x{result['size']} "
-        f"(`{result['command']}`; {machine['device']}, {machine['threads']} thread, float32, "
+        f"(`{result['command']}`; {machine['device']}, {machine['threads']} thread(s), {precision}, "
         "the machine doing other work as well). "
         f"One sample of {sample['nfe']:.0f} evaluations: {minutes[0]:.0f} minutes, "
         f"{sample['peak_gb']:.1f} GB at most. One training step (K = 3, batch {step['batch_size']}, "
-        "checkpointing, squared error, perceptual distance and discriminator): "
+        f"{checkpointing}squared error, perceptual distance and discriminator): "
         f"{minutes[1]:.0f} minutes, {step['peak_gb']:.1f} GB."
     )
 
