@@ -50,6 +50,7 @@ def measured() -> str:
         ),
         _sampler("mnist"),
         _sampler("mnist-sr4"),
+        _sampler("mnist-accurate"),
         _prior_of_digits(_card("prior-mnist")),
         _benchmark(
             "photos",

@@ -383,6 +383,7 @@ def _plot_sheet(
     folder: Path, task: str, rows: list[dict], x: Tensor, setup: dict, shown: int = 6
 ) -> None:
     """Truth, measurement, a sample of each method; of UD2M also mean and standard deviation."""
+    shown = min(shown, setup["batch_size"])  # the pictures of one batch
     x = x[:shown].cpu().float()
     physics = make_physics(task, tuple(x.shape[1:]), setup["sigma_y"])
     y = measure(physics, x, range(len(x)), setup["seed"])
