@@ -97,8 +97,7 @@ def _training(cost: dict) -> str:
         f"{cost['step_over_parts']:.2f} times its parts alone (K denoiser passes forward and backward, "
         f"losses, discriminator) and {cost['step_over_two_passes']:.2f} times a step with a second pass "
         "of the generator for the discriminator; checkpointing saves "
-        f"{100 * cost['memory_saved_by_checkpointing']:.0f} % of its memory (`{cost['command']}`, "
-        f"{cost['machine']['threads']} thread, {cost['rounds']} rounds)."
+        f"{100 * cost['memory_saved_by_checkpointing']:.0f} % of its memory (`{cost['command']}`)."
     )
 
 
