@@ -167,9 +167,8 @@ def remember_backprojection(physics: Physics, y: Tensor | TensorList) -> Physics
     :param torch.Tensor, deepinv.utils.TensorList y: the measurements to remember it for.
     """
     view = copy.copy(physics)
-    if (
-        isinstance(physics, RepeatedPhysics) and physics.calls == 1
-    ):  # its prox is that of the physics in it
+    if isinstance(physics, RepeatedPhysics) and physics.calls == 1:
+        # Its prox is that of the physics in it.
         view._modules = dict(physics._modules)  # a copy shares them
         view.physics = remember_backprojection(physics.physics, y)
         return view

@@ -147,7 +147,7 @@ def _seconds(summary: dict) -> str:
     others = f"; {others} are of the long run, under load" if others else ""
     return (
         f"Seconds per sample: the methods in turn, {timed['images']} images at once, medians of "
-        f"{timed['rounds']} rounds{others}"
+        f"{timed['rounds']} round{'s' if timed['rounds'] > 1 else ''}{others}"
     )
 
 

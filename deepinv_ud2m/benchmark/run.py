@@ -268,9 +268,8 @@ def parse_method(label: str) -> tuple[Method, dict]:
             settings[key] = json.loads(value)
         except json.JSONDecodeError:
             settings[key] = value
-    taken = [*inspect.signature(METHODS[name].build).parameters][
-        2:
-    ]  # after the prior and the noise level
+    # The first two are the prior and the noise level.
+    _, _, *taken = inspect.signature(METHODS[name].build).parameters
     unknown = sorted(set(settings) - set(taken))
     if unknown:
         raise ValueError(f"settings of {name!r} must be of {taken}, got {unknown[0]!r} in {label!r}")
