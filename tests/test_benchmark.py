@@ -460,16 +460,18 @@ def test_the_cost_of_a_sample_is_profiled(tiny_prior, tiny_config, tmp_path, cap
     save_prior(tiny_prior, tiny_config, tmp_path / "prior")
     arguments = ["--prior", str(tmp_path / "prior"), "--sizes", "16", "--batch-sizes", "4", "--scaling"]
     result = profile.main(
-        [*arguments, "--pairs", "2", "--samples", "3", "--out", str(tmp_path / "p.json")]
+        [*arguments, "--pairs", "2", "--samples", "3", "--split", "2", "--out", str(tmp_path / "p.json")]
     )
     assert json.loads((tmp_path / "p.json").read_text()) == result
-    assert [(row["measurements"], row["samples"]) for row in result["rows"]] == [(4, 1), (1, 3)]
+    cases = [(row["measurements"], row["samples"], row["split"]) for row in result["rows"]]
+    assert cases == [(4, 1, None), (1, 3, 2)]
     for row in result["rows"]:
         assert row["nfe"] == 9
         assert sum(row["stages"].values()) == pytest.approx(1)
         assert all(row["stages"][stage] > 0 for stage in profile.STAGES)
         assert row["stages"]["denoise"] > row["stages"]["noise"]
         assert row["peak_gb"] > 0
+        assert row["network_images_per_second"] > row["images_per_second"] > 0
     assert result["scaling"]["evaluations"]["points"] == [1, 3, 6, 9, 12, 15]
     assert result["scaling"]["batch"]["slope"] > 0
     assert (tmp_path / "p.png").stat().st_size > 1000

@@ -12,7 +12,9 @@ over the pairs is reported with its quartiles. For every size and batch it also 
 stage (initialise, prox, noise, denoise, step), images per second and peak memory. ``--scaling`` adds the
 time against N, K and the batch, with the line that fits it; ``--faster`` the gain of bfloat16, of
 another memory format and of the compiler, and how far they move the samples; ``--random-weights``
-profiles a published prior whose weights are not at hand.
+profiles a published prior whose weights are not at hand. ``--samples 64 --split 16`` adds a row of 64
+samples of each measurement, in passes of 16 images, against the network on 16 images: with the batch of
+the highest throughput, against the best that the network can do.
 """
 
 from __future__ import annotations
@@ -52,9 +54,9 @@ def main(argv: list[str] | None = None) -> dict:
     torch.set_num_threads(args.threads)
     prior = random_prior(args.prior, full_size=True) if args.random_weights else load_prior(args.prior)
     prior = prior.to(args.device)
-    batches = [(batch_size, 1) for batch_size in args.batch_sizes]
+    batches = [(batch_size, 1, None) for batch_size in args.batch_sizes]
     if args.samples > 1:
-        batches.append((max(1, min(args.batch_sizes) // 4), args.samples))
+        batches.append((max(1, min(args.batch_sizes) // 4), args.samples, args.split))
     cases = [(size, *batch) for size in args.sizes for batch in batches]
     rows = [measure_overhead(prior, *case, args) for case in tqdm(cases, desc="profile")]
     result = {
@@ -77,7 +79,12 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def measure_overhead(
-    prior: torch.nn.Module, size: int, measurements: int, samples: int, args: argparse.Namespace
+    prior: torch.nn.Module,
+    size: int,
+    measurements: int,
+    samples: int,
+    split: int | None,
+    args: argparse.Namespace,
 ) -> dict:
     """
     Overhead on super-resolution by four.
@@ -85,31 +92,39 @@ def measure_overhead(
     :param torch.nn.Module prior: the denoiser.
     :param int size: height and width of the images.
     :param int measurements: measurements sampled together.
-    :param int samples: samples of each, in the same pass.
+    :param int samples: samples of each.
+    :param int split: most images in one pass of the network; all by default.
     :param argparse.Namespace args: pairs, device.
     :returns: one row of the result.
     """
     model, y, physics = _problem(prior, size, measurements, args.device)
     x = torch.rand(measurements * samples, _channels(prior), size, size, device=args.device)
-    level = torch.full((len(x),), 0.1, device=args.device)
+    passes = [
+        (part, torch.full((len(part),), 0.1, device=args.device)) for part in x.split(split or len(x))
+    ]
+
+    def draw():
+        model.sample(y, physics, samples, batch_size=split)
 
     reset_peak_memory(y)
-    model.sample(y, physics, samples)  # warm-up; also counts the network evaluations
+    draw()  # warm-up; also counts the network evaluations
     memory, nfe = peak_memory(y), round(model.nfe)
-    ratios, seconds = [], []
+    ratios, seconds, of_network = [], [], []
     work = {
-        "sample": lambda: model.sample(y, physics, samples),
-        "network": lambda: [prior(x, level) for _ in range(nfe)],
+        "sample": draw,
+        "network": lambda: [prior(*one) for one in passes for _ in range(nfe)],
     }
     for pair in range(args.pairs):
         order = list(work) if pair % 2 else list(work)[::-1]  # a drift of the machine cancels
         spent = {name: _timed(work[name], args.device) for name in order}
         ratios.append(spent["sample"] / spent["network"])
         seconds.append(spent["sample"])
+        of_network.append(spent["network"])
     low, _, high = statistics.quantiles(ratios, n=4) if args.pairs > 1 else ratios * 3
     return {
         "measurements": measurements,
         "samples": samples,
+        "split": split,
         "size": size,
         "nfe": nfe,
         "pairs": args.pairs,
@@ -117,12 +132,15 @@ def measure_overhead(
         "quartiles": [low, high],
         "seconds": statistics.median(seconds),
         "images_per_second": len(x) / statistics.median(seconds),
+        "network_images_per_second": nfe * len(x) / statistics.median(of_network),
         "peak_gb": memory,
-        "stages": stage_shares(model, y, physics, samples),
+        "stages": stage_shares(model, y, physics, samples, split),
     }
 
 
-def stage_shares(model: UD2M, y: torch.Tensor, physics, samples: int = 1) -> dict[str, float]:
+def stage_shares(
+    model: UD2M, y: torch.Tensor, physics, samples: int = 1, split: int | None = None
+) -> dict[str, float]:
     """
     Share of each stage in the time of a sample, by PyTorch's profiler, which adds to small operations.
 
@@ -130,12 +148,13 @@ def stage_shares(model: UD2M, y: torch.Tensor, physics, samples: int = 1) -> dic
     :param torch.Tensor y: measurements.
     :param deepinv.physics.Physics physics: the physics.
     :param int samples: samples of each measurement.
+    :param int split: most images in one pass of the network; all by default.
     :returns: shares by stage and ``other``, which sum to one.
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if y.is_cuda else [])]
     profiler = torch.profiler.profile(activities=activities)
     with profiler, torch.profiler.record_function("UD2M sample"):
-        model.sample(y, physics, samples)
+        model.sample(y, physics, samples, batch_size=split)
     kind = "device_time_total" if y.is_cuda else "cpu_time_total"
     spent = {event.key: getattr(event, kind) for event in profiler.key_averages()}
     whole = spent["UD2M sample"]
@@ -272,17 +291,17 @@ def _timed(work, device: str) -> float:
 
 def _table(result: dict) -> str:
     lines = [
-        "| size | measurements x samples | NFE | overhead | quartiles | seconds | images/s | peak GB | "
-        + " | ".join((*STAGES, "other"))
-        + " |",
-        "|" + "---|" * (8 + len(STAGES) + 1),
+        "| size | measurements x samples | NFE | overhead | quartiles | seconds | images/s "
+        "| network images/s | peak GB | " + " | ".join((*STAGES, "other")) + " |",
+        "|" + "---|" * (9 + len(STAGES) + 1),
     ]
     for row in result["rows"]:
         low, high = row["quartiles"]
         lines.append(
-            f"| {row['size']} | {row['measurements']} x {row['samples']} | {row['nfe']} "
+            f"| {row['size']} | {_case(row)} | {row['nfe']} "
             f"| {row['overhead']:.3f} | {low:.3f} to {high:.3f} | {row['seconds']:.3f} "
-            f"| {row['images_per_second']:.3g} | {row['peak_gb']:.2f} | "
+            f"| {row['images_per_second']:.3g} | {row['network_images_per_second']:.4g} "
+            f"| {row['peak_gb']:.2f} | "
             + " | ".join(f"{share:.1%}" for share in row["stages"].values())
             + " |"
         )
@@ -296,6 +315,11 @@ def _table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def _case(row: dict) -> str:
+    split = f", {row['split']} at a time" if row["split"] else ""
+    return f"{row['measurements']} x {row['samples']}{split}"
+
+
 def _plot(result: dict, file: Path) -> None:
     """Stages of each row, overhead beside them, and the scaling where it was measured."""
     scaling, rows = result.get("scaling", {}), result["rows"]
@@ -303,7 +327,7 @@ def _plot(result: dict, file: Path) -> None:
         1, 1 + len(scaling), figsize=(6 + 3.5 * len(scaling), 0.4 * len(rows) + 2.6)
     )
     axes = np.atleast_1d(axes)
-    labels = [f"{row['size']}x{row['size']}, {row['measurements']} x {row['samples']}" for row in rows]
+    labels = [f"{row['size']}x{row['size']}, {_case(row)}" for row in rows]
     left = np.zeros(len(rows))
     for stage in (*STAGES, "other"):
         share = np.array([100 * row["stages"][stage] for row in rows])
@@ -336,6 +360,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--sizes", type=int, nargs="+", default=[32], help="height and width of the images"
     )
     parser.add_argument("--samples", type=int, default=16, help="of each measurement, for one more row")
+    parser.add_argument("--split", type=int, help="most images in one pass of the network, for that row")
     parser.add_argument("--pairs", type=int, default=15, help="timed pairs per row, at least 1")
     parser.add_argument("--scaling", action="store_true", help="time against N, K and the batch")
     parser.add_argument(
@@ -347,9 +372,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.random_weights and args.prior not in PUBLISHED:
         parser.error(f"--random-weights is for --prior of {sorted(PUBLISHED)}, got {args.prior!r}")
-    for name in ("batch_sizes", "sizes", "samples", "pairs", "threads"):
+    for name in ("batch_sizes", "sizes", "samples", "split", "pairs", "threads"):
         values = getattr(args, name)
-        if min(values if isinstance(values, list) else [values]) < 1:
+        if values is not None and min(values if isinstance(values, list) else [values]) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {values}")
     return args
 
