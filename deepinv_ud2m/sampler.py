@@ -29,7 +29,13 @@ from tqdm.auto import tqdm
 
 from deepinv_ud2m.batching import RepeatedPhysics, is_shared, repeat_batch
 from deepinv_ud2m.checks import check_count
-from deepinv_ud2m.proximal import Scalar, check_has_prox, expand_scalar, noise_level
+from deepinv_ud2m.proximal import (
+    Scalar,
+    check_has_prox,
+    expand_scalar,
+    noise_level,
+    remember_backprojection,
+)
 from deepinv_ud2m.randomness import SampleStreams, draw_seeds, randn
 from deepinv_ud2m.schedule import VPSchedule, check_levels
 
@@ -248,6 +254,9 @@ class UD2M(Reconstructor):
         :returns: an iterator over the N levels: the state, and the draw of x from it.
         """
         levels = self.levels.to(x_s.device, x_s.dtype)
+        # Once for all levels; operators lose too much in bfloat16.
+        with record_function("UD2M initialise"), torch.autocast(x_s.device.type, enabled=False):
+            physics = remember_backprojection(physics, y)
         for n in range(self.num_steps):
             x0 = self.unfolded(y, physics, x_s, levels[n], generator=generator)
             yield x_s, x0
