@@ -8,14 +8,24 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from deepinv.physics import Denoising, GaussianNoise
 from PIL import Image
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora
 from deepinv_ud2m.benchmark import paper_scale, profile, profile_training
 from deepinv_ud2m.benchmark.__main__ import main
 from deepinv_ud2m.benchmark.methods import METHODS, Method
-from deepinv_ud2m.benchmark.report import report, store, summarise
-from deepinv_ud2m.benchmark.run import Results, Setup, draw, measure, parse_method, read_rows, run_method
+from deepinv_ud2m.benchmark.report import _error_over_spread, report, store, summarise
+from deepinv_ud2m.benchmark.run import (
+    Results,
+    Setup,
+    draw,
+    evaluate,
+    measure,
+    parse_method,
+    read_rows,
+    run_method,
+)
 from deepinv_ud2m.benchmark.tasks import TASKS, make_physics
 from deepinv_ud2m.benchmark.timing import time_methods
 from deepinv_ud2m.benchmark.tune import best_settings, merge_searches, tune
@@ -199,6 +209,13 @@ def test_methods_are_timed_in_turn(tiny_prior, tmp_path):
     ]
     assert "side by side" in (tmp_path / "report.md").read_text()
     assert len(rows) == 8
+    # Another task is added, and what was measured in another way is not mixed in.
+    again = time_methods(
+        *(tmp_path, tiny_prior, x, ["inpaint-box"], ["pinv"], {"scores": {}}), rounds=2, progress=False
+    )
+    assert again["seconds"]["sr4"] == timings["seconds"]["sr4"] and "inpaint-box" in again["seconds"]
+    with pytest.raises(ValueError, match="was measured with rounds = 2, not 1"):
+        time_methods(tmp_path, tiny_prior, x, ["sr4"], ["pinv"], {"scores": {}}, rounds=1)
     with pytest.raises(ValueError, match="rounds must be at least 1"):
         time_methods(tmp_path, tiny_prior, x, ["sr4"], ["pinv"], {"scores": {}}, rounds=0)
     with pytest.raises(ValueError, match="not a folder of results"):
@@ -244,7 +261,34 @@ def test_a_folder_of_another_setup_is_refused_and_left_alone(tiny_prior, tmp_pat
         Results(tmp_path, Setup("tiny", "test", 0.1, 0, 2))
     with pytest.raises(ValueError, match="another setup"):
         Results(tmp_path, Setup("tiny", "test", 0.05, 0, 2, "weights of another prior"))
+    with pytest.raises(ValueError, match="its judge is None, here it is 'another'"):
+        Results(tmp_path, Setup("tiny", "test", 0.05, 0, 2, None, "another"))
+    results = Results(tmp_path, SETUP)
+    with pytest.raises(ValueError, match="image 0 of 'test' is not what it was"):
+        run_method(results, tiny_prior, 1 - mnist_digits("test", num=4), "sr4", "pinv", {}, 2)
+    arguments = (tiny_prior, mnist_digits("test", num=4), ["sr4"], ["pinv"], {"scores": {}})
+    with pytest.raises(ValueError, match=r"its sigma_y is 0.05, here it is 0.1"):
+        time_methods(tmp_path, *arguments, sigma_y=0.1)
     assert (tmp_path / "rows.jsonl").read_text() == before
+
+
+def test_a_run_that_came_to_nothing_does_not_bind_its_folder(tiny_prior, tmp_path):
+    Results(tmp_path, Setup("tiny", "test", 0.1, 0, 2))
+    run_all(tmp_path, tiny_prior, methods=["pinv"])
+    assert json.loads((tmp_path / "setup.json").read_text())["setup"]["sigma_y"] == 0.05
+
+
+def test_error_over_spread_of_an_exact_sampler_is_one():
+    """Truth and samples of one Gaussian, 4000 dimensions: 1 +- 0.005, six times that is allowed."""
+    generator = torch.Generator().manual_seed(0)
+    samples = 0.5 + 0.01 * torch.randn(9, 10, 1, 20, 20, generator=generator)
+    x, samples = samples[0], samples[1:]
+    rows = evaluate(samples, x, x, Denoising(GaussianNoise(0.1)))
+    rows = [{"num_samples": 8, **row} for row in rows]
+    assert _error_over_spread(rows) == pytest.approx(1, abs=0.03)
+    for row in rows:
+        row["variance"] /= 4
+    assert _error_over_spread(rows) == pytest.approx(2, abs=0.06)
 
 
 def test_report_writes_tables_and_figures(tiny_prior, tmp_path):
@@ -422,6 +466,12 @@ def test_bad_images_are_refused_and_leave_results_untouched(
         ([*two, "--batch-size", "0"], "batch_size must be"),
         ([*two, "--samples", "0"], "--samples must be"),
         ([*two, "--methods", "diffpir:steps=9"], "got 'steps'"),
+        (
+            [*two, "--methods", "diffpir:num_steps=abc"],
+            "num_steps of 'diffpir' must be an integer, got 'abc'",
+        ),
+        ([*two, "--methods", "diffpir:zeta=true"], "zeta of 'diffpir' must be a number, got True"),
+        ([*two, "--data", "test"], "--size is for a folder"),
         (["--data", str(photos)], "--size"),
         (["--data", "Nowhere", "--size", "32"], "Nowhere"),
     ]:
@@ -440,6 +490,13 @@ def test_the_command_compares_with_a_gaussian_posterior(tmp_path, capsys):
     assert main(["gaussian", "--out", str(tmp_path), *arguments, "--sigma-y", "0"]) == 2
     assert main(["gaussian", "--out", str(tmp_path), *arguments, "--tasks", "jpeg-10"]) == 2
     assert "tasks must be linear" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["run", "--out", str(tmp_path / "out"), "--device", "cuda:1"]) == 2
+    assert "--device is 'cuda:1', but there is no CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_small_images_are_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from deepinv_ud2m.benchmark.report import report, store
 from deepinv_ud2m.benchmark.run import (
     Results,
     Setup,
+    check_setup,
     parse_method,
     perceptual_distance,
     perceptual_network,
@@ -37,6 +39,8 @@ from deepinv_ud2m.training.parallel import rank
 SPLITS = ("test", "validation")
 GAUSSIAN_TASKS = ["inpaint-random", "deblur-gaussian"]
 DEFAULT_TASKS = ["sr4", "deblur-gaussian", "inpaint-random", "inpaint-box"]
+QUICK_TASKS = ["sr4", "inpaint-random"]
+QUICK_METHODS = ["ud2m-distilled", "diffpir", "pinv"]
 DEFAULT_METHODS = [
     "ud2m-distilled",
     "ud2m",
@@ -80,12 +84,15 @@ def _processes(args: argparse.Namespace) -> Iterator[None]:
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.quick:
-        args.tasks, args.methods = ["sr4", "inpaint-random"], ["ud2m-distilled", "diffpir", "pinv"]
-        args.images, args.samples = 4, 4
+    if args.quick:  # what is given wins
+        args.tasks = QUICK_TASKS if args.tasks is DEFAULT_TASKS else args.tasks
+        args.methods = QUICK_METHODS if args.methods is DEFAULT_METHODS else args.methods
+        args.samples = args.samples or 4
+    samples = 1 if args.samples is None else check_count("--samples", args.samples)
     prior, x = _prior_and_images(args)
-    tuned = merge_searches(args.settings)
-    check_count("--samples", args.samples)
+    if args.quick and args.images is None:
+        x = x[:4]
+    tuned = _searches(args, prior)
     data, weights = _name_of_data(args, x), fingerprint(prior)
     judge = perceptual_network(tuple(x.shape[1:]))
     setup = Setup(args.prior, data, args.sigma_y, args.seed, args.batch_size, weights, judge)
@@ -93,14 +100,16 @@ def _run(args: argparse.Namespace) -> None:
     for task in args.tasks:
         for method in args.methods:
             settings = best_settings(tuned, task, method)
-            run_method(results, prior, x, task, method, settings, args.samples)
+            run_method(results, prior, x, task, method, settings, samples)
     if rank() == 0:
         _write_report(args, x)
 
 
 def _time(args: argparse.Namespace) -> None:
     prior, x = _prior_and_images(args)
-    tuned = merge_searches(args.settings)
+    tuned = _searches(args, prior)
+    setup = {"prior": args.prior, "data": _name_of_data(args, x), "prior_weights": fingerprint(prior)}
+    check_setup(args.out, **setup)
     time_methods(args.out, prior, x, args.tasks, args.methods, tuned, args.sigma_y, args.rounds)
     _write_report(args, x)
 
@@ -115,7 +124,9 @@ def _tune(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    _write_report(args, _prior_and_images(args)[1])
+    _, x = _prior_and_images(args)
+    check_setup(args.out, prior=args.prior, data=_name_of_data(args, x))
+    _write_report(args, x)
     if args.store:
         store(args.out, args.store)
 
@@ -137,6 +148,16 @@ def _write_report(args: argparse.Namespace, x: Tensor) -> None:
     print((args.out / "report.md").read_text())
 
 
+def _searches(args: argparse.Namespace, prior: Denoiser) -> dict:
+    """The tuned settings; those of another prior may be of use, and are told of."""
+    tuned, weights = merge_searches(args.settings), fingerprint(prior)
+    for file in args.settings:
+        other = json.loads(file.read_text()).get("prior_weights", weights)
+        if other != weights:
+            print(f"--settings: {file} was tuned with other weights of the prior", file=sys.stderr)
+    return tuned
+
+
 def _name_of_data(args: argparse.Namespace, x: Tensor) -> str:
     return args.data if args.data in SPLITS else f"{args.data}, {x.shape[-1]}x{x.shape[-1]}"
 
@@ -149,8 +170,14 @@ def _prior_and_images(args: argparse.Namespace) -> tuple[Denoiser, Tensor]:
         parse_method(method)
     if args.images is not None and args.images < 1:
         raise ValueError(f"--images must be at least 1, got {args.images}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device is {args.device!r}, but there is no CUDA device here")
     prior = load_prior(args.prior, args.device)
     if args.data in SPLITS:
+        if args.size is not None:
+            raise ValueError(
+                f"--size is for a folder or dataset, the shipped digits are 32x32; got {args.size}"
+            )
         if prior.prior_info.channels != 1:
             raise ValueError(
                 f"--data, a folder of images, must be given for the prior {args.prior!r}: the shipped "
@@ -183,7 +210,8 @@ def _parser() -> argparse.ArgumentParser:
         _add_data(sub, default="validation" if sub is tune_ else "test")
     for sub in commands.choices.values():
         tasks = GAUSSIAN_TASKS if sub is gaussian else DEFAULT_TASKS
-        methods = [m for m in DEFAULT_METHODS if m != "ud2m-distilled" or sub is not gaussian]
+        untrained = [method for method in DEFAULT_METHODS if method != "ud2m-distilled"]
+        methods = untrained if sub is gaussian else DEFAULT_METHODS
         sub.add_argument("--tasks", nargs="+", default=tasks, help=f"of {', '.join(TASKS)}")
         sub.add_argument(
             "--methods",
@@ -205,12 +233,17 @@ def _parser() -> argparse.ArgumentParser:
         )
     for sub in (run, gaussian):
         sub.add_argument(
-            "--samples", type=int, default=1 if sub is run else 16, help="samples per image"
+            "--samples",
+            type=int,
+            default=None if sub is run else 16,
+            help=f"samples per image (default: {1 if sub is run else 16})",
         )
         sub.add_argument("--seed", type=int, default=0)
     report_.add_argument("--store", type=Path, help="folder to copy the report and the packed rows into")
     run.add_argument("--batch-size", type=int, default=16, help="images sampled together")
-    run.add_argument("--quick", action="store_true", help="2 tasks, 3 methods, 4 images")
+    run.add_argument(
+        "--quick", action="store_true", help="2 tasks, 3 methods, 4 images, where not given"
+    )
     time_.add_argument("--rounds", type=int, default=3, help="times each method is measured")
     tune_.add_argument("--settings", type=Path, default=Path("runs/settings.json"), help="file to write")
     gaussian.add_argument("--images", type=int, default=256, help="images drawn from the prior")

@@ -58,7 +58,9 @@ _LEGEND = """\
 Mean over images ± standard error. NFE: forward (+ backward) evaluations of the prior per sample, counted
 by hooks. Seconds: per sample and image. PSNR of the mean, energy score, CRPS and coverage: over the
 images with several samples (images; images x samples). Coverage error: largest deviation of the coverage
-of norm balls from nominal, in pixels / features, with the 95 % quantile of an exact sampler in brackets.
+of norm balls from nominal, in pixels / features, with the 95 % quantile of an exact sampler in brackets;
+with S samples it is S / (S + 1) at most. Error / spread: root mean square error of the mean of the samples
+over what their variance leads one to expect, 1 for an exact sampler, more for an over-confident one.
 Less UD2M's: mean difference to the distilled UD2M on the same images ± its standard error.
 Frechet: distance of one sample per image to the reference images, in features of the network that gives
 the perceptual distance; only where there are more images than features."""
@@ -161,10 +163,19 @@ def summarise(rows: list[dict], reference: Tensor | None = None) -> list[dict]:
                 error = coverage_error(*_curve(several, key)).item()
                 line[key.replace("credible_level", "coverage_error")] = error
                 line["coverage_noise"] = coverage_error_quantile(len(several), line["samples"])
+        if "variance" in several[0]:
+            line["error_over_spread"] = _error_over_spread(several)
         if reference is not None and len(group) > len(group[0].get("features", group)):
             line["frechet"] = _frechet(group, reference)
         lines.append(line)
     return lines
+
+
+def _error_over_spread(group: list[dict]) -> float:
+    """The error of the mean of S exact samples has 1 + 1 / S times their variance."""
+    errors = [10 ** (-row["psnr_mean"] / 10) for row in group]
+    variances = [(1 + 1 / row["num_samples"]) * row["variance"] for row in group]
+    return float((np.mean(errors) / np.mean(variances)) ** 0.5)
 
 
 def _gap(group: list[dict], reference: list[dict], key: str) -> dict:
@@ -266,7 +277,7 @@ def _markdown(about: dict, lines: list[dict]) -> str:
             "memory (GB)",
             *(heading for _, heading, _ in shown),
         ]
-        head += ["coverage error", "Frechet"]
+        head += ["coverage error", "error / spread", "Frechet"]
         parts += ["", f"## {TASKS[task].title}", "", _row(head), _row(["---"] * len(head))]
         parts += [_row(_cells(line, shown)) for line in of_task]
     return "\n".join(parts) + "\n"
@@ -295,7 +306,9 @@ def _cells(line: dict, shown: list[tuple]) -> list[str]:
         if "coverage_error" in line
         else "-"
     )
-    return [*cells, f"{line['frechet']:.2f}" if "frechet" in line else "-"]
+    for key in ("error_over_spread", "frechet"):
+        cells.append(f"{line[key]:.2f}" if key in line else "-")
+    return cells
 
 
 def _row(cells: list[str]) -> str:

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import functools
 import gzip
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -30,7 +31,7 @@ import deepinv as dinv
 import numpy as np
 import torch
 from deepinv.models import Denoiser
-from deepinv.physics import Physics
+from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 from tqdm import tqdm
 
@@ -100,22 +101,28 @@ class Results:
             raise ValueError(error)
 
     def _open(self) -> tuple[str | None, list[dict]]:
-        stored = self.folder / "setup.json"
-        if stored.is_file():
-            there = json.loads(stored.read_text())
-            if {"prior_weights": None, "judge": None} | there["setup"] != asdict(self.setup):
-                error = (
-                    f"{self.folder} holds results of another setup, {there['setup']}; this run is "
-                    f"{asdict(self.setup)}: choose another output folder"
-                )
-                return error, []
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            stored.write_text(
-                json.dumps({"setup": asdict(self.setup), "machine": machine()}, indent=2) + "\n"
-            )
+        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "images").mkdir(exist_ok=True)  # not in a copy of stored results
-        return None, read_rows(self.folder)
+        rows = read_rows(self.folder)
+        if rows:  # a run that came to nothing does not bind the folder
+            try:
+                check_setup(self.folder, **asdict(self.setup))
+            except ValueError as error:
+                return str(error), []
+        else:
+            about = {"setup": asdict(self.setup), "machine": machine()}
+            (self.folder / "setup.json").write_text(json.dumps(about, indent=2) + "\n")
+        return None, rows
+
+    def check_images(self, digests: list[str]) -> None:
+        """Refuse to mix rows of other images of the same name; old rows do not tell theirs."""
+        for row in self.rows:
+            i, digest = row["image"], row.get("digest")
+            if digest and i < len(digests) and digests[i] != digest:
+                raise ValueError(
+                    f"{self.folder} has rows of other images: image {i} of {self.setup.data!r} is not "
+                    "what it was. Choose another output folder"
+                )
 
     def check(self, task: str, method: str, settings: dict, weights: str | None) -> None:
         """Refuse to mix rows of one method with other settings, or another sampler of that name."""
@@ -154,6 +161,26 @@ class Results:
         with open(self.folder / "rows.jsonl", "a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
+
+
+def check_setup(folder: Path, **given) -> None:
+    """
+    Check that results are of a setup, before anything is added to them.
+
+    :param pathlib.Path folder: folder of results.
+    :param given: fields of :class:`Setup`, with what they should be.
+    :raises ValueError: if there are no results, or one of them is another.
+    """
+    file = Path(folder) / "setup.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} is not a folder of results: run the benchmark first")
+    there = {"prior_weights": None, "judge": None} | json.loads(file.read_text())["setup"]
+    for name, value in given.items():
+        if there[name] != value:
+            raise ValueError(
+                f"{folder} holds results of another setup: its {name} is {there[name]!r}, here it is "
+                f"{value!r}. Choose another output folder, or the {name} of this one"
+            )
 
 
 def read_rows(folder: Path) -> list[dict]:
@@ -205,7 +232,11 @@ def run_method(
     entry, overrides = parse_method(method)
     physics = make_physics(task, tuple(x.shape[1:]), setup.sigma_y, x.device)
     if not entry.applies(physics):
+        if progress and rank() == 0:
+            print(f"{method} does not apply to {task}: left out", file=sys.stderr)
         return
+    digests = [_digest(image) for image in x]
+    results.check_images(digests)
     num_samples = num_samples if entry.random else 1
     settings = dict(entry.defaults) | settings | overrides
     sampler = entry.build(prior, setup.sigma_y, **settings)
@@ -224,7 +255,10 @@ def run_method(
         rows = evaluate(samples, x_batch, y, physics)
         head = {"task": task, "method": method, "settings": settings, "num_samples": num_samples}
         head |= {"weights": weights} if weights else {}
-        rows = [head | {"image": i} | row | cost for i, row in zip(images, rows, strict=True)]
+        rows = [
+            head | {"image": i, "digest": digests[i]} | row | cost
+            for i, row in zip(images, rows, strict=True)
+        ]
         return rows, _pictures(samples)
 
     # Each process has one batch of each group, and hears of those of the others.
@@ -235,6 +269,12 @@ def run_method(
         for done in gather([run_batch(images) for images in own]):
             for rows, pictures in done:
                 results.add(rows, pictures)
+
+
+def _digest(image: Tensor) -> str:
+    """Of its values to 8 bits, which all devices have alike."""
+    values = (255 * image.detach().cpu().double()).round().to(torch.uint8)
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 
 
 def _pictures(samples: Tensor) -> dict[str, np.ndarray]:
@@ -253,7 +293,7 @@ def parse_method(label: str) -> tuple[Method, dict]:
 
     :param str label: ``name`` or ``name:setting=value,setting=value``; the word ``defaults`` among the
         settings stands for the defaults of the method, which then win over tuned ones.
-    :raises ValueError: for an unknown name or a malformed setting.
+    :raises ValueError: for an unknown name, or a setting that is unknown, malformed or of another type.
     """
     name, _, rest = label.partition(":")
     if name not in METHODS:
@@ -271,10 +311,20 @@ def parse_method(label: str) -> tuple[Method, dict]:
         except json.JSONDecodeError:
             settings[key] = value
     # The first two are the prior and the noise level.
-    _, _, *taken = inspect.signature(METHODS[name].build).parameters
-    unknown = sorted(set(settings) - set(taken))
-    if unknown:
-        raise ValueError(f"settings of {name!r} must be of {taken}, got {unknown[0]!r} in {label!r}")
+    _, _, *taken = inspect.signature(METHODS[name].build).parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in taken}
+    for key, value in settings.items():
+        if key not in defaults:
+            raise ValueError(
+                f"settings of {name!r} must be of {list(defaults)}, got {key!r} in {label!r}"
+            )
+        default = defaults[key]
+        is_count = isinstance(default, int)
+        if (is_count and type(value) is not int) or (
+            isinstance(default, float) and type(value) not in (int, float)
+        ):
+            wanted = "an integer" if is_count else "a number"
+            raise ValueError(f"{key} of {name!r} must be {wanted}, got {value!r} in {label!r}")
     return METHODS[name], settings
 
 
@@ -326,9 +376,11 @@ def evaluate(samples: Tensor, x: Tensor, y: Tensor, physics: Physics) -> list[di
         "psnr": dinv.metric.PSNR()(sample, x),
         "ssim": dinv.metric.SSIM()(sample, x),
         "psnr_mean": dinv.metric.PSNR()(mean, x),
-        "consistency": measurement_consistency(samples, y, physics).mean(0),
     }
+    if isinstance(physics, LinearPhysics):  # of JPEG the error is not of the size of a noise level
+        columns["consistency"] = measurement_consistency(samples, y, physics).mean(0)
     if len(samples) > 1:
+        columns["variance"] = samples.var(0).flatten(1).mean(1)
         columns["energy_score"] = energy_score(samples, x)
         columns["crps"] = crps(samples, x)
         columns["credible_level"] = credible_level(samples, x)
