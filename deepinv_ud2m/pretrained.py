@@ -395,8 +395,8 @@ def from_pretrained(
         training.
     :raises ValueError: for an unknown name; files that are missing, damaged, of a newer format, or
         that do not belong together; a prior or initialiser that cannot be found, is another than in
-        training, takes other channels, or has an adapter already. A prior that was given has no
-        adapter then, but may have been frozen.
+        training, takes other channels, or has an adapter, or the weights of a sampler, already. A
+        prior that was given has no adapter then, but may have been frozen.
     :raises TypeError: if ``prior`` or ``initializer`` is of a wrong type.
     :raises ImportError: for an id on the Hub, without ``huggingface_hub``.
     :raises OSError: if the download fails.
@@ -423,11 +423,17 @@ def from_pretrained(
         with _edited(folder):
             model = _build(prior, initializer, config)
             _adapt(model.unfolded, config["lora"], state)
+    if config["lora"] is None and _names_in(state, "denoiser."):
+        setattr(prior, _HOLDS, str(name_or_path))
     if merge:
         merge_lora(prior)
     if device is None:
         device = next((p.device for p in prior.parameters()), "cpu")
     return model.eval().to(device)
+
+
+#: Attribute of a prior whose own weights were replaced by those of a sampler: the name of that.
+_HOLDS = "holds_the_weights_of"
 
 
 def _check_given(prior, initializer) -> None:
@@ -439,6 +445,12 @@ def _check_given(prior, initializer) -> None:
         raise ValueError(
             "prior already carries an adapter, and the trained one would come on top of it: give the "
             "prior without (deepinv_ud2m.remove_lora takes an adapter off)"
+        )
+    holds = getattr(prior, _HOLDS, None)
+    if holds is not None:
+        raise ValueError(
+            f"prior already holds the weights that the sampler {holds!r} was trained to, which another "
+            "would overwrite: give it a prior of its own, load_prior(...) or a copy of the untrained one"
         )
     if initializer is not None and not isinstance(initializer, nn.Module):
         raise TypeError(f"initializer must be a module, got {type(initializer).__name__}")

@@ -137,8 +137,9 @@ def noise_level(physics: Physics, sigma_y: Scalar | None = None) -> Scalar:
         return NOISE_FLOOR
     raise ValueError(
         f"the noise model of the physics is {type(noise_model).__name__}, which has no Gaussian "
-        "level: use GaussianNoise or ZeroNoise, or pass the standard deviation of a Gaussian "
-        "approximation as sigma_y"
+        "level: pass the standard deviation of a Gaussian approximation as sigma_y, of the call or of "
+        "UD2M(..., sigma_y=...), or give the physics one, physics.set_noise_model(GaussianNoise(...)), "
+        "after it has measured"
     )
 
 

@@ -14,6 +14,7 @@ for any gap between levels, with :math:`\eta = 0` it is deterministic DDIM.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,9 @@ class UD2M(Reconstructor):
         and strictly decreasing.
     :param tuple[float, float], None output_range: samples are clamped to it (default: (0, 1));
         ``None`` leaves them as they are.
+    :param float, torch.Tensor, None sigma_y: noise level of all measurements, where the call gives none;
+        that of the physics by default. It is what measurements without a Gaussian level need in
+        ``deepinv.test`` and other callers that do not know of it; an attribute, which can be set later.
     :raises TypeError: if ``unfolded`` is not a module.
     :raises ValueError: for N < 1, eta outside [0, 1], levels that do not decrease, or levels together
         with ``num_steps`` or ``schedule``.
@@ -109,6 +113,7 @@ class UD2M(Reconstructor):
         *,
         levels: Sequence[float] | Tensor | None = None,
         output_range: tuple[float, float] | None = (0.0, 1.0),
+        sigma_y: Scalar | None = None,
     ):
         super().__init__()
         if not isinstance(unfolded, nn.Module) or isinstance(unfolded, Denoiser):
@@ -125,6 +130,7 @@ class UD2M(Reconstructor):
         if levels is not None and (num_steps is not None or schedule is not None):
             raise ValueError("levels stand in place of num_steps and schedule: give one or the other")
         self.unfolded, self.eta, self.output_range = unfolded, eta, output_range
+        self.sigma_y = sigma_y
         if levels is None:
             schedule = schedule if schedule is not None else VPSchedule()
             levels = schedule.sampling_levels(
@@ -176,8 +182,8 @@ class UD2M(Reconstructor):
         Several posterior samples per measurement.
 
         The samples of one call are drawn together. Each has a random stream of its own, so the
-        result does not depend on ``batch_size`` but for rounding, to some 1e-3 where the first guess
-        is iterative.
+        result does not depend on ``batch_size`` but for rounding: to some 1e-3 where the first guess is
+        iterative, rarely 1e-2, where rounding decides on its last iteration.
 
         :param torch.Tensor y: measurements, finite.
         :param deepinv.physics.Physics physics: the physics that made them.
@@ -191,6 +197,7 @@ class UD2M(Reconstructor):
         :returns: samples of shape `[S, B, C, H, W]`, and a :class:`Trajectory` if asked for.
         :raises ValueError, TypeError: if the problem is not one the sampler can take.
         """
+        sigma_y = self.sigma_y if sigma_y is None else sigma_y
         like = self._check(y, physics, num_samples, batch_size, generator, sigma_y)
         batch = like.shape[0]
         seeds = draw_seeds(num_samples * batch, generator)
@@ -210,6 +217,7 @@ class UD2M(Reconstructor):
                 x0s.append(x0.unflatten(1, (-1, batch)))
         self.nfe = None if networks is None else counter.images / (num_samples * batch)
         x0 = torch.cat(x0s, 1)
+        _warn_of_misfit(y, physics, x0[-1, 0], noise_level(physics, sigma_y))
         samples = x0[-1] if self.output_range is None else x0[-1].clamp(*self.output_range)
         if not return_trajectory:
             return samples
@@ -375,6 +383,12 @@ class UD2M(Reconstructor):
             raise ValueError(
                 f"generator must be on the device of y, {like.device}, got one on {generator.device}"
             )
+        if bool((level > 1).any()):
+            warnings.warn(
+                f"sigma_y is {level.max().item():.3g}: it is a standard deviation, in the units of "
+                "images in [0, 1] (25 of 255 is 0.098)",
+                stacklevel=4,
+            )
         if hasattr(self.unfolded, "check"):
             self.unfolded.check(physics, like.shape, self.levels, level)
         return like
@@ -396,6 +410,31 @@ class UD2M(Reconstructor):
             f"UD2M({self.unfolded}, N={self.num_steps}, levels=[{', '.join(levels)}], eta={self.eta}, "
             f"output_range={self.output_range})"
         )
+
+
+def _warn_of_misfit(y: Tensor | TensorList, physics: Physics, x: Tensor, sigma_y: Scalar) -> None:
+    """Images of another range, or noise in other units, leave residuals that no sample can explain."""
+    if not isinstance(physics, LinearPhysics):
+        return
+    of_x, level = physics.A(x), torch.as_tensor(sigma_y, device=x.device).flatten()
+    pairs = list(zip(of_x, y, strict=True)) if isinstance(y, TensorList) else [(of_x, y)]
+    residual = torch.stack([_root_mean_square(a - b) for a, b in pairs]).amax(0)
+    size = torch.stack([_root_mean_square(b) for _, b in pairs]).amax(0)
+    # What poor samples leave too is let pass: some levels of noise, some of the image, some of y.
+    allowed = torch.maximum(5 * level, 0.3 * size).clamp(min=0.2)
+    excess, worst = (residual / allowed).max(0)
+    if bool(excess > 1):
+        level = level.expand(len(residual))[worst].item()
+        warnings.warn(
+            f"the samples leave residuals of {residual[worst].item():.3g}, "
+            f"{residual[worst].item() / level:.3g} times the noise level: is y made of images in "
+            f"[0, 1], by this physics, and sigma_y = {level:.3g} its noise in those units?",
+            stacklevel=4,
+        )
+
+
+def _root_mean_square(batch: Tensor) -> Tensor:
+    return batch.abs().square().flatten(1).mean(1).sqrt()
 
 
 class CallCounter:

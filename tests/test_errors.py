@@ -157,6 +157,32 @@ def test_sigma_y_stands_in_for_a_noise_model():
     model = UD2M(UnfoldedDenoiser(Echo()))
     for physics, y in [(_poisson(), GREY), (_stack(0.1, 0.2), TensorList([GREY, GREY]))]:
         assert model(y, physics, sigma_y=0.1).shape == GREY.shape
+        # Where the caller cannot give it, as in deepinv.test, the model has it.
+        with pytest.raises(ValueError, match=r"sigma_y=|sigma_y"):
+            model(y, physics)
+        model.sigma_y = 0.1
+        assert model(y, physics).shape == GREY.shape
+        model.sigma_y = None
+    assert UD2M(UnfoldedDenoiser(Echo()), sigma_y=0.1)(GREY, _poisson()).shape == GREY.shape
+
+
+@pytest.mark.parametrize("scale, shift", [(255, 0), (2, -1)])
+def test_measurements_in_another_range_warn(scale, shift):
+    """No sample in [0, 1] explains them: it says so, of one range and of several measurements alike."""
+    model = UD2M(UnfoldedDenoiser(Echo()))
+    x = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    for physics in (_denoising(0.05), _stack(0.05, 0.05)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(physics(x), physics)
+        y = physics(scale * x + shift)
+        with pytest.warns(UserWarning, match=r"residuals of .* times the noise level: is y made of im"):
+            model(y, physics)
+
+
+def test_a_noise_level_of_8_bit_images_warns():
+    with pytest.warns(UserWarning, match=r"sigma_y is 25: it is a standard deviation, in the units of"):
+        UD2M(UnfoldedDenoiser(Echo()))(GREY, _denoising(), sigma_y=25.0)
 
 
 @pytest.mark.parametrize("name", ["num_samples", "batch_size"])
@@ -306,7 +332,7 @@ def test_sizes_outside_of_training_warn():
 def test_levels_outside_of_training_warn():
     model = UD2M(UnfoldedDenoiser(Echo()))
     assert _messages(lambda: model(GREY, _denoising(0.5))) == []
-    (message,) = _messages(lambda: model(GREY, _denoising(1e3)))
+    _, message = _messages(lambda: model(GREY, _denoising(1e3)))  # the first is of sigma_y > 1
     assert "noise levels from 0.01 to 50.0" in message
     model = UD2M(UnfoldedDenoiser(Echo(), reference_level=0.0))
     assert _messages(lambda: model(GREY, _denoising(0.02))) == []

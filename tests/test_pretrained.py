@@ -556,6 +556,18 @@ def test_a_prior_that_was_trained_itself_comes_back(prior_folder, tmp_path):
     assert {name: p.requires_grad for name, p in loaded.named_parameters()} == flags
 
 
+def test_a_prior_holds_one_sampler():
+    """All weights of the shipped samplers of digits are trained: a second would overwrite the first."""
+    prior = load_prior("mnist")
+    model = UD2M.from_pretrained("mnist", prior=prior)
+    before = trained_fingerprint(model.unfolded)
+    for given in (prior, copy.deepcopy(prior)):
+        with pytest.raises(ValueError, match="prior already holds the weights that the sampler 'mnist'"):
+            UD2M.from_pretrained("mnist-sr4", prior=given)
+    assert trained_fingerprint(model.unfolded) == before
+    UD2M.from_pretrained("mnist-sr4", prior=load_prior("mnist"))
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_an_initializer_that_is_a_network(prior_folder, tmp_path, trained):
     initializer = NetworkInitializer().requires_grad_(trained)

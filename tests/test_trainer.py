@@ -26,7 +26,7 @@ from deepinv.physics.generator import (
 )
 from torch.utils.data import DataLoader
 
-from deepinv_ud2m import UD2M, UnfoldedDenoiser, VPSchedule, add_lora
+from deepinv_ud2m import UD2M, PriorInfo, UnfoldedDenoiser, VPSchedule, add_lora
 from deepinv_ud2m.lora import lora_disabled, lora_parameters
 from deepinv_ud2m.training import (
     AdversarialDiscriminatorLoss,
@@ -597,6 +597,15 @@ def test_deepinv_test_runs_the_full_sampler(tiny_prior):
         ({"physics_generator": [None, None]}, ValueError, "physics_generator must be one per physics"),
         ({"train_dataloader": [None, None]}, ValueError, "data loaders must be one"),
         ({"physics": dinv.physics.SinglePhotonLidar()}, TypeError, "prox_l2"),
+        ({"steps": True}, ValueError, "steps must be an integer >= 1, got True"),
+        ({"losses": torch.nn.MSELoss()}, TypeError, "losses must be of deepinv's Loss.*got MSELoss"),
+        ({"lr_schedule": 1e-3}, TypeError, "lr_schedule must be a function"),
+        ({"levels": [1.0]}, TypeError, "levels must be a function"),
+        (
+            {"eval_dataloader": DataLoader(images()), "eval_samples": 1, "metrics": []},
+            ValueError,
+            "no energy score",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(tiny_prior, options, error, message):
@@ -612,6 +621,34 @@ def test_a_model_without_anything_to_train_is_refused(tiny_prior):
         DistillationTrainer(model=UD2M(unfolded), physics=physics, **options)
     with pytest.raises(TypeError, match="model must be UD2M"):
         DistillationTrainer(model=unfolded, physics=physics, **options)
+
+
+@pytest.mark.parametrize(
+    "x, error, message",
+    [
+        ((255 * images()).byte(), TypeError, "images of a floating type, got torch.uint8"),
+        (images().repeat(1, 3, 1, 1), ValueError, r"takes images with 1 channel\(s\)"),
+        (images()[..., :14], ValueError, "sides are multiples of 8"),
+    ],
+)
+def test_images_that_cannot_be_trained_on_are_refused(tiny_prior, tiny_config, x, error, message):
+    tiny_prior.prior_info = PriorInfo("tiny", 1, 0.01, 80.0, size_multiple=8)
+    trainer = make_trainer(tiny_prior, train_dataloader=DataLoader(x, batch_size=2))
+    with pytest.raises(error, match=message):
+        trainer.train()
+
+
+@pytest.mark.parametrize("scale, shift, found", [(255, 0, r"0\.\d+ to 2"), (2, -1, r"-0\.9\d+ to 0\.9")])
+def test_images_of_another_range_warn(tiny_prior, scale, shift, found):
+    loader = DataLoader(scale * images() + shift, batch_size=5)
+    with pytest.warns(UserWarning, match=rf"images in \[0, 1\].* got values from {found}"):
+        make_trainer(tiny_prior, train_dataloader=loader, steps=1).train()
+
+
+def test_a_noise_level_of_zero_is_refused(tiny_prior):
+    physics = Inpainting(SHAPE, mask=0.5, noise_model=GaussianNoise(0.0))
+    with pytest.raises(ValueError, match=r"physics must have noise of a positive level, got"):
+        make_trainer(tiny_prior, physics=physics).train()
 
 
 def test_an_empty_dataset_is_refused(tiny_prior):

@@ -59,7 +59,7 @@ Mean over images ± standard error. NFE: forward (+ backward) evaluations of the
 by hooks. Seconds: per sample and image. PSNR of the mean, energy score, CRPS and coverage: over the
 images with several samples (images; images x samples). Coverage error: largest deviation of the coverage
 of norm balls from nominal, in pixels / features, with the 95 % quantile of an exact sampler in brackets;
-with S samples it is S / (S + 1) at most. Error / spread: root mean square error of the mean of the samples
+with S samples it is S / (S + 1) at most. Error / spread: root mean square error of the mean of samples
 over what their variance leads one to expect, 1 for an exact sampler, more for an over-confident one.
 Less UD2M's: mean difference to the distilled UD2M on the same images ± its standard error.
 Frechet: distance of one sample per image to the reference images, in features of the network that gives

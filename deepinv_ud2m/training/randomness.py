@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -88,17 +88,18 @@ class BatchStream:
 
     :param torch.utils.data.DataLoader loader: the data loader.
     :param list[int] key: integers that fix the order.
+    :param Callable check: is called with the first batch that is taken, to refuse it.
     :raises ValueError: for persistent workers, whose random state cannot be set; and when an epoch has
         no batch.
     """
 
-    def __init__(self, loader: DataLoader, key: list[int]):
+    def __init__(self, loader: DataLoader, key: list[int], check: Callable | None = None):
         if getattr(loader, "persistent_workers", False):
             raise ValueError(
                 "data loaders must have persistent_workers=False: the random state of workers that stay "
                 "cannot be set, and a run would not be repeatable"
             )
-        self.loader, self.key = loader, list(key)
+        self.loader, self.key, self.check = loader, list(key), check
         self.epoch, self.position, self._iterator = 0, 0, None
 
     def __iter__(self) -> BatchStream:
@@ -117,6 +118,9 @@ class BatchStream:
             self.epoch, self.position, self._iterator = self.epoch + 1, 0, None
             return next(self)
         self.position += 1
+        if self.check is not None:
+            self.check(batch)
+            self.check = None
         return batch
 
     def seek(self, epoch: int, position: int) -> None:

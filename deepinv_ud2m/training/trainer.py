@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,6 +30,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from deepinv_ud2m.batching import RepeatedPhysics, is_shared, repeat_batch
+from deepinv_ud2m.checks import check_count
 from deepinv_ud2m.metrics import energy_score
 from deepinv_ud2m.pretrained import (
     describe,
@@ -45,6 +47,9 @@ from deepinv_ud2m.training.losses import condition
 from deepinv_ud2m.training.parallel import gather, rank, share, share_buffers, sum_gradients, world_size
 from deepinv_ud2m.training.randomness import BatchStream, find_generators, seed_all
 from deepinv_ud2m.unfolded import UnfoldedDenoiser
+
+# Images may leave [0, 1] by that much: resampling overshoots.
+_MARGIN = 0.2
 
 # Kinds of randomness, so that no two share a seed.
 _STEP, _DATA, _EVALUATION, _DISCRIMINATOR = range(4)
@@ -264,8 +269,18 @@ class DistillationTrainer(AdversarialTrainer):
             "steps", "accumulate", "max_skipped", "eval_samples", "eval_interval", "ckp_interval",
             "log_interval", "step_ratio_D",
         ):  # fmt: skip
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
-                raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)!r}")
+            check_count(name, getattr(self, name))
+        for name in ("levels", "lr_schedule"):
+            given = getattr(self, name)
+            if given is not None and not callable(given):
+                raise TypeError(f"{name} must be a function, see its description, got {given!r}")
+        for name in ("losses", "losses_d"):
+            for loss in _as_list(getattr(self, name)):
+                if not isinstance(loss, Loss):
+                    raise TypeError(
+                        f"{name} must be of deepinv's Loss, such as those of deepinv_ud2m.training, "
+                        f"got {type(loss).__name__}"
+                    )
         for name, instead in (
             ("scheduler", "lr_schedule, a factor per step"),
             ("ckpt_pretrained", "save_path and resume=True"),
@@ -298,6 +313,11 @@ class DistillationTrainer(AdversarialTrainer):
             raise ValueError(
                 "model has nothing to train: put LoRA on its prior with add_lora(denoiser) before"
             )
+        if self.eval_dataloader and self.eval_samples == 1 and not _as_list(self.metrics):
+            raise ValueError(
+                "eval_samples = 1 leaves no energy score to tell the best weights by: take more, or "
+                "give metrics"
+            )
         for physics in _as_list(self.physics):
             check_has_prox(physics)
         generators = _as_list(self.physics_generator)
@@ -306,6 +326,23 @@ class DistillationTrainer(AdversarialTrainer):
                 f"physics_generator must be one per physics, {len(_as_list(self.physics))}, "
                 f"got {len(generators)}"
             )
+
+    def _check_batch(self, batch) -> None:
+        """Images that cannot be trained on would fail far from here, or train something else."""
+        x = batch["x"] if isinstance(batch, Mapping) else batch
+        x = x[0] if isinstance(x, list | tuple) else x
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"train_dataloader must give images of a floating type, got {found}")
+        low, high = x.min().item(), x.max().item()
+        if not (low >= -_MARGIN and high <= 1 + _MARGIN):
+            warnings.warn(
+                "train_dataloader should give images in [0, 1], as noise levels and priors expect, got "
+                f"values from {low:.4g} to {high:.4g}",
+                stacklevel=2,
+            )
+        if self.unfolded.prior_info is not None:
+            self.unfolded.prior_info.check_images(x.shape)
 
     def _loader_of_each(self, loaders) -> list | None:
         """One loader per physics; a single one serves all."""
@@ -381,7 +418,7 @@ class DistillationTrainer(AdversarialTrainer):
         )
         distinct = {id(loader): loader for loader in self.train_dataloader}
         streams = {
-            key: BatchStream(loader, [self.seed, _DATA, i])
+            key: BatchStream(loader, [self.seed, _DATA, i], self._check_batch)
             for i, (key, loader) in enumerate(distinct.items())
         }
         self._streams = [streams[id(loader)] for loader in self.train_dataloader]
@@ -499,6 +536,11 @@ class DistillationTrainer(AdversarialTrainer):
         :returns: what losses are called with: ``x, x_net, samples, x_s, sigma, y, physics, condition``.
         """
         draws, level = self.num_draws, noise_level(physics)
+        if not bool((torch.as_tensor(level) > 0).all()):
+            raise ValueError(
+                f"physics must have noise of a positive level, got {torch.as_tensor(level).tolist()}; "
+                "a ZeroNoise stands for a small floor"
+            )
         repeated = physics
         if draws > 1 and not is_shared(physics, x, level):
             repeated = RepeatedPhysics(physics, x, draws, level)
