@@ -11,13 +11,17 @@ as libjpeg uses them, which Pillow and most programs write.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Number
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from deepinv.physics import Physics
 from deepinv.physics.generator import PhysicsGenerator
+from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import get_sampling
 from torch import Tensor
 
 from deepinv_ud2m.checks import check_count
@@ -111,6 +115,52 @@ class JPEG(Physics):
         self.register_buffer("_dct", _dct_matrix(), persistent=False)
         self.register_buffer("_tables", torch.tensor(_TABLES, dtype=torch.float32), persistent=False)
 
+    @classmethod
+    def read(cls, file: str | Path) -> tuple[Tensor, JPEG]:
+        """
+        The image of a file, and its coder.
+
+        :param str, pathlib.Path file: a JPEG, grey or colour, as libjpeg, Pillow, OpenCV and many
+            others write them.
+        :returns: the image `[1, C, H, W]` as the file has it (the orientation that a camera notes is not
+            applied), and the physics of its quality and subsampling.
+        :raises FileNotFoundError: if there is no such file.
+        :raises ValueError: if it is no JPEG, is neither grey nor RGB, has the quantisation tables of
+            another coder, which are of no quality factor, or another subsampling.
+
+        |sep|
+
+        :Examples:
+
+            >>> from deepinv_ud2m import UD2M
+            >>> from deepinv_ud2m.physics import JPEG
+            >>> y, physics = JPEG.read("photo.jpg")  # doctest: +SKIP
+            >>> x_hat = UD2M.from_pretrained("photos")(y, physics)  # doctest: +SKIP
+        """
+        try:
+            picture = Image.open(file)
+            picture.load()
+        except UnidentifiedImageError as error:
+            raise ValueError(f"file {file} is not an image") from error
+        with picture:
+            if picture.format != "JPEG" or picture.mode not in ("L", "RGB"):
+                raise ValueError(
+                    f"file {file} must be a grey or RGB JPEG, got {picture.format}, {picture.mode}"
+                )
+            channels = len(picture.mode)
+            sampling = get_sampling(picture) if channels == 3 else 0
+            if sampling not in _SAMPLINGS:
+                raise ValueError(f"file {file} must have subsampling of {sorted(_FACTORS)}")
+            quality = _quality_of(picture.quantization)
+            if quality is None:
+                raise ValueError(
+                    f"file {file} has quantisation tables of its own, those of no quality factor: it "
+                    "was not written by libjpeg's rule"
+                )
+            pixels = torch.from_numpy(np.array(picture)).reshape(*picture.size[::-1], channels)
+        y = pixels.permute(2, 0, 1)[None] / 255
+        return y, cls(y.shape[1:], quality, _SAMPLINGS[sampling])
+
     # -- What deepinv calls -------------------------------------------------------------------------
 
     def update_parameters(self, quality: float | Tensor | None = None, **kwargs) -> None:
@@ -133,9 +183,12 @@ class JPEG(Physics):
         :returns: decoded images, of whole blocks, `[B, C, H', W']`.
         :raises ValueError: for images of another size than ``img_size``, or another number of them than
             of qualities.
+        :raises TypeError: for images of integers.
         """
         self.update_parameters(quality=quality)
         self._check_images(x, self.img_size)
+        if not x.is_floating_point():
+            raise TypeError(f"x must be of a floating type, an image in [0, 1], got {x.dtype}")
         with torch.autocast(x.device.type, enabled=False):
             planes = [_round(plane) for plane in self._to_planes(_round(255 * x.clamp(0, 1)))]
             quantised = [
@@ -204,6 +257,22 @@ class JPEG(Physics):
             for c, n, q in zip(coefficients, self._centres(y, steps), steps, strict=True)
         ]
         return torch.stack(outside).amax(0).clamp(min=0)
+
+    def mismatch(self, y: Tensor) -> Tensor:
+        """
+        How little decoded images look like ones of this quality: mean distance of the luma coefficients
+        that are not zero from their multiples of a step, in steps of at least 4 levels of 255, which the
+        rounding of pixels does not blur. Near 0.03 for the right quality; 0.25 is chance, which wrong
+        ones reach unless the steps of one are multiples of the other's.
+
+        :param torch.Tensor y: decoded images, see :meth:`A_adjoint`.
+        :returns: `[B]`.
+        """
+        steps = self._steps(y)[0]
+        ratio = self._transform(self._to_planes(255 * self._whole(y))[0]) / steps
+        counted = ((ratio.abs() > 0.5) & (steps >= 4)).flatten(1)
+        distance = (ratio - ratio.round()).abs().flatten(1)
+        return (distance * counted).sum(1) / counted.sum(1).clamp(min=1)
 
     def _centres(self, y: Tensor, steps: list[Tensor]) -> list[Tensor]:
         """The coefficients that were decoded to y."""
@@ -277,8 +346,7 @@ class JPEG(Physics):
             raise ValueError(
                 f"quality has {len(quality)} values, for as many images; got {images.shape[0]} images"
             )
-        scale = torch.where(quality < 50, (5000 / quality).floor(), 200 - 2 * quality)
-        tables = ((self._tables * scale.view(-1, 1, 1, 1) + 50) / 100).floor().clamp(1, 255)
+        tables = _scaled(self._tables, quality)
         luma, chroma = tables.to(torch.promote_types(images.dtype, torch.float32)).unbind(1)
         of_planes = [luma, chroma, chroma][: self.img_size[0]]
         return [table[:, None, :, None, :] for table in of_planes]
@@ -348,6 +416,22 @@ class JPEGQualityGenerator(PhysicsGenerator):
         limits = self.quality_min, self.quality_max + 1
         options = {"generator": self.rng, "device": self.rng.device}
         return {"quality": torch.randint(*limits, (batch_size,), **options).float()}
+
+
+def _quality_of(tables: Mapping[int, Sequence[int]]) -> int | None:
+    """The quality factor of a file's tables, the largest of those that share them; none has others."""
+    standard = torch.tensor(_TABLES, dtype=torch.float32)
+    for quality in range(100, 0, -1):
+        scaled = _scaled(standard, torch.tensor([float(quality)]))[0].flatten(1).tolist()
+        if all(list(table) == scaled[min(i, 1)] for i, table in tables.items()):
+            return quality
+    return None
+
+
+def _scaled(tables: Tensor, quality: Tensor) -> Tensor:
+    """libjpeg's tables of luma and chroma for quality factors, `[B, 2, 8, 8]`."""
+    scale = torch.where(quality < 50, (5000 / quality).floor(), 200 - 2 * quality)
+    return ((tables * scale.view(-1, 1, 1, 1) + 50) / 100).floor().clamp(1, 255)
 
 
 def _check_quality(quality: float | Tensor) -> Tensor:
@@ -421,6 +505,9 @@ def _dct_matrix() -> Tensor:
 
 
 _FACTORS = {"4:2:0": 2, "4:4:4": 1}
+
+#: As Pillow numbers them.
+_SAMPLINGS = {0: "4:4:4", 2: "4:2:0"}
 
 #: JFIF; rows Y, Cb, Cr.
 _TO_YCBCR = [

@@ -123,7 +123,10 @@ def load_prior(
         are damaged or do not fit.
     :raises FileNotFoundError: if weights that do not ship are not here; it says where to put them.
     :raises ImportError, OSError: without diffusers, or if the download fails.
+    :raises TypeError: if ``name`` is neither text nor a path.
     """
+    if not isinstance(name, str | Path):
+        raise TypeError(f"name must be the name of a prior, or a folder, got {name!r}")
     if name in PUBLISHED:
         network, entry = load_published(name, weights, download)
         low, high = network.schedule.sigma([0, network.schedule.num_timesteps - 1]).tolist()
@@ -148,6 +151,8 @@ def _load_shipped(name: str) -> tuple[Denoiser, PriorInfo]:
         )
     try:
         config = json.loads(config_file.read_text())
+        if "unfolded" in config:
+            raise ValueError("this is the folder of a sampler: UD2M.from_pretrained loads it")
         network, info = build_network(config), PriorInfo(**config["prior"])
         info = replace(info, name=str(name))  # by which it is found again, for samplers of it
     except (ValueError, KeyError, TypeError) as error:

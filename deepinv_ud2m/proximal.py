@@ -225,9 +225,14 @@ def expand_scalar(value: Scalar, like: Tensor, name: str) -> Tensor:
     :param torch.Tensor like: images of shape `[B, C, H, W]`, which give B, dtype and device.
     :param str name: name of the argument, for the message.
     :returns: tensor of shape `[B, 1, 1, 1]`.
-    :raises ValueError: for any other shape.
+    :raises ValueError: for any other shape, or a number that is not positive.
+    :raises TypeError: for what is neither number nor tensor.
     """
+    if isinstance(value, str):
+        raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
     if isinstance(value, Number):  # filled on the device: a copy to it would wait
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
         value = torch.full((), value, dtype=like.dtype, device=like.device)
     value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     batch_size, ones = like.shape[0], [1] * (like.ndim - 1)

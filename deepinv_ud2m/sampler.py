@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from deepinv_ud2m.batching import RepeatedPhysics, is_shared, repeat_batch
 from deepinv_ud2m.checks import check_count
+from deepinv_ud2m.physics import JPEG
 from deepinv_ud2m.proximal import (
     Scalar,
     check_has_prox,
@@ -412,8 +413,18 @@ class UD2M(Reconstructor):
         )
 
 
+#: Between the right quality and others, see :meth:`deepinv_ud2m.physics.JPEG.mismatch`.
+_JPEG_MISMATCH = 0.15
+
+
 def _warn_of_misfit(y: Tensor | TensorList, physics: Physics, x: Tensor, sigma_y: Scalar) -> None:
     """Images of another range, or noise in other units, leave residuals that no sample can explain."""
+    if isinstance(physics, JPEG) and bool((physics.mismatch(y) > _JPEG_MISMATCH).any()):
+        warnings.warn(
+            "y does not look like images decoded from JPEG files of quality "
+            f"{physics.quality.tolist()}: JPEG.read(file) tells the quality of a file",
+            stacklevel=4,
+        )
     if not isinstance(physics, LinearPhysics):
         return
     of_x, level = physics.A(x), torch.as_tensor(sigma_y, device=x.device).flatten()

@@ -27,7 +27,8 @@ OUT = Path(__file__).parent / "output"
 
 # %%
 # The problem. Any image will do: ``load_images("photo.jpg", channels=3, size=256)`` reads its centre,
-# ``load_image("photo.jpg", channels=3)`` the whole.
+# ``load_image("photo.jpg", channels=3)`` the whole. A file that is a JPEG already, to be restored as it
+# is: ``y, physics = JPEG.read("photo.jpg")`` and ``model(y, physics)``.
 x = photograph("chelsea")
 physics = JPEG(x.shape[1:], quality=10)
 y = physics(x)

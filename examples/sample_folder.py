@@ -32,6 +32,7 @@ from deepinv_ud2m import UD2M
 from deepinv_ud2m.benchmark.tasks import TASKS, make_physics
 from deepinv_ud2m.data import load_image
 from deepinv_ud2m.data.images import EXTENSIONS
+from deepinv_ud2m.pretrained import trained_fingerprint
 
 parser = argparse.ArgumentParser(description="Posterior samples for a folder of images.")
 parser.add_argument("--images", type=Path, required=True, help="folder of images")
@@ -48,6 +49,8 @@ if not files:
     parser.error(f"--images: {args.images} has no images ({', '.join(EXTENSIONS)})")
 if args.samples < 2:
     parser.error(f"--samples must be at least 2, got {args.samples}")
+if not args.sigma_y > 0:
+    parser.error(f"--sigma-y must be positive, got {args.sigma_y}")
 
 # %%
 # The share of this process: torchrun states its number in the environment.
@@ -59,6 +62,7 @@ model = UD2M.from_pretrained(args.model).to(device)
 channels = getattr(model.unfolded.prior_info, "channels", 3)
 args.out.mkdir(parents=True, exist_ok=True)
 options = {name: getattr(args, name) for name in ("model", "task", "sigma_y", "samples", "seed")}
+options["weights"] = trained_fingerprint(model.unfolded)  # another sampler may take that name
 psnr = dinv.metric.PSNR()
 
 # %%
@@ -68,6 +72,7 @@ for file in tqdm(files[rank::world_size], desc=f"process {rank}", position=rank)
     if summary.is_file() and json.loads(summary.read_text()).get("options") == options:
         continue
     x = load_image(file, channels).to(device)
+    # Without the last rows and columns that make no block of super-resolution.
     x = x[..., : x.shape[-2] // 4 * 4, : x.shape[-1] // 4 * 4]
     physics = make_physics(args.task, tuple(x.shape[1:]), args.sigma_y, device)
     seed = zlib.crc32(f"{args.seed} {file.name}".encode())

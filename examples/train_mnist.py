@@ -27,7 +27,7 @@ from deepinv.physics.generator import BernoulliSplittingMaskGenerator, SigmaGene
 from torch.utils.data import DataLoader
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora, load_prior
-from deepinv_ud2m.benchmark.tasks import make_physics
+from deepinv_ud2m.benchmark.tasks import TASKS, make_physics
 from deepinv_ud2m.data import load_mnist, mnist_digits
 from deepinv_ud2m.lora import lora_config
 from deepinv_ud2m.training import (
@@ -64,7 +64,7 @@ def parse_arguments(argv=None):
     parser.add_argument(
         "--start", help="sampler to train on, name or folder: what was trained in it, or --rank 0"
     )
-    parser.add_argument("--tasks", nargs="+", default=ALL_TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=ALL_TASKS, metavar="TASK")
     parser.add_argument("--sigma-y", type=float, nargs=2, default=[0.02, 0.1], help="range of noise")
     parser.add_argument("--loss", choices=LOSSES, default="energy")
     parser.add_argument("--draws", type=int, default=2, help="draws per measurement, for energy")
@@ -100,6 +100,11 @@ def parse_arguments(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few minutes, super-resolution only")
     args = parser.parse_args(argv)
+    for name in ("updates", "batch_size", "eval_interval", "draws"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if not 0 < args.sigma_y[0] <= args.sigma_y[1]:
+        parser.error(f"--sigma-y must be two positive levels, LOW HIGH, got {args.sigma_y}")
     if args.start:
         of_it = [name for name in ("iterations", "steps", "targets") if getattr(args, name) is not None]
         if of_it or args.rank:

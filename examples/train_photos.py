@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora, load_prior
-from deepinv_ud2m.benchmark.tasks import make_generator, make_physics
+from deepinv_ud2m.benchmark.tasks import TASKS, make_generator, make_physics
 from deepinv_ud2m.data import RandomCrops, load_images
 from deepinv_ud2m.initializers import LinearInitializer
 from deepinv_ud2m.lora import lora_config
@@ -63,7 +63,7 @@ def parse_arguments():
     parser.add_argument(
         "--start", help="sampler to train on, name or folder: what was trained in it, or --rank 0"
     )
-    parser.add_argument("--tasks", nargs="+", default=ALL_TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=ALL_TASKS, metavar="TASK")
     parser.add_argument("--sigma-y", type=float, nargs=2, default=[0.005, 0.1], help="range of noise")
     parser.add_argument("--size", type=int, default=64, help="side of the crops")
     parser.add_argument("--perceptual", type=float, default=5.0, help="weight of the activations' score")
@@ -100,6 +100,11 @@ def parse_arguments():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="two steps on two tasks")
     args = parser.parse_args()
+    for name in ("updates", "batch_size", "eval_interval", "size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if not 0 < args.sigma_y[0] <= args.sigma_y[1]:
+        parser.error(f"--sigma-y must be two positive levels, LOW HIGH, got {args.sigma_y}")
     if args.start:
         of_it = ("iterations", "delta", "rho", "reference_level", "initializer")
         fixed = [name for name in of_it if getattr(args, name) is not None]

@@ -1,6 +1,7 @@
 """JPEG: the codec against Pillow's, the projection against the conditions of optimality."""
 
 import io
+import warnings
 
 import deepinv as dinv
 import numpy as np
@@ -52,6 +53,62 @@ def test_tables_are_those_of_pillow(quality):
     _, tables = pillow(x, quality)
     assert torch.equal(luma[0, 0, :, 0].int(), tables[0].int())
     assert torch.equal(chroma[0, 0, :, 0].int(), tables[1].int())
+
+
+@pytest.mark.parametrize("quality", [1, 49, 50, 98, 100, *QUALITIES])
+@pytest.mark.parametrize("subsampling", [*PILLOW, "grey"])
+def test_a_file_is_read_with_its_coder(quality, subsampling, tmp_path):
+    x = photograph("chelsea")[..., :50, :70]
+    x = x.mean(1, keepdim=True) if subsampling == "grey" else x
+    pixels = (255 * x[0]).round().byte().permute(1, 2, 0).numpy()
+    options = {} if subsampling == "grey" else {"subsampling": PILLOW[subsampling]}
+    Image.fromarray(pixels.squeeze()).save(tmp_path / "x.jpg", quality=quality, **options)
+    y, physics = JPEG.read(tmp_path / "x.jpg")
+    assert physics.img_size == tuple(x.shape[1:]) and physics.quality.item() == quality
+    assert subsampling in ("grey", physics.subsampling)
+    with Image.open(tmp_path / "x.jpg") as decoded:
+        array = np.array(decoded).reshape(50, 70, -1)
+    assert torch.equal(y, torch.from_numpy(array).permute(2, 0, 1)[None] / 255)
+    # The quality shows in the pixels, and another does not.
+    assert physics.mismatch(y) < 0.1
+    if 10 <= quality <= 75:
+        assert JPEG(physics.img_size, 90, physics.subsampling).mismatch(y) > 0.15
+
+
+def test_files_that_are_no_jpeg_of_that_kind_are_refused(tmp_path):
+    picture = Image.fromarray(np.zeros((16, 16, 3), dtype=np.uint8))
+    picture.save(tmp_path / "x.png")
+    picture.save(tmp_path / "own.jpg", qtables=[list(range(1, 65))] * 2)
+    picture.save(tmp_path / "half.jpg", subsampling=1)
+    picture.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    (tmp_path / "text.jpg").write_text("text")
+    for name, message in {
+        "x.png": "must be a grey or RGB JPEG, got PNG",
+        "own.jpg": "tables of its own",
+        "half.jpg": "subsampling of",
+        "cmyk.jpg": "got JPEG, CMYK",
+        "text.jpg": "not an image",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            JPEG.read(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        JPEG.read(tmp_path / "nowhere.jpg")
+
+
+def test_a_file_of_another_quality_warns_when_it_is_sampled(tiny_prior):
+    x = photograph("chelsea").mean(1, keepdim=True)[..., :64, :64]
+    y = pillow(x, 75)[0] / 255
+    model = UD2M(UnfoldedDenoiser(tiny_prior, 1), num_steps=1)
+    with pytest.warns(UserWarning, match=r"not look like .* of quality \[10.0\]: JPEG.read"):
+        model(y, JPEG((1, 64, 64), 10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(y, JPEG((1, 64, 64), 75))
+
+
+def test_integers_are_refused():
+    with pytest.raises(TypeError, match=r"image in \[0, 1\], got torch.uint8"):
+        JPEG((1, 16, 16))(torch.zeros(1, 1, 16, 16, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("size", [(256, 256), (203, 155), (33, 250)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from deepinv.models import Denoiser
 
-from deepinv_ud2m import PriorInfo, load_prior, save_prior
+from deepinv_ud2m import UD2M, PriorInfo, load_prior, save_prior
 from deepinv_ud2m.networks import PixelShuffledDenoiser, checkerboard
 from deepinv_ud2m.priors import PRIORS, build_network
 
@@ -245,3 +245,11 @@ def test_what_it_was_trained_for_passes_in_silence():
 def test_prior_info_does_not_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         INFO.channels = 1
+
+
+def test_what_is_no_prior_is_told(tmp_path):
+    with pytest.raises(TypeError, match="name must be the name of a prior, or a folder, got None"):
+        load_prior(None)
+    UD2M.from_pretrained("mnist").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"folder of a sampler: UD2M.from_pretrained"):
+        load_prior(tmp_path)

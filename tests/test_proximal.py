@@ -518,3 +518,12 @@ def test_backprojection_of_several_samples_is_computed_once():
     assert torch.equal(posterior_prox(x, y, view, x_s, S, RHO, LAMBDA, 0.05), expected)
     assert not calls
     assert repeated.physics is physics
+
+
+@pytest.mark.parametrize("name", ["sigma", "rho", "lambda_", "sigma_y"])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), "0.1"])
+def test_scalars_that_are_not_positive_are_refused(name, value):
+    physics, x, x_s, y = problem("Denoising")
+    scalars = {"sigma": S, "rho": RHO, "lambda_": LAMBDA, "sigma_y": 0.05} | {name: value}
+    with pytest.raises(TypeError if value == "0.1" else ValueError, match=f"{name} must be"):
+        posterior_prox(x, y, physics, x_s, **scalars)
