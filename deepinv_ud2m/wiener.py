@@ -136,12 +136,13 @@ class WienerInitializer(nn.Module):
             if is_one_level:
                 sigma = sigma[:1]
             variances = [1 / (1 / power + sigma**-2) for power in self.powers(x_s)]
-            mean = self.mean + _filtered(x_s - self.mean, [v * sigma**-2 for v in variances])
-            residual = y - physics.A(mean)
+            # Its filters take deviations from mu, the mean's: (x_s - mu) to mu_s - mu.
+            spectrum = _weighted(torch.fft.rfft2(x_s - self.mean), [v * sigma**-2 for v in variances])
             kernel = _circular_kernel(operator, physics, x_s.shape)
             if kernel is not None:
-                return mean + self._wiener(residual, physics, kernel, variances, sigma_y)
-            return mean + self._solve(residual, physics, variances, x_s, sigma_y)
+                return self._wiener(y, physics, kernel, variances, spectrum, x_s, sigma_y)
+            mean = self.mean + torch.fft.irfft2(spectrum, s=x_s.shape[-2:])
+            return mean + self._solve(y - physics.A(mean), physics, variances, x_s, sigma_y)
 
     def powers(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -155,17 +156,30 @@ class WienerInitializer(nn.Module):
         c = self.correlation if channels > 1 else 0.0
         return (1 + (channels - 1) * c) * power, (1 - c) * power
 
-    def _wiener(self, residual, physics, kernel, variances, sigma_y) -> Tensor:
-        """A C A^T is a convolution on the grid of the measurements: one impulse shows its spectrum."""
-        is_same_for_all = len(kernel) == 1 and all(len(variance) == 1 for variance in variances)
-        impulse = torch.zeros_like(residual[:1] if is_same_for_all else residual)
+    def _wiener(self, y, physics, kernel, variances, spectrum, x_s, sigma_y) -> Tensor:
+        """
+        All in the Fourier basis. A^T of one impulse tells A, which correlates with it and subsamples; A C
+        A^T is a convolution on the grid of the measurements.
+        """
+        size, factor = x_s.shape[-2:], x_s.shape[-1] // y.shape[-1]
+        is_same_for_all = len(kernel) == 1
+        impulse = torch.zeros_like(y[:1] if is_same_for_all else y)
         impulse[..., 0, 0] = 1
-        spread = physics.A_adjoint(impulse)
-        gains = []
-        for variance in variances:
-            response = physics.A(_filtered(spread, [variance, variance]))[:, :1]
-            gains.append(1 / (torch.fft.rfft2(response).real.clamp(min=0) + sigma_y**2))
-        return _filtered(physics.A_adjoint(_filtered(residual, gains)), variances)
+        spread = torch.fft.rfft2(physics.A_adjoint(impulse)[:, :1])
+
+        def measured(spectrum):
+            return torch.fft.irfft2(spread.conj() * spectrum, s=size)[..., ::factor, ::factor]
+
+        of_grey = self.mean * spread[..., :1, :1].real
+        gains = [
+            1 / (torch.fft.rfft2(measured(spread * variance)).real.clamp(min=0) + sigma_y**2)
+            for variance in variances
+        ]
+        residual = torch.fft.rfft2(y - of_grey - measured(spectrum))
+        weights = torch.zeros_like(x_s)
+        weights[..., ::factor, ::factor] = torch.fft.irfft2(_weighted(residual, gains), s=y.shape[-2:])
+        spectrum = spectrum + _weighted(spread * torch.fft.rfft2(weights), variances)
+        return self.mean + torch.fft.irfft2(spectrum, s=size)
 
     def _solve(self, residual, physics, variances, x_s, sigma_y) -> Tensor:
         """In coordinates in which the prior is white, and a few conjugate gradients get far."""
@@ -226,12 +240,16 @@ def _fit_spectrum(radii: Tensor, powers: Tensor) -> tuple[float, float, float]:
 
 
 def _filtered(x: Tensor, gains: list[Tensor]) -> Tensor:
-    """Two filters, of the mean over the channels and of the deviations from it; gains by frequency."""
-    spectrum = torch.fft.rfft2(x)
-    if x.shape[1] == 1:
-        return torch.fft.irfft2(gains[0] * spectrum, s=x.shape[-2:])
+    """Two filters, see :func:`_weighted`."""
+    return torch.fft.irfft2(_weighted(torch.fft.rfft2(x), gains), s=x.shape[-2:])
+
+
+def _weighted(spectrum: Tensor, gains: list[Tensor]) -> Tensor:
+    """Gains by frequency, of the mean over the channels and of the deviations from it."""
+    if spectrum.shape[1] == 1:
+        return gains[0] * spectrum
     mean = spectrum.mean(1, keepdim=True)
-    return torch.fft.irfft2(gains[1] * spectrum + (gains[0] - gains[1]) * mean, s=x.shape[-2:])
+    return gains[1] * spectrum + (gains[0] - gains[1]) * mean
 
 
 def _circular_kernel(operator: Physics, physics: Physics, shape: torch.Size) -> Tensor | None:
