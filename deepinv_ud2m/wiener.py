@@ -158,8 +158,8 @@ class WienerInitializer(nn.Module):
 
     def _wiener(self, y, physics, kernel, variances, spectrum, x_s, sigma_y) -> Tensor:
         """
-        All in the Fourier basis. A^T of one impulse tells A, which correlates with it and subsamples; A C
-        A^T is a convolution on the grid of the measurements.
+        All in the Fourier basis. A^T of one impulse tells A, which correlates with it and subsamples;
+        A C A^T is a convolution on the grid of the measurements.
         """
         size, factor = x_s.shape[-2:], x_s.shape[-1] // y.shape[-1]
         is_same_for_all = len(kernel) == 1

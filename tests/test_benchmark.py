@@ -345,6 +345,23 @@ def test_differences_are_of_the_same_images():
     assert theirs["psnr_gap_se"] == pytest.approx(0.5)  # standard deviation 0.5 sqrt(2), of two images
 
 
+def test_means_are_compared_where_both_have_several_samples():
+    """The mean of one sample is that sample, which says nothing of the mean of several."""
+    row = {"settings": {}, "nfe": 1, "nfe_backward": 0, "seconds": 1.0, "task": "sr4"}
+    row |= {"peak_memory_gb": 1.0, "psnr": 20.0}
+    several = {"ud2m-distilled": {0, 1, 2}, "ddrm": {1, 2, 3}}
+    rows = [
+        row
+        | {"method": method, "image": i, "num_samples": 8 if i in of else 1, "psnr_mean": mean + 7 * i}
+        for (method, of), mean in zip(several.items(), (20.0, 19.0), strict=True)
+        for i in range(4)
+    ]
+    rows[1]["psnr_mean"] += 1
+    _, theirs = summarise(rows)
+    assert theirs["psnr_gap"] == 0
+    assert theirs["psnr_mean_gap"] == pytest.approx(-1.5)  # -2 and -1, on images 1 and 2
+
+
 def test_stored_results_are_results_that_can_be_extended(tiny_prior, tmp_path):
     run_all(tmp_path / "run", tiny_prior, methods=["ud2m"])
     x = mnist_digits("test", num=4)

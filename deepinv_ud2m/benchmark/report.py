@@ -47,7 +47,11 @@ METRICS_OF_SEVERAL = {"psnr_mean", "energy_score", "crps"}
 
 #: Those of which the report states the difference to a sampler on the same images, which varies far less
 #: than either: key, heading, digits.
-GAPS = [("psnr", "PSNR less UD2M's", 2), ("perceptual", "perceptual less UD2M's", 3)]
+GAPS = [
+    ("psnr", "PSNR less UD2M's", 2),
+    ("psnr_mean", "PSNR of the mean less UD2M's", 2),
+    ("perceptual", "perceptual less UD2M's", 3),
+]
 #: That sampler.
 REFERENCE = "ud2m-distilled"
 
@@ -157,7 +161,12 @@ def summarise(rows: list[dict], reference: Tensor | None = None) -> list[dict]:
                 line[key] = float(values.mean())
                 line[f"{key}_se"] = float(values.std(ddof=min(1, len(values) - 1)) / len(values) ** 0.5)
         for key, _, _ in GAPS if method != REFERENCE else ():
-            line |= _gap(group, groups.get((task, REFERENCE), []), key)
+            of, others = group, groups.get((task, REFERENCE), [])
+            if key in METRICS_OF_SEVERAL:
+                of, others = (
+                    [row for row in part if row["num_samples"] > 1] for part in (several, others)
+                )
+            line |= _gap(of, others, key)
         for key in ("credible_level", "credible_level_features"):
             if key in several[0]:
                 error = coverage_error(*_curve(several, key)).item()
