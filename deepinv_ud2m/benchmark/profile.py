@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -60,7 +61,9 @@ def main(argv: list[str] | None = None) -> dict:
     cases = [(size, *batch) for size in args.sizes for batch in batches]
     rows = [measure_overhead(prior, *case, args) for case in tqdm(cases, desc="profile")]
     result = {
-        "command": shlex.join(["python", "-m", "deepinv_ud2m.benchmark.profile", *argv]),
+        "command": " ".join(
+            [*_allocator(), "python -m deepinv_ud2m.benchmark.profile", shlex.join(argv)]
+        ),
         "prior": args.prior + (", random weights" if args.random_weights else ""),
         "parameters": sum(p.numel() for p in prior.parameters()),
         "machine": machine(),
@@ -76,6 +79,13 @@ def main(argv: list[str] | None = None) -> dict:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
         _plot(result, args.out.with_suffix(".png"))
     return result
+
+
+def _allocator() -> list[str]:
+    """Settings of the C library's allocator, which decide on the time of large batches on a CPU."""
+    return [
+        f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")
+    ]
 
 
 def measure_overhead(

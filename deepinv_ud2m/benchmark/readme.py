@@ -2,20 +2,20 @@
 
     python -m deepinv_ud2m.benchmark.readme
 
-rewrites them in README.md, between their two markers; a test checks that they are up to date.
+rewrites them in README.md, between their markers; a test checks that they are up to date.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 from deepinv_ud2m.benchmark.methods import METHODS
 from deepinv_ud2m.benchmark.tasks import TASKS
 
 _PACKAGE = Path(__file__).parents[1]
-_START, _END = "<!-- measured -->", "<!-- /measured -->"
 
 
 def main() -> None:
@@ -30,9 +30,44 @@ def updated(text: str) -> str:
 
     :param str text: the README.
     """
-    before, _, rest = text.partition(_START)
-    _, _, after = rest.partition(_END)
-    return f"{before}{_START}\n{measured()}\n{_END}{after}"
+    for name, part in (("glance", at_a_glance), ("measured", measured)):
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(end)
+        text = f"{before}{start}\n{part()}\n{end}{after}"
+    return text
+
+
+def at_a_glance() -> str:
+    """The photographs in one table: one sample of UD2M, and what the others have less or more."""
+    summary = _stored(_PACKAGE / "benchmark" / "results" / "photos" / "summary.json")
+    methods = {"diffpir": "DiffPIR", "ddrm": "DDRM", "dps:num_steps=100,guidance=norm": "DPS"}
+    lines = {(line["task"], line["method"]): line for line in summary["lines"]}
+    titles = ["", "UD2M, 9 evaluations"]
+    for method, title in methods.items():
+        found = [line for (_, name), line in lines.items() if name == method]
+        titles.append(f"{title}, {_evaluations(found[0])}")
+    table = [_cells(titles), _cells(["---"] * len(titles))]
+    for task in dict.fromkeys(line["task"] for line in summary["lines"]):
+        own = lines[task, "ud2m-distilled"]
+        cells = [TASKS[task].title, f"**{own['psnr']:.1f} dB, {own['perceptual']:.2f}**"]
+        for method in methods:
+            line = lines.get((task, method))
+            cells.append(f"{line['psnr_gap']:+.1f} dB, {line['perceptual_gap']:+.2f}" if line else "-")
+        table.append(_cells(cells))
+    times = [_times_slower(method, summary["timings"]["seconds"]) for method in methods]
+    table.append(_cells(["time, over that of UD2M", "1", *times]))
+    return "\n".join(table)
+
+
+def _times_slower(method: str, seconds: dict[str, dict[str, list[float]]]) -> str:
+    """The range over the tasks; both are medians over the rounds of one run."""
+    ratios = [
+        statistics.median(of_task[method]) / statistics.median(of_task["ud2m-distilled"])
+        for of_task in seconds.values()
+        if method in of_task
+    ]
+    return f"{min(ratios):.1f} to {max(ratios):.1f}" if ratios else "-"
 
 
 def measured() -> str:
@@ -57,7 +92,7 @@ def measured() -> str:
             "128x128 crops of photographs that nothing was trained on",
             "DiffPIR, DDRM and DPS tuned on crops of other photographs (DPS at 100 steps), all else at "
             "its defaults",
-            "EfficientNet-Lite0",
+            "EfficientNet-Lite2, which no sampler was trained with",
         ),
         _sampler("photos"),
         _sampler("photos-posterior"),
@@ -109,14 +144,16 @@ def _benchmark(name: str, images: str, tuned: str, network: str) -> str:
     columns = [(title, cell) for title, cell in _COLUMNS if any(cell(line) != "-" for line in lines)]
     titles = [title for title, _ in columns]
     has_gaps = any("psnr_gap" in line for line in lines)
+    has_spread = any("error_over_spread" in line for line in lines)
     distances = "PSNR, perceptual and Frechet" if "Frechet" in titles else "PSNR and perceptual"
     parts = [
         f"**Samplers on the same prior** (`{setup['prior']}`), {images}, noise {setup['sigma_y']}, "
         f"{tuned}. {distances} distance "
         "are of one sample per image, the other columns of several samples, on as many images as stand "
         f"after the semicolon. Distances are in features of {network}. Coverage: largest deviation of "
-        f"the coverage of norm balls from nominal. {_LESS if has_gaps else ''}Means and standard "
-        f"errors. Hollow points: of fewer images. {_seconds(summary)} "
+        "the coverage of norm balls from nominal, S / (S + 1) at most with S samples. "
+        f"{_SPREAD if has_spread else ''}{_LESS if has_gaps else ''}Means and standard errors. "
+        f" Hollow points: of fewer images. {_seconds(summary)} "
         f"({machine['device']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}).",
     ]
     parts += [
@@ -181,6 +218,10 @@ def _title(line: dict) -> str:
     return title + (f" `{sampler[1]}`" if sampler else "")
 
 
+_SPREAD = (
+    "Error / spread: error of the mean over what the variance of the samples leads one to expect, "
+    "1 for an exact sampler, more for an over-confident one. "
+)
 _LESS = "Less UD2M's: difference to the first row on the same images. "
 
 _ORDER = ["ud2m-distilled", *(name for name in METHODS if name != "ud2m-distilled")]
@@ -196,8 +237,10 @@ _COLUMNS = [
     ("energy score", _mean("energy_score", 2)),
     ("Frechet", _number("frechet", 1)),
     ("PSNR less UD2M's", _mean("psnr_gap", 2, "+")),
+    ("mean's PSNR less UD2M's", _mean("psnr_mean_gap", 2, "+")),
     ("perceptual less UD2M's", _mean("perceptual_gap", 3, "+")),
     ("coverage", _number("coverage_error", 2)),
+    ("error / spread", _number("error_over_spread", 2)),
 ]
 
 
@@ -250,21 +293,55 @@ def _overhead(profiles: list[dict]) -> str:
     commands = [f"`{profile['command']}`" for profile in profiles]
     lines = [
         "**Overhead of the sampler** over the network evaluations it is made of: time of a call of "
-        "`sample` over that of as many evaluations of the prior, measured alternately "
-        f"({', '.join(commands)}; {machine['device']}, torch {machine['torch']}).",
+        "`sample` over that of as many evaluations of the prior on as many images at a time, measured "
+        f"alternately ({', '.join(commands)}; {machine['device']}, torch {machine['torch']}, "
+        "the machine doing other work as well). The share of the network in the time of a sample is by "
+        "PyTorch's profiler. *Allocator set*: with the variables before the command, by which glibc "
+        "keeps the memory of large tensors from one operation to the next.",
         "",
-        "| prior | threads | measurements x samples | NFE | overhead, median | quartiles | pairs |",
-        "|---|---|---|---|---|---|---|",
+        "| prior | threads | measurements x samples | NFE | overhead, median | quartiles | pairs "
+        "| share of the network | samples a second |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for profile in profiles:
+        allocator = ", allocator set" if profile["command"].startswith("MALLOC_") else ""
         for row in profile["rows"]:
             low, high = row["quartiles"]
+            split = f", {row['split']} at a time" if row["split"] else ""
             lines.append(
-                f"| {profile['prior']} | {profile['machine']['threads']} "
-                f"| {row['measurements']} x {row['samples']}, {row['size']}x{row['size']} "
-                f"| {row['nfe']} | {row['overhead']:.3f} | {low:.3f} to {high:.3f} | {row['pairs']} |"
+                f"| {profile['prior']}{allocator} | {profile['machine']['threads']} "
+                f"| {row['measurements']} x {row['samples']}, {row['size']}x{row['size']}{split} "
+                f"| {row['nfe']} | {row['overhead']:.3f} | {low:.3f} to {high:.3f} | {row['pairs']} "
+                f"| {row['stages']['denoise']:.1%} | {row['images_per_second']:.3g} |"
             )
+    lines += [_scaling(profile) for profile in profiles if "scaling" in profile]
+    lines += [_faster(profile) for profile in profiles if "faster" in profile]
     return "\n".join(lines)
+
+
+def _scaling(profile: dict) -> str:
+    lines = profile["scaling"]
+    of_evaluations, of_batch = lines["evaluations"], lines["batch"]
+    return (
+        f"\nThe time is linear in the evaluations, N x K from {min(of_evaluations['points'])} to "
+        f"{max(of_evaluations['points'])} (R² = {of_evaluations['r_squared']:.4f}), and in the batch, "
+        f"{min(of_batch['points'])} to {max(of_batch['points'])} (R² = {of_batch['r_squared']:.4f}; "
+        f"prior `{profile['prior']}`)."
+    )
+
+
+def _faster(profile: dict) -> str:
+    ways = [
+        f"{way} {of_way['time']:.2f} ({of_way['change']:.0e})"
+        for way, of_way in profile["faster"].items()
+        if way != "float32"
+    ]
+    row = max(profile["rows"], key=lambda row: row["measurements"] * (row["samples"] == 1))
+    return (
+        f"\nTime of a sample over that in plain float32, and in brackets the root mean square by which "
+        f"the samples change, prior `{profile['prior']}`, {row['measurements']} images of "
+        f"{row['size']}x{row['size']}: {', '.join(ways)}."
+    )
 
 
 def _paper_scale(result: dict) -> str:
@@ -281,7 +358,8 @@ def _paper_scale(result: dict) -> str:
         f"One sample of {sample['nfe']:.0f} evaluations: {minutes[0]:.0f} minutes, "
         f"{sample['peak_gb']:.1f} GB at most. One training step (K = 3, batch {step['batch_size']}, "
         f"{checkpointing}squared error, perceptual distance and discriminator): "
-        f"{minutes[1]:.0f} minutes, {step['peak_gb']:.1f} GB."
+        f"{minutes[1]:.0f} minutes, {step['peak_gb']:.1f} GB. These are peaks of the whole process on "
+        "the CPU; a GPU holds the same tensors, and its peak was not measured."
     )
 
 
