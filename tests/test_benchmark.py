@@ -10,10 +10,12 @@ import pytest
 import torch
 from deepinv.physics import Denoising, GaussianNoise
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora
 from deepinv_ud2m.benchmark import paper_scale, profile, profile_training
 from deepinv_ud2m.benchmark.__main__ import main
+from deepinv_ud2m.benchmark.memory import LiveTensors
 from deepinv_ud2m.benchmark.methods import METHODS, Method
 from deepinv_ud2m.benchmark.report import _error_over_spread, report, store, summarise
 from deepinv_ud2m.benchmark.run import (
@@ -576,8 +578,51 @@ def test_one_sample_and_one_step_of_a_published_network(tmp_path):
     assert result["trained_share"] == pytest.approx(result["trained"] / result["parameters"])
     for part in ("sample", "training_step"):
         assert result[part]["seconds"] > 0 and result[part]["peak_gb"] > 0
+        assert (
+            4 * result["parameters"]
+            < result[part]["tensors_gb"] * 2**30
+            < result[part]["peak_gb"] * 2**30
+        )
     with pytest.raises(SystemExit):
         paper_scale.main(["--batch-size", "0"])
+
+
+def test_live_tensors_are_counted_from_their_making_to_their_end():
+    kept = torch.zeros(256, 1024)  # 1 MiB, made before
+    with LiveTensors() as before:
+        pass
+    start, unit = before.bytes, 2**20
+    with LiveTensors() as tensors:
+        held = kept + 1
+        view = held[:10]  # shares its storage
+        assert tensors.bytes == start + unit
+        (kept * 2 + held).sum()  # two more for a moment, and the sum
+        assert tensors.bytes == start + unit
+        assert start + 3 * unit <= tensors.peak <= start + 3 * unit + 64
+        del held
+        assert tensors.bytes == start + unit
+        del view
+        assert tensors.bytes == start
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_live_tensors_see_what_the_backward_pass_and_checkpointing_hold(checkpointing):
+    """Ten layers sin(sin(sin(x))): each holds its three inputs, or with checkpointing one alone."""
+    x = torch.zeros(256, 1024, requires_grad=True)
+
+    def layer(h):
+        return h.sin().sin().sin()
+
+    with LiveTensors() as tensors:
+        start, h = tensors.bytes, x
+        for _ in range(10):
+            h = checkpoint(layer, h, use_reentrant=False) if checkpointing else layer(h)
+        # every input of a sine, the outputs before the last being inputs of the next; x itself was there
+        assert tensors.bytes - start == (10 if checkpointing else 30) * 2**20
+        h.sum().backward()
+    # above it: the gradient on its way (two of them and a cosine), and of one layer its inputs again
+    over = tensors.peak - start - (10 if checkpointing else 30) * 2**20
+    assert 2 * 2**20 <= over <= (6 if checkpointing else 3) * 2**20 + 64
 
 
 def test_a_line_is_fitted_and_bad_sizes_are_refused(capsys):

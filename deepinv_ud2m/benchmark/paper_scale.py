@@ -5,8 +5,9 @@ r"""One sample and one training step at the scale of the paper, with random weig
 builds the network of a published prior (``imagenet256``: ADM, 552.8 million parameters), puts LoRA of
 rank 5 on its attention and frees its output layer, draws one sample of 9 network evaluations and takes
 one training step (K = 3, batch 2, squared error, perceptual distance and discriminator), and reports
-seconds, peak memory and how many parameters are trained. What a step computes does not depend on the
-weights, so neither do time and memory. Minutes on a GPU, an hour on two CPU cores.
+seconds, peak memory (of the device, and of the tensors alone: what a GPU has to hold) and how many
+parameters are trained. What a step computes does not depend on the weights, so neither do time and
+memory. Minutes on a GPU, an hour on two CPU cores.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora
-from deepinv_ud2m.benchmark.run import machine, peak_memory, reset_peak_memory
+from deepinv_ud2m.benchmark.memory import LiveTensors, peak_memory, reset_peak_memory
+from deepinv_ud2m.benchmark.run import machine
 from deepinv_ud2m.benchmark.tasks import make_physics
 from deepinv_ud2m.published import PUBLISHED, random_prior
 from deepinv_ud2m.training import (
@@ -71,16 +73,20 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def _measure(work, batch_size: int, args: argparse.Namespace) -> dict:
-    """Seconds and peak memory of one call on a batch of measurements, and what it returns."""
+    """Seconds and peak memory (GiB) of one call on a batch of measurements, and what it returns."""
     physics = make_physics("sr4", (3, args.size, args.size), device=args.device)
     y = physics(torch.rand(batch_size, 3, args.size, args.size, device=args.device))
     reset_peak_memory(y)
-    before, start = peak_memory(y), time.perf_counter()
-    found = work(y, physics)
-    if y.is_cuda:
-        torch.cuda.synchronize()
-    seconds, peak = time.perf_counter() - start, peak_memory(y)
-    return {"seconds": seconds, "peak_gb": peak, "peak_gb_above_start": peak - before, **found}
+    before = peak_memory(y)
+    with LiveTensors() as tensors:
+        start = time.perf_counter()
+        found = work(y, physics)
+        if y.is_cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    peak = peak_memory(y)
+    memory = {"peak_gb": peak, "peak_gb_above_start": peak - before, "tensors_gb": tensors.peak / 2**30}
+    return {"seconds": seconds, **memory, **found}
 
 
 def _sample(unfolded: UnfoldedDenoiser, y, physics, args: argparse.Namespace) -> dict:

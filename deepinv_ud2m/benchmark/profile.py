@@ -39,7 +39,8 @@ from torch.profiler import ProfilerActivity
 from tqdm import tqdm
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, VPSchedule, load_prior
-from deepinv_ud2m.benchmark.run import machine, peak_memory, reset_peak_memory
+from deepinv_ud2m.benchmark.memory import peak_memory, reset_peak_memory
+from deepinv_ud2m.benchmark.run import machine
 from deepinv_ud2m.benchmark.tasks import make_physics
 from deepinv_ud2m.data import mnist_digits, photograph
 from deepinv_ud2m.published import PUBLISHED, random_prior
@@ -124,7 +125,7 @@ def measure_overhead(
         "sample": draw,
         "network": lambda: [prior(*one) for one in passes for _ in range(nfe)],
     }
-    for pair in range(args.pairs):
+    for pair in tqdm(range(args.pairs), desc=f"pairs, {measurements} x {samples}", leave=False):
         order = list(work) if pair % 2 else list(work)[::-1]  # a drift of the machine cancels
         spent = {name: _timed(work[name], args.device) for name in order}
         ratios.append(spent["sample"] / spent["network"])

@@ -30,7 +30,8 @@ from deepinv.training import AdversarialOptimizer
 from torch.utils.data import DataLoader
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora, load_prior
-from deepinv_ud2m.benchmark.run import machine, peak_memory, reset_peak_memory
+from deepinv_ud2m.benchmark.memory import peak_memory, reset_peak_memory
+from deepinv_ud2m.benchmark.run import machine
 from deepinv_ud2m.benchmark.tasks import make_physics
 from deepinv_ud2m.training import (
     AdversarialDiscriminatorLoss,

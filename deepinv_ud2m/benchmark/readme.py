@@ -294,8 +294,8 @@ def _overhead(profiles: list[dict]) -> str:
     lines = [
         "**Overhead of the sampler** over the network evaluations it is made of: time of a call of "
         "`sample` over that of as many evaluations of the prior on as many images at a time, measured "
-        f"alternately ({', '.join(commands)}; {machine['device']}, torch {machine['torch']}, "
-        "the machine doing other work as well). The share of the network in the time of a sample is by "
+        f"alternately ({', '.join(commands)}; {machine['device']}, torch {machine['torch']}; "
+        "the machine did other work as well, but for the ADM network). The share of the network in the time of a sample is by "
         "PyTorch's profiler. *Allocator set*: with the variables before the command, by which glibc "
         "keeps the memory of large tensors from one operation to the next.",
         "",
@@ -359,7 +359,10 @@ def _paper_scale(result: dict) -> str:
         f"{sample['peak_gb']:.1f} GB at most. One training step (K = 3, batch {step['batch_size']}, "
         f"{checkpointing}squared error, perceptual distance and discriminator): "
         f"{minutes[1]:.0f} minutes, {step['peak_gb']:.1f} GB. These are peaks of the whole process on "
-        "the CPU; a GPU holds the same tensors, and its peak was not measured."
+        f"the CPU. The tensors alone, which are what a GPU has to hold, take {sample['tensors_gb']:.1f} "
+        f"and {step['tensors_gb']:.1f} GB at most, counted storage by storage as operations make them "
+        "and let go of them; the workspaces inside a GPU's kernels come on top. On a GPU it was not "
+        "measured."
     )
 
 

@@ -8,7 +8,6 @@ not on what else is run.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import gzip
@@ -19,7 +18,6 @@ import json
 import math
 import platform
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -36,6 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deepinv_ud2m import __version__
+from deepinv_ud2m.benchmark.memory import peak_memory, reset_peak_memory
 from deepinv_ud2m.benchmark.methods import METHODS, Method
 from deepinv_ud2m.benchmark.tasks import make_physics
 from deepinv_ud2m.checks import check_count
@@ -458,31 +457,6 @@ def _processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def reset_peak_memory(y: Tensor) -> None:
-    if y.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    elif _CLEAR_REFS.exists():
-        with contextlib.suppress(OSError):  # not everywhere allowed
-            _CLEAR_REFS.write_text("5")
-
-
-def peak_memory(y: Tensor) -> float:
-    """
-    Of the device; on the CPU resident memory, libraries and prior included: since the last reset on
-    Linux, since the process started elsewhere.
-    """
-    if y.is_cuda:
-        return torch.cuda.max_memory_allocated() / 2**30
-    if _STATUS.exists():
-        lines = _STATUS.read_text().splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
-
-
-_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def synchronize(y: Tensor) -> None:
