@@ -296,8 +296,8 @@ def _overhead(profiles: list[dict]) -> str:
         "`sample` over that of as many evaluations of the prior on as many images at a time, measured "
         f"alternately ({', '.join(commands)}; {machine['device']}, torch {machine['torch']}; "
         "the machine did other work as well, but for the ADM network). The share of the network in the "
-        "time of a sample is by PyTorch's profiler. *Allocator set*: with the variables before the command, "
-        "by which glibc keeps the memory of large tensors from one operation to the next.",
+        "time of a sample is by PyTorch's profiler. *Allocator set*: with the variables before the "
+        "command, by which glibc keeps the memory of large tensors from one operation to the next.",
         "",
         "| prior | threads | measurements x samples | NFE | overhead, median | quartiles | pairs "
         "| share of the network | samples a second |",
