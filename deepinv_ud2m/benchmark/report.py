@@ -18,6 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 from torch import Tensor
 
@@ -349,6 +350,10 @@ def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:
     with _panels(file, [line["task"] for line in lines]) as panels:
         for task, axis in panels.items():
             axis.set(xscale="log", xlabel="seconds per sample", ylabel=title)
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # 3x10^0, 4x10^0, ... overlap
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.tick_params(axis="x", labelsize=8)
             curves, of_task = defaultdict(list), [line for line in lines if line["task"] == task]
             for line in of_task:
                 # A sampler trained by itself is no other number of steps of the same.
