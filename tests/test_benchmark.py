@@ -110,6 +110,24 @@ def test_a_distilled_sampler_is_counted_and_leaves_the_prior_alone(tiny_prior, t
     assert more[-1]["nfe"] == 10
 
 
+def test_the_second_level_of_a_distilled_sampler_can_be_set(tiny_prior, tmp_path):
+    model = UD2M(UnfoldedDenoiser(tiny_prior, 1), levels=[80.0, 0.5, 0.1])
+    model.save_pretrained(tmp_path / "sampler")
+    physics = make_physics("inpaint-random", (1, 32, 32))
+    y = physics(mnist_digits("test", num=2))
+    sampler = METHODS["ud2m-distilled"].build(
+        tiny_prior, 0.05, checkpoint=tmp_path / "sampler", second_level=2.0
+    )
+    expected = UD2M(model.unfolded, levels=[80.0, 2.0, 0.1])
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        torch.testing.assert_close(sampler(y, physics, 3), expected(y, physics, generator=generator))
+    with pytest.raises(ValueError, match="two levels or more"):
+        METHODS["ud2m-distilled"].build(
+            tiny_prior, 0.05, checkpoint=tmp_path / "sampler", num_steps=1, second_level=2.0
+        )
+
+
 @pytest.mark.parametrize(
     "name", [name for name in METHODS if METHODS[name].random and name != "ud2m-distilled"]
 )

@@ -77,7 +77,13 @@ def _ud2m(
 
 
 def _ud2m_distilled(
-    prior: Denoiser, sigma_y: float, checkpoint=None, num_steps=None, eta=None, ram=None
+    prior: Denoiser,
+    sigma_y: float,
+    checkpoint=None,
+    num_steps=None,
+    eta=None,
+    second_level=None,
+    ram=None,
 ) -> Sampler:
     if checkpoint is None:  # the shipped sampler of the prior has its name
         checkpoint = prior.prior_info.name
@@ -86,6 +92,10 @@ def _ud2m_distilled(
     trained = UD2M.from_pretrained(checkpoint, prior=copy.deepcopy(prior), initializer=initializer)
     eta = trained.eta if eta is None else eta
     levels = trained.levels if num_steps is None else VPSchedule().sampling_levels(num_steps)
+    if second_level is not None:
+        if len(levels) < 2:
+            raise ValueError("second_level is of samplers with two levels or more, this one has one")
+        levels = [second_level if n == 1 else level for n, level in enumerate(levels.tolist())]
     sampler = _ud2m_sampler(UD2M(trained.unfolded, levels=levels, eta=eta))
     sampler.weights = trained_fingerprint(trained.unfolded)
     return sampler

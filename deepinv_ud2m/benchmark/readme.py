@@ -214,7 +214,9 @@ def _number(key: str, digits: int):
 def _title(line: dict) -> str:
     name, _, rest = line["method"].partition(":")
     steps, sampler = re.search(r"num_steps=(\d+)", rest), re.search(r"checkpoint=([\w-]+)$", rest)
+    second = re.search(r"second_level=([\d.]+)", rest)
     title = METHODS[name].title + (f", {steps[1]} steps" if steps else "")
+    title += f", second level {float(second[1]):g}" if second else ""
     return title + (f" `{sampler[1]}`" if sampler else "")
 
 

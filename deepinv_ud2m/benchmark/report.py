@@ -332,10 +332,15 @@ def _plot_calibration(file: Path, rows: list[dict]) -> None:
         for task, axis in panels.items():
             axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
             axis.set(xlabel="nominal level", ylabel="coverage", aspect="equal")
+            variants = defaultdict(lambda: iter(["--", "-.", ":"]))  # of a method share its colour
             for (_, method), group in ((key, group) for key, group in groups.items() if key[0] == task):
                 levels, shares = _curve(group, "credible_level")
-                style = "--" if ":" in method else "-"
+                name, _, settings = method.partition(":")
+                style = next(variants[name], ":") if settings else "-"
                 axis.plot([0, *levels, 1], [0, *shares, 1], style, **_label(method))
+
+
+_OTHER_SAMPLER = re.compile("checkpoint=|second_level=")
 
 
 def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:
@@ -356,13 +361,13 @@ def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:
             axis.tick_params(axis="x", labelsize=8)
             curves, of_task = defaultdict(list), [line for line in lines if line["task"] == task]
             for line in of_task:
-                # A sampler trained by itself is no other number of steps of the same.
+                # A sampler trained by itself, or with other levels, is no other number of steps.
                 method = line["method"]
-                curve = method if "checkpoint=" in method else method.partition(":")[0]
+                curve = method if _OTHER_SAMPLER.search(method) else method.partition(":")[0]
                 curves[curve].append((line["seconds"], line[key], line["images"]))
             most = max(line["images"] for line in of_task)
             for method, points in curves.items():
-                marker = "^" if "checkpoint=" in method else "o"
+                marker = "^" if "checkpoint=" in method else "s" if "second_level=" in method else "o"
                 seconds, values, images = zip(*sorted(points), strict=True)
                 axis.plot(seconds, values, marker=marker, **_label(method))
                 fewer = [i for i, number in enumerate(images) if number < most]
@@ -403,6 +408,8 @@ def _label(method: str) -> dict:
     steps = re.search(r"num_steps=(\d+)", settings)
     title = METHODS[name].title + (f" {Path(checkpoint[1]).name}" if checkpoint else "")
     title += f", {steps[1]} steps" if steps else ""
+    second = re.search(r"second_level=([\d.]+)", settings)
+    title += f", second level {float(second[1]):g}" if second else ""
     return {"label": title, "color": _COLORS[name]}
 
 
