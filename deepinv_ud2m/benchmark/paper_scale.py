@@ -7,7 +7,7 @@ rank 5 on its attention and frees its output layer, draws one sample of 9 networ
 one training step (K = 3, batch 2, squared error, perceptual distance and discriminator), and reports
 seconds, peak memory (of the device, and of the tensors alone: what a GPU has to hold) and how many
 parameters are trained. What a step computes does not depend on the weights, so neither do time and
-memory. Minutes on a GPU, an hour on two CPU cores.
+memory. A quarter of an hour on one CPU core.
 """
 
 from __future__ import annotations
