@@ -508,6 +508,10 @@ def test_bad_images_are_refused_and_leave_results_untouched(
             "num_steps of 'diffpir' must be an integer, got 'abc'",
         ),
         ([*two, "--methods", "diffpir:zeta=true"], "zeta of 'diffpir' must be a number, got True"),
+        (
+            [*two, "--methods", "ud2m-distilled:second_level=abc"],
+            "second_level of 'ud2m-distilled' must be a number, got 'abc'",
+        ),
         ([*two, "--data", "test"], "--size is for a folder"),
         (["--data", str(photos)], "--size"),
         (["--data", "Nowhere", "--size", "32"], "Nowhere"),

@@ -80,9 +80,9 @@ def _ud2m_distilled(
     prior: Denoiser,
     sigma_y: float,
     checkpoint=None,
-    num_steps=None,
-    eta=None,
-    second_level=None,
+    num_steps: int | None = None,
+    eta: float | None = None,
+    second_level: float | None = None,
     ram=None,
 ) -> Sampler:
     if checkpoint is None:  # the shipped sampler of the prior has its name

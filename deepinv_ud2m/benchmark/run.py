@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import time
+import typing
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -312,16 +313,15 @@ def parse_method(label: str) -> tuple[Method, dict]:
     # The first two are the prior and the noise level.
     _, _, *taken = inspect.signature(METHODS[name].build).parameters.values()
     defaults = {parameter.name: parameter.default for parameter in taken}
+    hints = typing.get_type_hints(METHODS[name].build)  # of those that are None by default
     for key, value in settings.items():
         if key not in defaults:
             raise ValueError(
                 f"settings of {name!r} must be of {list(defaults)}, got {key!r} in {label!r}"
             )
-        default = defaults[key]
-        is_count = isinstance(default, int)
-        if (is_count and type(value) is not int) or (
-            isinstance(default, float) and type(value) not in (int, float)
-        ):
+        kinds = {type(defaults[key]), *typing.get_args(hints.get(key))}
+        is_count = int in kinds
+        if (is_count and type(value) is not int) or (float in kinds and type(value) not in (int, float)):
             wanted = "an integer" if is_count else "a number"
             raise ValueError(f"{key} of {name!r} must be {wanted}, got {value!r} in {label!r}")
     return METHODS[name], settings
