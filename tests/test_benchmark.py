@@ -442,6 +442,33 @@ def test_tuning_finds_the_minimum_and_resumes(tiny_prior, tmp_path):
         tune(tiny_prior, x, ["sr4"], ["ud2m"], file, data="photos", progress=False)
 
 
+def test_other_values_than_the_declared_can_be_searched(tmp_path):
+    """And are added to those in the file."""
+    file = tmp_path / "settings.json"
+    search = ["tune", "--images", "1", "--tasks", "inpaint-box", "--settings", str(file)]
+    search += ["--methods", "dps:num_steps=2,guidance=norm", "--grid"]
+    assert main([*search, "weight=0.5,2"]) == 0
+    assert main([*search, "weight=2,7"]) == 0
+    scores = json.loads(file.read_text())["scores"]["inpaint-box"]["dps:num_steps=2,guidance=norm"]
+    assert [score["settings"] for score in scores] == [{"weight": weight} for weight in (0.5, 2, 7)]
+
+
+@pytest.mark.parametrize(
+    "grid, message",
+    [
+        ("weight", "--grid is written setting=value,value, got 'weight'"),
+        ("zeta=1", "these methods are ['guidance', 'weight'], got 'zeta'"),
+        ("weight=1,many", "weight of 'dps' must be a number, got 'many'"),
+    ],
+)
+def test_bad_values_to_search_are_refused(grid, message, tmp_path, capsys):
+    file = tmp_path / "settings.json"
+    arguments = ["--images", "1", "--tasks", "sr4", "--methods", "dps", "--settings", str(file)]
+    assert main(["tune", *arguments, "--grid", grid]) == 2
+    assert message in capsys.readouterr().err
+    assert not file.exists()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -117,10 +117,28 @@ def _time(args: argparse.Namespace) -> None:
 def _tune(args: argparse.Namespace) -> None:
     prior, x = _prior_and_images(args)
     data = _name_of_data(args, x)
-    result = tune(prior, x, args.tasks, args.methods, args.settings, args.sigma_y, data=data)
+    options = {"data": data, "grid": _grid(args)}
+    result = tune(prior, x, args.tasks, args.methods, args.settings, args.sigma_y, **options)
     for task in args.tasks:
         for method in args.methods:
             print(f"{task}, {method}: {best_settings(result, task, method)}")
+
+
+def _grid(args: argparse.Namespace) -> dict[str, list]:
+    grid = {}
+    for pair in args.grid:
+        name, _, values = pair.partition("=")
+        if not values:
+            raise ValueError(f"--grid is written setting=value,value, got {pair!r}")
+        grid[name] = [_value(value) for value in values.split(",")]
+    return grid
+
+
+def _value(text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text  # a word
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -246,6 +264,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     time_.add_argument("--rounds", type=int, default=3, help="times each method is measured")
     tune_.add_argument("--settings", type=Path, default=Path("runs/settings.json"), help="file to write")
+    tune_.add_argument(
+        "--grid",
+        nargs="+",
+        default=[],
+        metavar="SETTING=VALUE,VALUE",
+        help="values to try in place of the declared ones, as in weight=10,30,100",
+    )
     gaussian.add_argument("--images", type=int, default=256, help="images drawn from the prior")
     gaussian.add_argument("--size", type=int, default=16, help="side of the images")
     return parser

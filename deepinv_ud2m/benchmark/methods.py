@@ -58,9 +58,12 @@ class Method:
     applies: Callable[[Physics], bool] = lambda physics: True
     random: bool = True
 
-    def settings(self, fixed: Collection[str] = ()) -> list[dict]:
-        """All settings of the grid, without those that are ``fixed``."""
-        grid = {name: values for name, values in self.grid.items() if name not in fixed}
+    def settings(
+        self, fixed: Collection[str] = (), values: Mapping[str, Sequence] | None = None
+    ) -> list[dict]:
+        """All settings of the grid, without those that are ``fixed``; ``values`` replace the grid's."""
+        grid = {name: tried for name, tried in self.grid.items() if name not in fixed}
+        grid |= {name: tried for name, tried in (values or {}).items() if name in grid}
         return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 

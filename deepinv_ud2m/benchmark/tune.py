@@ -7,6 +7,7 @@ over-dispersed sampler wins. All scores and the winners are stored in one JSON f
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def tune(
     seed: int = 1000,
     data: str = "",
     progress: bool = True,
+    grid: dict[str, list] | None = None,
 ) -> dict:
     """
     Search every method on every task and store the result.
@@ -47,7 +49,9 @@ def tune(
     :param int seed: of measurements and samples.
     :param str data: name of the images, kept with the result.
     :param bool progress: show a progress bar.
-    :raises ValueError: if the file holds a search of another setup; it is not touched.
+    :param dict grid: values to try, by name of the setting, in place of those the methods declare.
+    :raises ValueError: if no method searches a setting of ``grid``, or a value there is of another type,
+        or the file holds a search of another setup; it is not touched.
     :returns: ``{"criterion": ..., "scores": {task: {method: [{"settings", "score"}, ...]}}}``.
     """
     stated = {
@@ -61,6 +65,7 @@ def tune(
         "sigma_y": sigma_y,
         "seed": seed,
     }
+    _check_grid(grid or {}, methods)
     result = json.loads(file.read_text()) if file.is_file() else stated | {"scores": {}}
     for name, value in stated.items():
         if result.get(name) != value:
@@ -78,7 +83,7 @@ def tune(
             scores = result["scores"].setdefault(task, {}).setdefault(method, [])
             tried = [score["settings"] for score in scores]
             for settings in tqdm(
-                entry.settings(overrides), desc=f"{task}, {method}", disable=not progress
+                entry.settings(overrides, grid), desc=f"{task}, {method}", disable=not progress
             ):
                 if settings in tried:
                     continue
@@ -135,6 +140,17 @@ def merge_searches(files: list[Path]) -> dict:
         for task, searches in found.items():
             scores[task] = scores.get(task, {}) | searches
     return {"scores": scores}
+
+
+def _check_grid(grid: dict[str, list], methods: list[str]) -> None:
+    searched = {method: set(parse_method(method)[0].grid) for method in methods}
+    for name, values in grid.items():
+        labels = [method for method, names in searched.items() if name in names]
+        if not labels:
+            names = sorted(set().union(*searched.values()))
+            raise ValueError(f"grid: settings searched for these methods are {names}, got {name!r}")
+        for label, value in itertools.product(labels, values):
+            parse_method(f"{label}{',' if ':' in label else ':'}{name}={value}")  # its type
 
 
 def _criterion(samples: Tensor, x: Tensor) -> float | None:
