@@ -17,7 +17,7 @@ from deepinv_ud2m.benchmark import paper_scale, profile, profile_training
 from deepinv_ud2m.benchmark.__main__ import main
 from deepinv_ud2m.benchmark.memory import LiveTensors
 from deepinv_ud2m.benchmark.methods import METHODS, Method
-from deepinv_ud2m.benchmark.report import _error_over_spread, report, store, summarise
+from deepinv_ud2m.benchmark.report import _error_over_spread, method_title, report, store, summarise
 from deepinv_ud2m.benchmark.run import (
     Results,
     Setup,
@@ -350,6 +350,12 @@ def test_lines_are_in_the_order_of_tasks_and_methods():
     names = [("sr4", "ud2m"), ("sr4", "dps:num_steps=10"), ("sr4", "pinv"), ("inpaint-box", "ud2m")]
     rows = [row | {"task": task, "method": method} for task, method in reversed(names)]
     assert [(line["task"], line["method"]) for line in summarise(rows)] == names
+
+
+def test_titles_tell_methods_apart():
+    assert method_title("dps:num_steps=100,guidance=norm,weight=300") == "DPS, 100 steps, weight 300"
+    assert method_title("ud2m-distilled:checkpoint=runs/mine", quote="`") == "UD2M `mine`"
+    assert method_title("ud2m-distilled:second_level=1.0") == "UD2M, second level 1"
 
 
 def test_differences_are_of_the_same_images():

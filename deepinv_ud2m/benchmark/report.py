@@ -340,13 +340,10 @@ def _plot_calibration(file: Path, rows: list[dict]) -> None:
                 axis.plot([0, *levels, 1], [0, *shares, 1], style, **_label(method))
 
 
-_OTHER_SAMPLER = re.compile("checkpoint=|second_level=")
-
-
 def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:
     """
-    One curve per method over its numbers of steps, without defaults and the pseudo-inverse. Points of
-    fewer images than others of the task have are hollow.
+    One curve per method and settings, over the numbers of steps, without defaults and the
+    pseudo-inverse. Points of fewer images than others of the task have are hollow.
     """
     lines = [line for line in lines if line["nfe"] and "defaults" not in line["method"]]
     key, title = ("perceptual", "perceptual distance (better: lower)")
@@ -361,13 +358,13 @@ def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:
             axis.tick_params(axis="x", labelsize=8)
             curves, of_task = defaultdict(list), [line for line in lines if line["task"] == task]
             for line in of_task:
-                # A sampler trained by itself, or with other levels, is no other number of steps.
-                method = line["method"]
-                curve = method if _OTHER_SAMPLER.search(method) else method.partition(":")[0]
+                name, _, settings = line["method"].partition(":")
+                others = [pair for pair in settings.split(",") if not pair.startswith("num_steps=")]
+                curve = f"{name}:{','.join(others)}" if any(others) else name
                 curves[curve].append((line["seconds"], line[key], line["images"]))
             most = max(line["images"] for line in of_task)
             for method, points in curves.items():
-                marker = "^" if "checkpoint=" in method else "s" if "second_level=" in method else "o"
+                marker = "^" if "checkpoint=" in method else "s" if ":" in method else "o"
                 seconds, values, images = zip(*sorted(points), strict=True)
                 axis.plot(seconds, values, marker=marker, **_label(method))
                 fewer = [i for i, number in enumerate(images) if number < most]
@@ -403,14 +400,27 @@ def _panels(file: Path, tasks: Iterable[str], columns: int = 4) -> Iterator[dict
 
 def _label(method: str) -> dict:
     """Name and colour of a method's curve, the same in all panels."""
-    name, _, settings = method.partition(":")
-    checkpoint = re.search(r"checkpoint=([^,]+)", settings)
-    steps = re.search(r"num_steps=(\d+)", settings)
-    title = METHODS[name].title + (f" {Path(checkpoint[1]).name}" if checkpoint else "")
-    title += f", {steps[1]} steps" if steps else ""
-    second = re.search(r"second_level=([\d.]+)", settings)
-    title += f", second level {float(second[1]):g}" if second else ""
-    return {"label": title, "color": _COLORS[name]}
+    return {"label": method_title(method), "color": _COLORS[method.partition(":")[0]]}
+
+
+def method_title(label: str, quote: str = "") -> str:
+    """
+    What a reader calls a method with settings.
+
+    :param str label: of the method, see :func:`deepinv_ud2m.benchmark.run.parse_method`.
+    :param str quote: put around the name of a checkpoint.
+    """
+    name, _, settings = label.partition(":")
+    found = dict(re.findall(r"(\w+)=([^,]+)", settings))
+    title = METHODS[name].title
+    if "checkpoint" in found:
+        title += f" {quote}{Path(found['checkpoint']).name}{quote}"
+    if "num_steps" in found:
+        title += f", {found['num_steps']} steps"
+    for setting in ("second_level", "weight"):
+        if setting in found:
+            title += f", {setting.replace('_', ' ')} {float(found[setting]):g}"
+    return title
 
 
 def _plot_sheet(
@@ -438,7 +448,7 @@ def _plot_sheet(
         height, len(columns), figsize=(1.5 * len(columns), 1.5 * height + 0.4), squeeze=False
     )
     for column, (name, images) in zip(axes.T, columns.items(), strict=True):
-        column[0].set_title(name.replace(":", "\n").replace(", ", "\n"), fontsize=7)
+        column[0].set_title(re.sub("[:,] ?", "\n", name), fontsize=7)
         for axis in column:
             axis.set_axis_off()
         for axis, image in zip(column, images, strict=False):
