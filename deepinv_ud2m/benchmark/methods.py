@@ -64,7 +64,7 @@ class Method:
         """All settings of the grid, without those that are ``fixed``; ``values`` replace the grid's."""
         grid = {name: tried for name, tried in self.grid.items() if name not in fixed}
         grid |= {name: tried for name, tried in (values or {}).items() if name in grid}
-        return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        return [dict(zip(grid, chosen, strict=True)) for chosen in itertools.product(*grid.values())]
 
 
 def _ud2m(
