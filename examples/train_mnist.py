@@ -30,6 +30,7 @@ from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora, load_prior
 from deepinv_ud2m.benchmark.tasks import TASKS, make_physics
 from deepinv_ud2m.data import load_mnist, mnist_digits
 from deepinv_ud2m.lora import lora_config
+from deepinv_ud2m.metrics import DigitClassifier, PerceptualDistance
 from deepinv_ud2m.training import (
     AdversarialDiscriminatorLoss,
     AdversarialGeneratorLoss,
@@ -71,6 +72,12 @@ def parse_arguments(argv=None):
     parser.add_argument(
         "--spread", type=float, default=1.0, help="of the draws, for energy; 1 is the posterior's"
     )
+    parser.add_argument(
+        "--classifier",
+        help="folder of examples/train_digit_classifier.py: the energy score of what it sees is added; "
+        "not the one that ships, which measures",
+    )
+    parser.add_argument("--perceptual", type=float, default=5.0, help="weight of that score")
     parser.add_argument("--iterations", type=int, help="K, unfolded iterations; 3")
     parser.add_argument("--steps", type=int, help="N, levels of the sampler; 3")
     parser.add_argument(
@@ -105,6 +112,8 @@ def parse_arguments(argv=None):
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if not 0 < args.sigma_y[0] <= args.sigma_y[1]:
         parser.error(f"--sigma-y must be two positive levels, LOW HIGH, got {args.sigma_y}")
+    if args.classifier and args.loss != "energy":
+        parser.error(f"--classifier is for --loss energy, got --loss {args.loss}")
     if args.start:
         of_it = [name for name in ("iterations", "steps", "targets") if getattr(args, name) is not None]
         if of_it or args.rank:
@@ -135,7 +144,7 @@ def main():
 
     # %%
     # Losses, and a discriminator where one is asked for.
-    losses, discriminator, losses_d = choose_losses(args)
+    losses, discriminator, losses_d = choose_losses(args, device)
     optimizer = torch.optim.AdamW(
         parameter_groups(model.unfolded, lr=lr, lr_scalars=args.lr_scalars), betas=(0.9, 0.99)
     )
@@ -164,13 +173,17 @@ def main():
         ckp_interval=100,
         plot_images=True,
         save_path=args.out,
-        settings={name: getattr(args, name) for name in ("tasks", "sigma_y", "own_levels", "start")},
+        settings={
+            name: getattr(args, name)
+            for name in ("tasks", "sigma_y", "own_levels", "start", "classifier")
+        },
         seed=args.seed,
         device=device,
     )
     untrained = evaluate_untrained(trainer, args.out / "untrained.json")
     print("untrained:", ", ".join(f"{name} {value:.4g}" for name, value in untrained.items()))
     model = trainer.train()
+    seen_by = f" of pixels + {args.perceptual:g} x that of a classifier" if args.classifier else ""
     training = {
         "command": shlex.join(["python", "examples/train_mnist.py", *sys.argv[1:]]),
         "start": args.start,
@@ -179,7 +192,7 @@ def main():
         "sigma_y": args.sigma_y,
         "measurements": args.updates * args.batch_size,
         "batch_size": args.batch_size,
-        "loss": LOSSES[args.loss],
+        "loss": LOSSES[args.loss] + seen_by,
         **({"spread": args.spread} if args.loss == "energy" else {}),
         "trained": f"LoRA of rank {adapter['rank']}" if adapter else "all weights",
         "seed": args.seed,
@@ -224,9 +237,14 @@ def operators_and_levels(task, shape, sigma_y, device):
     return masks + levels
 
 
-def choose_losses(args):
+def choose_losses(args, device):
     if args.loss == "energy":
-        return [EnergyScoreLoss(args.draws, spread=args.spread)], None, None
+        losses = [EnergyScoreLoss(args.draws, spread=args.spread)]
+        if args.classifier:
+            seen = PerceptualDistance(DigitClassifier.from_pretrained(args.classifier), device=device)
+            features = {"features": seen.embedding, "weight": args.perceptual}
+            losses.append(EnergyScoreLoss(args.draws, spread=args.spread, **features))
+        return losses, None, None
     if args.loss == "l2":
         return [L2Loss("x0")], None, None
     losses = [L2Loss("x0"), PerceptualLoss("digits", weight=0.1), AdversarialGeneratorLoss(weight=0.01)]

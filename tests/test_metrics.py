@@ -464,6 +464,15 @@ def test_perceptual_distance_is_lpips(monkeypatch, tmp_path):
         metric(x[:, :1], x[:, :1])
 
 
+def test_perceptual_distance_of_a_network_of_ones_own():
+    x, x_ref = mnist_digits("test", num=4).split(2)
+    own = PerceptualDistance(DigitClassifier.from_pretrained())
+    torch.testing.assert_close(own(x, x_ref), PerceptualDistance("digits")(x, x_ref))
+    assert own.network == "DigitClassifier, unweighted"
+    with pytest.raises(ValueError, match=r"network must have activations\(x\).*Linear has not"):
+        PerceptualDistance(torch.nn.Linear(2, 2))
+
+
 def test_perceptual_distance_errors():
     with pytest.raises(ValueError, match="network must be"):
         PerceptualDistance("inception")

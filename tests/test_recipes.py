@@ -154,6 +154,13 @@ def test_options_that_a_sampler_to_start_from_has_already():
         assert "--rank cannot be given" in start(script, *train, "--start", "x", "--rank", 5).stderr
 
 
+def test_a_classifier_to_train_with():
+    result = start("train_mnist.py", "--train", "nowhere", "--loss", "l2", "--classifier", "x")
+    assert "--classifier is for --loss energy, got --loss l2" in result.stderr
+    result = start("train_mnist.py", "--train", "nowhere", "--start", "mnist", "--classifier", "nowhere")
+    assert "No config.json in nowhere" in result.stderr
+
+
 def test_images_of_a_folder_whatever_their_ending(tmp_path, monkeypatch):
     """As in ImageNet, in subfolders."""
     monkeypatch.syspath_prepend(str(EXAMPLES))

@@ -49,12 +49,13 @@ class PerceptualDistance(Metric):
     Images are expected in [0, 1]; others are compared as they are (``norm_inputs="clip"`` clips them).
     Parameters are frozen and always in evaluation mode; gradients reach the images.
 
-    :param str network: one of the table (default: ``"digits"``).
+    :param str, torch.nn.Module network: one of the table (default: ``"digits"``), or a network of your
+        own whose method ``activations(x)`` gives maps `[B, D, h, w]`, as :class:`DigitClassifier`'s.
     :param bool download: allow LPIPS to fetch the weights of its network (AlexNet 233 MB, VGG16 528 MB,
         SqueezeNet 5 MB), if they are not in the cache of torch.hub (default: ``False``).
     :param str, torch.device device: where the network is (default: the CPU).
     :param kwargs: of :class:`deepinv.loss.metric.Metric`, such as ``reduction`` and ``center_crop``.
-    :raises ValueError: for an unknown network.
+    :raises ValueError: for an unknown network, or one without ``activations``.
     :raises ImportError: if the packages of the network are missing; it names them.
     :raises RuntimeError: if weights would have to be downloaded and ``download`` is ``False``, or the
         download fails; it says from where, how large, and to where.
@@ -71,14 +72,22 @@ class PerceptualDistance(Metric):
 
     def __init__(
         self,
-        network: str = "digits",
+        network: str | nn.Module = "digits",
         *,
         download: bool = False,
         device: str | torch.device | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if network == "digits":
+        if isinstance(network, nn.Module):
+            if not callable(getattr(network, "activations", None)):
+                raise ValueError(
+                    "network must have activations(x), which gives its maps, as DigitClassifier does; "
+                    f"{type(network).__name__} has not"
+                )
+            self.distance = _FeatureDistance(network)
+            self.network = f"{type(network).__name__}, unweighted"
+        elif network == "digits":
             self.distance = _FeatureDistance(DigitClassifier.from_pretrained())
             self.network = "DigitClassifier (deepinv_ud2m mnist-classifier), unweighted"
         elif network in _EFFICIENTNETS:
