@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from pathlib import Path
 
 import lpips
 import pytest
@@ -13,6 +14,7 @@ from deepinv.loss.metric import Metric
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+import deepinv_ud2m
 from deepinv_ud2m.data import mnist_digits
 from deepinv_ud2m.metrics import (
     DigitClassifier,
@@ -229,6 +231,12 @@ def test_classifier_errors(classifier, tmp_path):
             classifier(torch.zeros(shape))
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         DigitClassifier.from_pretrained(tmp_path)
+
+
+def test_a_folder_of_something_else_is_no_classifier():
+    sampler = Path(deepinv_ud2m.__file__).parent / "weights" / "ud2m-mnist"
+    with pytest.raises(ValueError, match="ud2m-mnist is no folder of examples/train_digit_classifier"):
+        DigitClassifier.from_pretrained(sampler)
 
 
 def test_classifier_activations_are_those_of_its_layers(classifier):

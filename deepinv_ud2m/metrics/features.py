@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -114,14 +115,21 @@ class DigitClassifier(nn.Module):
             written by ``examples/train_digit_classifier.py``; the weights shipped with the package
             if ``None``.
         :return: the classifier, on the CPU.
+        :raises FileNotFoundError: if one of the files is missing.
+        :raises ValueError: if they are damaged, or not those of a classifier.
         """
         folder = _CLASSIFIER if folder is None else Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"No {name} in {folder}, where a classifier was expected.")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model = cls(**config["architecture"])
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            model = cls(**config["architecture"])
+            model.load_state_dict(load_file(folder / "model.safetensors"))
+        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"{folder} is no folder of examples/train_digit_classifier.py, or damaged: {error!r}"
+            ) from error
         return model.eval().requires_grad_(False)
 
 
