@@ -17,7 +17,15 @@ from deepinv_ud2m.benchmark import paper_scale, profile, profile_training
 from deepinv_ud2m.benchmark.__main__ import main
 from deepinv_ud2m.benchmark.memory import LiveTensors
 from deepinv_ud2m.benchmark.methods import METHODS, Method
-from deepinv_ud2m.benchmark.report import _error_over_spread, method_title, report, store, summarise
+from deepinv_ud2m.benchmark.report import (
+    _curve_name,
+    _error_over_spread,
+    _markers,
+    method_title,
+    report,
+    store,
+    summarise,
+)
 from deepinv_ud2m.benchmark.run import (
     Results,
     Setup,
@@ -328,6 +336,23 @@ def test_report_writes_tables_and_figures(tiny_prior, tmp_path):
     for figure in ("calibration.png", "quality_time.png", "sheet_sr4.png"):
         assert (tmp_path / figure).stat().st_size > 1000
     assert (tmp_path / "table.csv").read_text().count("\n") == 3
+
+
+def test_curves_of_one_colour_have_markers_of_their_own():
+    curves = [
+        "ud2m-distilled",
+        "ud2m-distilled:checkpoint=a",
+        "dps:weight=1",
+        "ud2m-distilled:checkpoint=b",
+    ]
+    curves += ["dps:weight=2", "dps"]
+    markers = _markers(map(_curve_name, curves))
+    assert markers["ud2m-distilled"] == markers["dps"] == "o"
+    for name in ("ud2m-distilled", "dps"):
+        own = [marker for curve, marker in markers.items() if curve.partition(":")[0] == name]
+        assert len(set(own)) == len(own) == 3
+    assert _curve_name("dps:num_steps=1000,weight=1") == "dps:weight=1"
+    assert _curve_name("dps:num_steps=1000") == "dps"
 
 
 def test_other_settings_or_another_sampler_are_not_mixed(tiny_prior, tmp_path):

@@ -349,6 +349,7 @@ def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:
     key, title = ("perceptual", "perceptual distance (better: lower)")
     if any(key not in line for line in lines):
         key, title = ("psnr", "PSNR in dB (better: higher)")
+    markers = _markers(_curve_name(line["method"]) for line in lines)
     with _panels(file, [line["task"] for line in lines]) as panels:
         for task, axis in panels.items():
             axis.set(xscale="log", xlabel="seconds per sample", ylabel=title)
@@ -358,19 +359,35 @@ def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:
             axis.tick_params(axis="x", labelsize=8)
             curves, of_task = defaultdict(list), [line for line in lines if line["task"] == task]
             for line in of_task:
-                name, _, settings = line["method"].partition(":")
-                others = [pair for pair in settings.split(",") if not pair.startswith("num_steps=")]
-                curve = f"{name}:{','.join(others)}" if any(others) else name
-                curves[curve].append((line["seconds"], line[key], line["images"]))
+                point = line["seconds"], line[key], line["images"]
+                curves[_curve_name(line["method"])].append(point)
             most = max(line["images"] for line in of_task)
             for method, points in curves.items():
-                marker = "^" if "checkpoint=" in method else "s" if ":" in method else "o"
+                marker = markers[method]
                 seconds, values, images = zip(*sorted(points), strict=True)
                 axis.plot(seconds, values, marker=marker, **_label(method))
                 fewer = [i for i, number in enumerate(images) if number < most]
                 axis.plot(
                     seconds, values, marker, mfc="w", color=_label(method)["color"], markevery=fewer
                 )
+
+
+def _curve_name(method: str) -> str:
+    """A method and its settings, but for the number of steps, along which its curve goes."""
+    name, _, settings = method.partition(":")
+    others = [pair for pair in settings.split(",") if not pair.startswith("num_steps=")]
+    return f"{name}:{','.join(others)}" if any(others) else name
+
+
+def _markers(curves: Iterable[str]) -> dict[str, str]:
+    """A marker for each curve, the same in all panels; those of a colour differ."""
+    trained, others = (defaultdict(lambda kinds=kinds: iter(kinds)) for kinds in ("^v<>", "sDPX"))
+    markers = {}
+    for curve in dict.fromkeys(curves):
+        name, _, settings = curve.partition(":")
+        variants = trained if "checkpoint=" in settings else others
+        markers[curve] = next(variants[name], "*") if settings else "o"
+    return markers
 
 
 @contextmanager
