@@ -7,6 +7,7 @@ from deepinv_ud2m.initializers import (
     RAMInitializer,
 )
 from deepinv_ud2m.lora import add_lora, lora_disabled, merge_lora, remove_lora, unmerge_lora
+from deepinv_ud2m.posterior_mean import PosteriorMeanInitializer
 from deepinv_ud2m.priors import PriorInfo, load_prior, save_prior
 from deepinv_ud2m.proximal import posterior_prox
 from deepinv_ud2m.sampler import UD2M, Trajectory
@@ -17,6 +18,7 @@ from deepinv_ud2m.wiener import WienerInitializer
 __all__ = [
     "UD2M",
     "LinearInitializer",
+    "PosteriorMeanInitializer",
     "PriorInfo",
     "PseudoInverseInitializer",
     "RAMInitializer",

@@ -38,6 +38,7 @@ from deepinv_ud2m.lora import (
     prior_state_dict,
     remove_lora,
 )
+from deepinv_ud2m.posterior_mean import PosteriorMeanInitializer
 from deepinv_ud2m.priors import PRIORS, load_prior
 from deepinv_ud2m.published import PUBLISHED
 from deepinv_ud2m.sampler import UD2M
@@ -66,7 +67,11 @@ _SECTIONS = {
 
 # Initialisers that config.json describes completely.
 _INITIALIZERS = {
-    kind.__name__: kind for kind in (LinearInitializer, PseudoInverseInitializer, WienerInitializer)
+    kind.__name__: kind
+    for kind in (
+        *(LinearInitializer, PseudoInverseInitializer, WienerInitializer),
+        PosteriorMeanInitializer,  # with its weights in the other file
+    )
 }
 
 
@@ -251,6 +256,7 @@ def save_pretrained(
     metadata = _check_metadata(metadata)
     for network, _, _ in _networks(model.unfolded):
         _check_merged(network)
+    _check_stored(model.unfolded.initializer)
     state = trained_state_dict(model.unfolded)
     types = {k: torch.float32 if k.startswith("scalars.") else dtype for k in state}
     # Copies: safetensors does not take tensors that share memory.
@@ -281,6 +287,17 @@ def _check_merged(network: nn.Module) -> None:
             f"{_shorten(sorted(left_out))}, and what is not trained is not stored: call "
             "requires_grad_(True) on them, or merge without unload"
         )
+
+
+def _check_stored(initializer: nn.Module) -> None:
+    if isinstance(initializer, PosteriorMeanInitializer):
+        trained = _trained_names(initializer)
+        frozen = [name for name, _ in prior_parameters(initializer) if name not in trained]
+        if frozen:
+            raise ValueError(
+                "model: parameters of its PosteriorMeanInitializer are frozen, and what is not trained "
+                f"is not stored: call requires_grad_(True) on it. They are {_shorten(frozen)}"
+            )
 
 
 def _check_metadata(metadata: Mapping | None) -> dict:
@@ -335,6 +352,8 @@ def _describe_initializer(initializer: nn.Module, trained: Collection[str]) -> d
         arguments = {"mode": initializer.mode}
     elif kind is WienerInitializer:
         arguments = {name: getattr(initializer, name) for name in WienerInitializer.SETTINGS}
+    elif kind is PosteriorMeanInitializer:
+        arguments = initializer.settings
     else:
         # A network, whose own weights are not stored: enough to recognise it when it is given again.
         arguments = {"lora": lora_config(initializer), "fingerprint": fingerprint(initializer, trained)}

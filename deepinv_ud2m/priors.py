@@ -141,7 +141,8 @@ def load_prior(
     return network.requires_grad_(False).eval().to(device)
 
 
-def _load_shipped(name: str) -> tuple[Denoiser, PriorInfo]:
+def _read_config(name: str | Path) -> tuple[dict, Path]:
+    """The configuration of a prior that :func:`save_prior` wrote, and its file."""
     folder = _WEIGHTS / PRIORS[name] if name in PRIORS else Path(name)
     config_file = folder / "config.json"
     if not config_file.is_file():
@@ -153,16 +154,35 @@ def _load_shipped(name: str) -> tuple[Denoiser, PriorInfo]:
         config = json.loads(config_file.read_text())
         if "unfolded" in config:
             raise ValueError("this is the folder of a sampler: UD2M.from_pretrained loads it")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{config_file} cannot be used: {error!r}") from error
+    return config, config_file
+
+
+def _load_shipped(name: str) -> tuple[Denoiser, PriorInfo]:
+    config, config_file = _read_config(name)
+    try:
         network, info = build_network(config), PriorInfo(**config["prior"])
         info = replace(info, name=str(name))  # by which it is found again, for samplers of it
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{config_file} cannot be used: {error!r}") from error
+    folder = config_file.parent
     weights = folder / "model.safetensors"
     try:
         network.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"the weights of the prior in {folder} cannot be used: {error}") from error
     return network, info
+
+
+def network_settings(name: str | Path) -> dict:
+    """
+    The settings of the network of a shipped prior, ``config["network"]`` of :func:`build_network`.
+
+    :param str, pathlib.Path name: its name, or a folder written by :func:`save_prior`.
+    :raises ValueError: for another name or folder, or a prior that is not of this package.
+    """
+    return _read_config(name)[0]["network"]
 
 
 def save_prior(network: Denoiser, config: Mapping, folder: str | Path) -> None:

@@ -216,6 +216,18 @@ def has_closed_form(physics: Physics, shape: torch.Size) -> bool:
     return owner is not LinearPhysics and isinstance(physics, _CLOSED_FORMS)
 
 
+def joint_level(sigma: Tensor, sigma_y: Tensor, reference_level: float) -> Tensor:
+    r"""
+    Level of a state joined with a Gaussian observation of noise
+    :math:`(\sigma_y^2 + \sigma_0^2)^{1/2}`: the square root of one over the sum of their precisions.
+
+    :param torch.Tensor sigma: level s of the state.
+    :param torch.Tensor sigma_y: noise level of the measurement, that broadcasts with it.
+    :param float reference_level: :math:`\sigma_0`.
+    """
+    return ((sigma_y**2 + reference_level**2).reciprocal() + sigma**-2).rsqrt()
+
+
 def expand_scalar(value: Scalar, like: Tensor, name: str) -> Tensor:
     """
     A scalar, or one scalar per image, in a shape that multiplies images.

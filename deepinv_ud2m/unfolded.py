@@ -27,6 +27,7 @@ from deepinv_ud2m.proximal import (
     Scalar,
     check_has_prox,
     expand_scalar,
+    joint_level,
     noise_level,
     posterior_prox,
     remember_backprojection,
@@ -53,7 +54,8 @@ class UnfoldedDenoiser(Reconstructor):
         \delta_k = d_k e^{\log\hat\delta_k} h, \quad
         \lambda_k = l_k e^{\log\hat\lambda_k} .
 
-    The logarithms are learned and start at zero, so that an untrained network is zero-shot LATINO
+    An initialiser that states the error of its first guess gives h in its place. The logarithms are
+    learned and start at zero, so that an untrained network is zero-shot LATINO
     with the decreasing schedule :math:`d_k`. Being relative to s and :math:`\sigma_y`, what was
     learned carries over to other levels. With :math:`\sigma_0 = 0` the starting values are those of
     the paper; see the README for why the default is not.
@@ -177,13 +179,13 @@ class UnfoldedDenoiser(Reconstructor):
         sigma = expand_scalar(sigma, x_s, "sigma")
         with torch.autocast(x_s.device.type, enabled=False):  # operators lose too much in bfloat16
             physics = remember_backprojection(physics, y)
-            with record_function("UD2M initialise"):
-                x = self.initializer(y, physics, x_s, sigma, sigma_y)
+        with record_function("UD2M initialise"):
+            x, level = self.first_guess(y, physics, x_s, sigma, sigma_y)
         iterates = []
         for k in range(self.num_iterations):
             with record_function("UD2M noise"):
                 noise = randn(x_s, generator)
-            arguments = (k, x, y, physics, x_s, sigma, sigma_y, noise)
+            arguments = (k, x, y, physics, x_s, sigma, sigma_y, level, noise)
             if self.checkpointing and torch.is_grad_enabled():
                 # The noise is an argument, so nothing random has to be repeated.
                 x = checkpoint(self.iterate, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -192,9 +194,28 @@ class UnfoldedDenoiser(Reconstructor):
             iterates.append(x)
         return (x, iterates) if return_iterates else x
 
-    def iterate(self, k, x, y, physics, x_s, sigma, sigma_y, noise) -> Tensor:
-        """One iteration, prox, noise, denoise; the arguments are those of :meth:`forward`, and noise."""
-        rho, delta, lambda_ = self.scalars(k, sigma, sigma_y)
+    def first_guess(
+        self, y: Tensor, physics: Physics, x_s: Tensor, sigma: Tensor, sigma_y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        r"""
+        The first iterate, and the level h of what is unknown, which the couplings are relative to: that
+        of the initialiser, where it states one (:class:`deepinv_ud2m.PosteriorMeanInitializer`).
+
+        :returns: images `[B, C, H, W]`, and levels that broadcast with them. The arguments are those of
+            :meth:`forward`.
+        """
+        if hasattr(self.initializer, "estimate"):
+            return self.initializer.estimate(y, physics, x_s, sigma, sigma_y)
+        with torch.autocast(x_s.device.type, enabled=False):
+            x = self.initializer(y, physics, x_s, sigma, sigma_y)
+        return x, joint_level(sigma, sigma_y, self.reference_level)
+
+    def iterate(self, k, x, y, physics, x_s, sigma, sigma_y, level, noise) -> Tensor:
+        """
+        One iteration, prox, noise, denoise; the arguments are those of :meth:`forward`, the level h, and
+        noise.
+        """
+        rho, delta, lambda_ = self.scalars(k, level)
         with record_function("UD2M prox"):
             z = posterior_prox(
                 x, y, physics, x_s, sigma, rho, lambda_, sigma_y, tol=self.tol, max_iter=self.max_iter
@@ -202,25 +223,19 @@ class UnfoldedDenoiser(Reconstructor):
         with record_function("UD2M denoise"):
             return self.denoise(z + delta * noise, delta)
 
-    def scalars(self, k: int, sigma: Scalar, sigma_y: Scalar) -> tuple[Tensor, Tensor, Tensor]:
+    def scalars(self, k: int, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""
         :math:`\rho_k, \delta_k, \lambda_k` at a level.
 
         :param int k: iteration, from 0.
-        :param float, torch.Tensor sigma: level s of the state.
-        :param float, torch.Tensor sigma_y: noise level of the measurements.
-        :returns: three tensors that broadcast with ``sigma`` and ``sigma_y``; delta stays inside
-            the levels of the prior.
+        :param torch.Tensor level: level h, see :meth:`first_guess`.
+        :returns: three tensors that broadcast with ``level``; delta stays inside the levels of the
+            prior.
         """
-        level = self._level(torch.as_tensor(sigma), torch.as_tensor(sigma_y))
         delta = self._learned("delta", k) * level
         if self.prior_info is not None:
             delta = delta.clamp(self.prior_info.sigma_min, self.prior_info.sigma_max)
         return self._learned("rho", k) * level, delta, self._learned("lambda", k)
-
-    def _level(self, sigma: Tensor, sigma_y: Tensor) -> Tensor:
-        variance = sigma_y**2 + self.reference_level**2
-        return (variance.reciprocal() + sigma**-2).rsqrt()
 
     def _learned(self, name: str, k: int) -> Tensor:
         logarithms = getattr(self, f"log_{name}")
@@ -258,8 +273,10 @@ class UnfoldedDenoiser(Reconstructor):
         if self.prior_info is None:
             return
         self.prior_info.check_images(shape)
-        device = self.log_delta.device
-        level = self._level(levels.to(device)[:, None], sigma_y.to(device).reshape(1, -1))
+        if hasattr(self.initializer, "estimate"):
+            return  # its levels are only known with its estimate
+        sigma_y = sigma_y.to(self.log_delta.device).reshape(1, -1)
+        level = joint_level(levels.to(sigma_y.device)[:, None], sigma_y, self.reference_level)
         deltas = torch.stack([self._learned("delta", k) * level for k in range(self.num_iterations)])
         self.prior_info.check_levels(deltas)
 

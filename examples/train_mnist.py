@@ -146,7 +146,8 @@ def main():
     # Losses, and a discriminator where one is asked for.
     losses, discriminator, losses_d = choose_losses(args, device)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model.unfolded, lr=lr, lr_scalars=args.lr_scalars), betas=(0.9, 0.99)
+        parameter_groups(model.unfolded, lr=lr, lr_scalars=args.lr_scalars, lr_initializer=lr),
+        betas=(0.9, 0.99),
     )
     if discriminator is not None:
         optimizer_d = torch.optim.AdamW(discriminator.parameters(), lr=5e-4, betas=(0.5, 0.99))

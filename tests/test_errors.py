@@ -342,8 +342,8 @@ def test_levels_outside_of_training_warn():
 
 def test_levels_outside_of_training_are_clamped():
     unfolded = UnfoldedDenoiser(Echo(), reference_level=0.0)
-    for sigma_y, delta in [(1e-5, 0.01), (1e4, 50.0)]:
-        assert unfolded.scalars(0, 70.0, sigma_y)[1].item() == pytest.approx(delta)
+    for level, delta in [(1e-5, 0.01), (70.0, 50.0)]:
+        assert unfolded.scalars(0, torch.tensor(level))[1].item() == pytest.approx(delta)
 
 
 def test_a_prior_that_says_nothing_is_trusted():

@@ -119,6 +119,31 @@ def test_ablation_on_digits_goes_on(tmp_path):
     assert (tmp_path / "ablation.md").read_text().count("adversarial") == 2
 
 
+@pytest.mark.slow
+def test_a_first_guess_then_the_whole(tmp_path):
+    digits = torch.randint(0, 256, (32, 28, 28), generator=torch.Generator().manual_seed(0))
+    file = tmp_path / "digits.npz"
+    np.savez(file, x=digits.numpy().astype(np.uint8), y=np.zeros(32, np.uint8))
+    arguments = ["--train", file, "--updates", 2, "--batch-size", 4]
+    first = [*arguments, "--out", tmp_path / "first", "--tasks", "sr4", "inpaint-random"]
+    result = start("train_mnist_first_guess.py", *first)
+    assert result.returncode == 0, result.stderr
+    assert "inpaint-random PSNR" in result.stdout
+    folder = tmp_path / "first" / "model"
+    options = ["--start", folder, "--rank", 0, "--end-to-end", "--tasks", "sr4", "--eval-interval", 2]
+    result = start("train_mnist.py", *arguments, *options, "--out", tmp_path / "whole")
+    assert result.returncode == 0, result.stderr
+    one, other = (UD2M.from_pretrained(f) for f in (folder, tmp_path / "whole" / "model"))
+    assert other.unfolded.initializer.settings == one.unfolded.initializer.settings
+    moved = [
+        name
+        for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True)
+        if not torch.equal(p, q)
+    ]
+    for part in ("initializer.network", "initializer.error", "denoiser", "log_delta"):
+        assert any(f"unfolded.{part}" in name for name in moved), part
+
+
 def test_the_mean_of_samplers(tmp_path):
     one, other = (
         UD2M.from_pretrained("mnist-sr4", merge=False),

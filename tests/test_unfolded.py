@@ -30,6 +30,7 @@ from deepinv_ud2m import (
     posterior_prox,
 )
 from deepinv_ud2m.physics import JPEG
+from deepinv_ud2m.proximal import joint_level
 
 
 def latino_law(problem, unfolded, x_s, s):
@@ -46,10 +47,9 @@ def latino_law(problem, unfolded, x_s, s):
         back_projection + x_s.flatten() * s**-2 + mu0 * tau**-2,
     )
     covariance = torch.zeros_like(identity)
+    level = joint_level(torch.tensor(s), problem.sigma_y, unfolded.reference_level)
     for k in range(unfolded.num_iterations):
-        rho, delta, lambda_ = (
-            value.item() for value in unfolded.scalars(k, s, problem.sigma_y)
-        )  # fmt: skip
+        rho, delta, lambda_ = (value.item() for value in unfolded.scalars(k, level))
         hessian = normal / lambda_ + identity * (s**-2 + rho**-2)
         P = torch.linalg.inv(hessian) * rho**-2
         q = torch.linalg.solve(hessian, back_projection / lambda_ + x_s.flatten() * s**-2)
@@ -88,9 +88,10 @@ def test_iterate_is_prox_noise_denoise(gaussian_problem):
     problem = gaussian_problem(inpainting(), SHAPE)
     unfolded = UnfoldedDenoiser(problem.denoiser, 3)
     x_s = torch.full((1, *SHAPE), 0.4, dtype=torch.float64)
-    rho, delta, lambda_ = unfolded.scalars(1, 0.5, 0.1)
+    level = torch.tensor(0.2)
+    rho, delta, lambda_ = unfolded.scalars(1, level)
     noise = torch.randn(x_s.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    got = unfolded.iterate(1, x_s, problem.y, problem.physics, x_s, 0.5, 0.1, noise)
+    got = unfolded.iterate(1, x_s, problem.y, problem.physics, x_s, 0.5, 0.1, level, noise)
     z = posterior_prox(x_s, problem.y, problem.physics, x_s, 0.5, rho, lambda_, 0.1)
     assert torch.allclose(got, problem.denoiser(z + delta * noise, delta))
 
@@ -100,7 +101,8 @@ def test_scalars_start_at_the_documented_values():
     s, sigma_y = 2.0, 0.1
     level = sigma_y * s / (sigma_y**2 + s**2) ** 0.5  # the paper's starting value
     for k, multiplier in enumerate([4, 2, 1]):
-        rho, delta, lambda_ = unfolded.scalars(k, s, sigma_y)
+        h = joint_level(torch.tensor(s), torch.tensor(sigma_y), unfolded.reference_level)
+        rho, delta, lambda_ = unfolded.scalars(k, h)
         assert torch.allclose(rho, torch.tensor(0.5 * level))
         assert torch.allclose(delta, torch.tensor(multiplier * level))
         assert lambda_ == 1

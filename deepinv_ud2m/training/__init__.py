@@ -1,11 +1,13 @@
 """Training: distillation of posterior samplers, and the unconditional priors they start from."""
 
 from deepinv_ud2m.training.discriminator import ConditionalDiscriminator
+from deepinv_ud2m.training.first_guess import FirstGuessTrainer
 from deepinv_ud2m.training.levels import SamplerLevels
 from deepinv_ud2m.training.losses import (
     AdversarialDiscriminatorLoss,
     AdversarialGeneratorLoss,
     EnergyScoreLoss,
+    FirstGuessLoss,
     L2Loss,
     PerceptualLoss,
 )
@@ -27,6 +29,8 @@ __all__ = [
     "DistillationTrainer",
     "EDMLoss",
     "EnergyScoreLoss",
+    "FirstGuessLoss",
+    "FirstGuessTrainer",
     "L2Loss",
     "LogNormalSigmaGenerator",
     "PerceptualLoss",

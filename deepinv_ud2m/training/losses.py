@@ -131,6 +131,29 @@ class L2Loss(Loss):
         return f"{self.weighting!r}{clip}, weight={self.weight:g}"
 
 
+class FirstGuessLoss(Loss):
+    r"""
+    Negative logarithm of the Gaussian likelihood of x, per pixel, of the first guess m and its error h,
+
+    .. math:: \log h + \frac{\| m - x \|^2}{2 d\, h^2} ,
+
+    lowest for :math:`m = E[x \mid y, x_s]` and :math:`h^2 = E[\|x - m\|^2 / d \mid y, x_s]`. Errors
+    count relative to what is stated, so that easy and hard measurements weigh alike.
+    """
+
+    num_samples = 1
+
+    def forward(self, *, x: Tensor, x_net: Tensor, error: Tensor, **kwargs) -> Tensor:
+        """
+        :param torch.Tensor x: clean images `[B, C, H, W]`.
+        :param torch.Tensor x_net: first guesses, of the same shape.
+        :param torch.Tensor error: their stated errors, `[B, 1, 1, 1]`, positive.
+        :returns: losses `[B]`.
+        """
+        error = error.flatten()
+        return error.log() + (x_net - x).square().flatten(1).mean(1) / (2 * error**2)
+
+
 class PerceptualLoss(Loss):
     r"""
     Perceptual distance of draws to the true image, see

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from deepinv_ud2m.batching import RepeatedPhysics, is_shared, repeat_batch
 from deepinv_ud2m.checks import check_count
 from deepinv_ud2m.metrics import energy_score
+from deepinv_ud2m.posterior_mean import PosteriorMeanInitializer
 from deepinv_ud2m.pretrained import (
     describe,
     load_trained_state_dict,
@@ -146,8 +147,9 @@ class DistillationTrainer(AdversarialTrainer):
         multiple of their number.
     :param bool checkpointing: keep only the input of each unfolded iteration for the backward pass
         (default: ``False``).
-    :param bool compile: run the prior through :func:`torch.compile` in training steps; evaluation does
-        without. The first step takes a minute or two then (default: ``False``).
+    :param bool compile: run the prior, and the network of a
+        :class:`deepinv_ud2m.PosteriorMeanInitializer`, through :func:`torch.compile` in training steps;
+        evaluation does without. The first step takes a minute or two then (default: ``False``).
     :param float ema_decay: decay of the moving average per step, warmed up (default: 0.999).
     :param int max_skipped: steps in a row without finite loss and gradient, of the model or of the
         discriminator, each of them skipped, after which training stops (default: 10).
@@ -234,6 +236,8 @@ class DistillationTrainer(AdversarialTrainer):
         self.unfolded.checkpointing = self.checkpointing
         if self.compile:
             self.unfolded.denoiser.compile()
+            if isinstance(self.unfolded.initializer, PosteriorMeanInitializer):
+                self.unfolded.initializer.network.compile()
         self._mode = self._condition_mode()
         self._set_up_optimizers()
 
@@ -546,26 +550,32 @@ class DistillationTrainer(AdversarialTrainer):
             repeated = RepeatedPhysics(physics, x, draws, level)
         with self.get_autocast_context():
             draw = self._draw_whole if self.end_to_end else self._draw_level
-            x_s, sigma, samples = draw(x, repeat_batch(y, draws), repeated)
-        samples = samples.unflatten(0, (draws, len(x)))
-        batch = {"x": x, "y": y, "physics": physics, "sigma": sigma, "x_s": x_s}
+            drawn = draw(x, repeat_batch(y, draws), repeated)
+        samples = drawn["samples"].unflatten(0, (draws, len(x)))
+        batch = {"x": x, "y": y, "physics": physics, **drawn}
         batch |= {"samples": samples, "x_net": samples[0]}
         if self.D is not None:
             batch["condition"] = condition(y, physics, self._mode)
         return batch
 
-    def _draw_level(self, x: Tensor, y: Tensor, physics: Physics) -> tuple[Tensor, Tensor, Tensor]:
+    def _draw_level(self, x: Tensor, y: Tensor, physics: Physics) -> dict[str, Tensor]:
         """States of x at random levels, the levels, and draws of x from the states."""
-        sigma = self.levels(len(x)).to(x)
-        x_s = x + expand_scalar(sigma, x, "levels") * torch.randn_like(x)
+        x_s, sigma = self._states(x)
         states = repeat_batch(x_s, self.num_draws)
-        return x_s, sigma, self.unfolded(y, physics, states, sigma.repeat(self.num_draws))
+        samples = self.unfolded(y, physics, states, sigma.repeat(self.num_draws))
+        return {"x_s": x_s, "sigma": sigma, "samples": samples}
 
-    def _draw_whole(self, x: Tensor, y: Tensor, physics: Physics) -> tuple[Tensor, Tensor, Tensor]:
+    def _states(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """States of x at random levels, and the levels."""
+        sigma = self.levels(len(x)).to(x)
+        return x + expand_scalar(sigma, x, "levels") * torch.randn_like(x), sigma
+
+    def _draw_whole(self, x: Tensor, y: Tensor, physics: Physics) -> dict[str, Tensor]:
         """The last states of chains through all levels, their level, and samples."""
         states = self.model.first_state(repeat_batch(x, self.num_draws))
         *_, (states, samples) = self.model.chain(y, physics, states)
-        return states[: len(x)], self.model.levels[-1].to(x).expand(len(x)), samples
+        sigma = self.model.levels[-1].to(x).expand(len(x))
+        return {"x_s": states[: len(x)], "sigma": sigma, "samples": samples}
 
     def _loss(self, loss: Loss, batch: dict) -> Tensor:
         return loss(**batch, model=self.model, D=self.D, epoch=0).mean()

@@ -1,0 +1,325 @@
+"""A first guess that is trained: what it states, what the iterations make of it, how it is stored."""
+
+import json
+
+import pytest
+import torch
+from deepinv.models import Denoiser
+from deepinv.physics import Blur, BlurFFT, Denoising, GaussianNoise, Inpainting
+from deepinv.physics.functional import gaussian_blur
+from torch.utils.data import DataLoader
+
+from deepinv_ud2m import (
+    UD2M,
+    LinearInitializer,
+    PosteriorMeanInitializer,
+    UnfoldedDenoiser,
+    WienerInitializer,
+    load_prior,
+    save_prior,
+)
+from deepinv_ud2m.physics import JPEG
+from deepinv_ud2m.priors import build_network
+from deepinv_ud2m.proximal import joint_level
+from deepinv_ud2m.training import (
+    EnergyScoreLoss,
+    FirstGuessLoss,
+    FirstGuessTrainer,
+    SamplerLevels,
+    parameter_groups,
+)
+
+SHAPE = (1, 16, 16)
+B = 3
+
+
+@pytest.fixture
+def prior_folder(tiny_config, tiny_prior, tmp_path):
+    save_prior(tiny_prior, tiny_config, tmp_path / "prior")
+    return tmp_path / "prior"
+
+
+@pytest.fixture
+def initializer(tiny_config):
+    """Random weights, none left at zero."""
+    torch.manual_seed(1)
+    initializer = PosteriorMeanInitializer(tiny_config["network"], 1)
+    with torch.no_grad():
+        for parameter in initializer.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return initializer
+
+
+def mask(sigma_y=0.05):
+    return Inpainting(SHAPE, mask=0.5, noise_model=GaussianNoise(sigma_y))
+
+
+def blur(sigma_y=0.05):
+    return BlurFFT(SHAPE, filter=gaussian_blur(sigma=(1.0, 1.0)), noise_model=GaussianNoise(sigma_y))
+
+
+def images(num=B, seed=0):
+    return torch.rand(num, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def test_it_starts_as_the_prior_after_a_wiener_filter(prior_folder):
+    prior = load_prior(prior_folder)
+    wiener = WienerInitializer(mean=0.3)
+    initializer = PosteriorMeanInitializer.from_prior(prior_folder, wiener, reference_level=0.1)
+    with torch.no_grad():  # the further images
+        initializer.network.unet.enc["16x16_conv"].weight[:, 4:] = 0
+    x_s, physics = images(), mask()
+    y = physics(x_s)
+    sigma, sigma_y = torch.tensor([0.02, 0.5, 70.0]), torch.tensor([0.02, 0.1, 0.05])
+    m, h = initializer.estimate(y, physics, x_s, sigma, sigma_y)
+    level = (1 / (sigma_y**2 + 0.1**2) + sigma**-2).rsqrt()
+    torch.testing.assert_close(h.flatten(), level)
+    expected = prior(wiener(y, physics, x_s, sigma, sigma_y), level)
+    torch.testing.assert_close(m, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("what", ["y", "physics", "x_s", "sigma", "sigma_y"])
+def test_it_sees_all_there_is(initializer, what):
+    torch.manual_seed(0)
+    first = {"y": images(1), "physics": Inpainting(SHAPE, torch.ones(SHAPE)), "x_s": images(1, 1)}
+    first |= {"sigma": 0.5, "sigma_y": 0.05}
+    holes = torch.ones(SHAPE)
+    holes[:, 3:9, 3:9] = 0
+    second = {"y": images(1, 2), "physics": Inpainting(SHAPE, holes), "x_s": images(1, 3)}
+    second |= {"sigma": 0.7, "sigma_y": 0.1}
+    m, h = initializer.estimate(**first)
+    other_m, other_h = initializer.estimate(**first | {what: second[what]})
+    assert (m - other_m).abs().max() > 1e-4
+    assert (h - other_h).abs() > 1e-6
+
+
+def test_images_do_not_see_each_other(initializer):
+    physics, y, x_s = blur(), images(), images(seed=1)  # not iterative, so without a common end
+    levels = torch.tensor([0.1, 0.5, 20.0]), torch.tensor([0.02, 0.1, 0.05])
+    m, h = initializer.estimate(y, physics, x_s, *levels)
+    for i in range(B):
+        one = slice(i, i + 1)
+        of_one = initializer.estimate(y[one], physics, x_s[one], *(level[one] for level in levels))
+        torch.testing.assert_close(of_one, (m[one], h[one]), atol=1e-5, rtol=1e-4)
+
+
+def test_the_stated_error_does_not_move_the_estimate(initializer):
+    y, physics = images(), mask()
+    _, h = initializer.estimate(y, physics, y, 0.5, 0.05)
+    h.sum().backward()
+    assert all(p.grad is None for p in initializer.network.parameters())
+    assert all(p.grad is not None for p in initializer.error.parameters())
+
+
+def test_the_stated_error_stays_in_its_range(initializer):
+    y, physics = images(), mask()
+    for bias, bound in ((50.0, 1.0), (-50.0, 1e-3)):
+        torch.nn.init.constant_(initializer.error[-1].bias, bias)
+        assert (initializer.estimate(y, physics, y, 0.5, 0.05)[1] == bound).all()
+
+
+def test_it_takes_all_linear_physics(initializer):
+    for physics in (blur(), mask(), Blur(torch.ones(1, 1, 3, 3) / 9, padding="valid")):
+        x = images()
+        m, h = initializer.estimate(physics(x), physics, x, 0.5, 0.1)
+        assert m.shape == x.shape and h.shape == (B, 1, 1, 1)
+
+
+def test_physics_that_are_not_linear_get_what_an_untrained_start_gives(initializer):
+    x = images()
+    physics = JPEG(SHAPE, quality=20)
+    m, h = initializer.estimate(physics(x), physics, x, 0.5, 0.05)
+    assert torch.equal(m, initializer.wiener(physics(x), physics, x, 0.5, 0.05))
+    torch.testing.assert_close(h, joint_level(torch.tensor(0.5), torch.tensor(0.05), 0.2).expand_as(h))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_it_computes_in_its_own_precision(initializer, dtype):
+    x = images().to(dtype)
+    m, h = initializer.estimate(x, Denoising(), x, 0.5, 0.05)
+    assert m.dtype == h.dtype == dtype
+
+
+def test_autocast_reaches_the_network_and_not_the_operator(initializer):
+    physics, x = mask(), images()
+    y = physics(x)
+    m, h = initializer.estimate(y, physics, x, 0.5, 0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        in_bfloat16 = initializer.estimate(y, physics, x, 0.5, 0.05)
+    assert in_bfloat16[0].dtype == torch.float32
+    assert 0 < (in_bfloat16[0] - m).abs().max() < 0.05
+    torch.testing.assert_close(in_bfloat16[1], h, rtol=0.05, atol=0)
+
+
+class Recorder(Denoiser):
+    def __init__(self):
+        super().__init__()
+        self.levels = []
+
+    def forward(self, w, sigma):
+        self.levels.append(sigma)
+        return w
+
+
+def test_couplings_are_relative_to_the_stated_error(initializer):
+    denoiser, physics, x_s = Recorder(), mask(), images()
+    unfolded = UnfoldedDenoiser(denoiser, 2, initializer, delta=[3.0, 0.5])
+    y = physics(x_s)
+    unfolded(y, physics, x_s, 0.5)
+    _, h = initializer.estimate(y, physics, x_s, 0.5, 0.05)
+    torch.testing.assert_close(denoiser.levels[0], 3 * h.flatten())
+    torch.testing.assert_close(denoiser.levels[1], 0.5 * h.flatten())
+
+
+def test_it_counts_as_one_evaluation_per_level(initializer, tiny_prior):
+    model = UD2M(UnfoldedDenoiser(tiny_prior, 2, initializer), num_steps=3)
+    physics = mask()
+    model.sample(physics(images()), physics, num_samples=2)
+    assert model.nfe == 9
+
+
+def test_samples_do_not_depend_on_how_they_are_batched(initializer, tiny_prior):
+    model = UD2M(UnfoldedDenoiser(tiny_prior, 2, initializer), num_steps=2)
+    physics = blur(torch.tensor([0.02, 0.1, 0.05]))
+    y = physics(images())
+    drawn = [
+        model.sample(
+            y, physics, num_samples=3, batch_size=size, generator=torch.Generator().manual_seed(0)
+        )
+        for size in (3, 9)
+    ]
+    torch.testing.assert_close(*drawn, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_it_is_stored_with_the_sampler(prior_folder, tmp_path, dtype):
+    initializer = PosteriorMeanInitializer.from_prior(
+        prior_folder, WienerInitializer(mean=0.1, decay=3.0), reference_level=0.3
+    )
+    torch.nn.init.normal_(initializer.error[-1].weight)
+    model = UD2M(UnfoldedDenoiser(load_prior(prior_folder), 2, initializer), num_steps=2)
+    model.save_pretrained(tmp_path / "sampler", dtype=dtype)
+    again = UD2M.from_pretrained(tmp_path / "sampler")
+    assert again.unfolded.initializer.settings == initializer.settings
+    physics = mask()
+    y = physics(images())
+    first, second = (m(y, physics, generator=torch.Generator().manual_seed(0)) for m in (model, again))
+    torch.testing.assert_close(first, second, atol=0 if dtype == torch.float32 else 0.02, rtol=0)
+    again.save_pretrained(tmp_path / "again", dtype=dtype)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("sampler", "again")]
+    assert files[0] == files[1]
+
+
+def test_what_would_not_be_stored_is_not_saved(initializer, tiny_prior, tmp_path):
+    initializer.network.requires_grad_(False)
+    model = UD2M(UnfoldedDenoiser(tiny_prior, 2, initializer))
+    with pytest.raises(ValueError, match=r"PosteriorMeanInitializer are frozen.*network.unet"):
+        model.save_pretrained(tmp_path / "sampler")
+    assert not (tmp_path / "sampler").exists()
+
+
+def test_a_damaged_configuration_is_named(prior_folder, tmp_path):
+    initializer = PosteriorMeanInitializer.from_prior(prior_folder)
+    model = UD2M(UnfoldedDenoiser(load_prior(prior_folder), 2, initializer))
+    model.save_pretrained(tmp_path / "sampler")
+    file = tmp_path / "sampler" / "config.json"
+    config = json.loads(file.read_text())
+    config["initializer"]["network"]["num_channels"] = 3
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config.json cannot be used.*num_channels"):
+        UD2M.from_pretrained(tmp_path / "sampler")
+
+
+def test_what_it_cannot_take_is_refused_by_name(initializer, tiny_config):
+    x = images()
+    colour = x.expand(B, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"x_s has 3 channels.*of images of 1"):
+        initializer(colour, Denoising(), colour, 0.5, 0.05)
+    for level in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="reference_level must be positive"):
+            PosteriorMeanInitializer(tiny_config["network"], 1, reference_level=level)
+    with pytest.raises(ValueError, match=r"no argument.*depth"):
+        PosteriorMeanInitializer(tiny_config["network"] | {"depth": 3}, 1)
+    with pytest.raises(ValueError, match="pixel_shuffle"):
+        PosteriorMeanInitializer({"img_resolution": 16}, 1)
+    with pytest.raises(ValueError, match="name must be one of the priors"):
+        PosteriorMeanInitializer.from_prior("digits")
+
+
+def test_the_loss_is_the_gaussian_likelihood():
+    x, guess = images(), images(seed=1)
+    error = torch.tensor([0.1, 0.2, 0.5]).reshape(B, 1, 1, 1)
+    loss = FirstGuessLoss()(x=x, x_net=guess, error=error)
+    variance = error.expand_as(x) ** 2
+    expected = torch.nn.functional.gaussian_nll_loss(guess, x, variance, reduction="none")
+    torch.testing.assert_close(loss, expected.flatten(1).mean(1))
+    rms = (guess - x).square().mean((1, 2, 3), keepdim=True).sqrt()
+    assert (FirstGuessLoss()(x=x, x_net=guess, error=rms) < loss).all()
+
+
+def make_trainer(initializer, prior, **options):
+    model = UD2M(UnfoldedDenoiser(prior, 1, initializer), num_steps=2)
+    defaults = {
+        "physics": mask(),
+        "train_dataloader": DataLoader(images(8), batch_size=4, shuffle=True),
+        "losses": FirstGuessLoss(),
+        "optimizer": torch.optim.Adam(parameter_groups(model.unfolded, lr_initializer=3e-3)),
+        "levels": SamplerLevels(model, 1.0),
+        "steps": 30,
+        "log_interval": 10,
+        "grad_clip": 1.0,
+        "verbose": False,
+        "device": "cpu",
+    }
+    return FirstGuessTrainer(model=model, **defaults | options)
+
+
+def test_training_lowers_the_loss_and_leaves_the_rest(tiny_config, tiny_prior):
+    torch.manual_seed(0)
+    initializer = PosteriorMeanInitializer(tiny_config["network"], 1)
+    trainer = make_trainer(initializer, tiny_prior)
+    calls = []
+    tiny_prior.register_forward_hook(lambda *_: calls.append(1))
+    before = {name: p.clone() for name, p in tiny_prior.named_parameters()}
+    unfolded = trainer.train().unfolded
+    losses = [value for _, value in trainer.history["loss"]]
+    assert losses[-1] < losses[0] - 0.05
+    assert not calls, "the denoiser is not needed"
+    assert all(torch.equal(p, before[name]) for name, p in tiny_prior.named_parameters())
+    assert not any(getattr(unfolded, f"log_{name}").any() for name in ("rho", "delta", "lambda"))
+
+
+def test_a_stopped_training_goes_on_to_the_bit(tiny_config, tiny_prior, tmp_path):
+    def trained(folder, steps):
+        torch.manual_seed(0)
+        initializer = PosteriorMeanInitializer(tiny_config["network"], 1)
+        trainer = make_trainer(initializer, tiny_prior, save_path=folder, ckp_interval=2, steps=6)
+        for step in range(steps):  # as if killed
+            if step == 0:
+                trainer.setup_train()
+            trainer.train_step(step)
+            if (step + 1) % 2 == 0:
+                trainer._save(step + 1)
+        return trainer
+
+    trained(tmp_path / "stopped", 3)
+    ends = [trained(tmp_path / name, 0).train() for name in ("stopped", "whole")]
+    for first, second in zip(*(end.unfolded.parameters() for end in ends), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_the_trainer_refuses_what_it_is_not_for(initializer, tiny_prior):
+    with pytest.raises(TypeError, match=r"must have a PosteriorMeanInitializer.*LinearInitializer"):
+        make_trainer(LinearInitializer(), tiny_prior)
+    with pytest.raises(ValueError, match="end_to_end is of samples"):
+        make_trainer(initializer, tiny_prior, end_to_end=True)
+    with pytest.raises(ValueError, match="EnergyScoreLoss needs 2 draws"):
+        make_trainer(initializer, tiny_prior, losses=EnergyScoreLoss())
+
+
+def test_the_network_is_the_size_it_is_told(tiny_config):
+    initializer = PosteriorMeanInitializer(tiny_config["network"], 1)
+    of_prior = sum(p.numel() for p in build_network(tiny_config).parameters())
+    of_network = sum(p.numel() for p in initializer.network.parameters())
+    assert of_prior < of_network < 1.3 * of_prior
