@@ -57,8 +57,8 @@ class UnfoldedDenoiser(Reconstructor):
     An initialiser that states the error of its first guess gives h in its place
     (:class:`deepinv_ud2m.PosteriorMeanInitializer`). The logarithms are learned and start at zero, so
     that an untrained network is zero-shot LATINO with the decreasing schedule :math:`d_k`. Being
-    relative to h, what was learned carries over to other levels. With :math:`\sigma_0 = 0` the starting values are those of
-    the paper; see the README for why the default is not.
+    relative to h, what was learned carries over to other levels. With :math:`\sigma_0 = 0` the starting
+    values are those of the paper; see the README for why the default is not.
 
     :param deepinv.models.Denoiser denoiser: the prior, :math:`D(w, \delta)`. It is frozen: kept in
         evaluation mode, without gradients for its parameters but for those of a LoRA on it.
