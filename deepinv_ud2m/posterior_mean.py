@@ -2,7 +2,6 @@ r"""A first guess that is trained: the posterior mean of x, and how far off it i
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from deepinv_ud2m.batching import RepeatedPhysics
-from deepinv_ud2m.priors import load_prior, network_settings
+from deepinv_ud2m.checks import check_count
+from deepinv_ud2m.priors import build_unet, load_prior, network_settings
 from deepinv_ud2m.proximal import Scalar, expand_scalar, joint_level
 from deepinv_ud2m.wiener import WienerInitializer
 
@@ -51,6 +51,7 @@ class PosteriorMeanInitializer(nn.Module):
         (default: that of photographs).
     :param float reference_level: h before training is that of a Gaussian observation of this level
         joined with the state, in units of the image, positive (default: 0.2).
+    :raises TypeError: if ``network`` or ``wiener`` is of a wrong type.
     :raises ValueError: for settings that these do not have.
 
     |sep|
@@ -77,6 +78,13 @@ class PosteriorMeanInitializer(nn.Module):
         super().__init__()
         if not 0 < reference_level < float("inf"):
             raise ValueError(f"reference_level must be positive and finite, got {reference_level}")
+        if not isinstance(network, Mapping):
+            raise TypeError(f"network must be a dictionary of settings, got {type(network).__name__}")
+        if wiener is not None and not isinstance(wiener, Mapping | WienerInitializer):
+            raise TypeError(
+                f"wiener must be a WienerInitializer or its settings, got {type(wiener).__name__}"
+            )
+        check_count("channels", channels)
         self.channels, self.reference_level = channels, reference_level
         self.network_settings = dict(network)
         if not isinstance(wiener, WienerInitializer):
@@ -106,8 +114,8 @@ class PosteriorMeanInitializer(nn.Module):
         :param WienerInitializer wiener: the Wiener filter of such images.
         :param settings: further arguments of the class.
         """
-        prior = load_prior(name_or_path)
         network = network_settings(name_or_path)
+        prior = load_prior(name_or_path)
         initializer = cls(network, prior.prior_info.channels, wiener, **settings)
         initializer.network.start_from(prior.denoiser)
         return initializer
@@ -195,20 +203,8 @@ class _ConditionalUNet(nn.Module):
 
     def __init__(self, settings: Mapping, channels: int, extra: int):
         super().__init__()
-        options = {k: v for k, v in settings.items() if k not in _OF_PIXELS}
-        unknown = options.keys() - inspect.signature(ADMUNet).parameters.keys()
-        if unknown:  # which ADMUNet would ignore
-            raise ValueError(f"network: ADMUNet has no argument {sorted(unknown)}")
-        if "pixel_shuffle" not in settings:
-            raise ValueError(f"network must have a pixel_shuffle, got {sorted(settings)}")
+        self.unet = build_unet(settings, channels + extra, channels)
         self.factor = settings["pixel_shuffle"]
-        per_channel = self.factor**2
-        self.unet = ADMUNet(
-            in_channels=(channels + extra) * per_channel,
-            out_channels=channels * per_channel,
-            pretrained=None,
-            **options,
-        )
 
     def start_from(self, prior: ADMUNet) -> None:
         """The weights of a prior; those of the images it does not see are random and small."""
@@ -228,6 +224,3 @@ class _ConditionalUNet(nn.Module):
         residual = pixel_shuffle(residual, self.factor)
         skip, out = self.unet.pixel_std**2 / of_pixels, level * self.unet.pixel_std * of_pixels.rsqrt()
         return skip * x + out * residual
-
-
-_OF_PIXELS = ("pixel_shuffle", "pad_to_multiple", "checkerboard_filter")

@@ -182,6 +182,10 @@ def network_settings(name: str | Path) -> dict:
     :param str, pathlib.Path name: its name, or a folder written by :func:`save_prior`.
     :raises ValueError: for another name or folder, or a prior that is not of this package.
     """
+    if name in PUBLISHED:
+        raise ValueError(
+            f"name must be one of the priors {[*PRIORS]} or a folder written by save_prior, got {name!r}"
+        )
     return _read_config(name)[0]["network"]
 
 
@@ -213,15 +217,34 @@ def build_network(config: Mapping) -> Denoiser:
         ``config["prior"]["channels"]`` the channels of the images.
     :raises ValueError: for arguments that ADMUNet does not have (itself, it would ignore them).
     """
-    options = dict(config["network"])
-    factor, multiple = options.pop("pixel_shuffle"), options.pop("pad_to_multiple", 1)
-    checkerboard_filter = options.pop("checkerboard_filter", None)
+    settings, channels = config["network"], config["prior"]["channels"]
+    inner = build_unet(settings, channels, channels)
+    of_pixels = (settings.get(name, default) for name, default in _OF_PIXELS.items())
+    return PixelShuffledDenoiser(inner, *of_pixels)
+
+
+def build_unet(settings: Mapping, in_channels: int, out_channels: int) -> ADMUNet:
+    """
+    The ADMUNet inside such a network, on pixel-unshuffled images.
+
+    :param Mapping settings: ``config["network"]`` of :func:`build_network`.
+    :param int in_channels: channels of the images it takes, before they are unshuffled.
+    :param int out_channels: those of the images it gives.
+    :raises ValueError: as there, or without ``pixel_shuffle``.
+    """
+    if "pixel_shuffle" not in settings:
+        raise ValueError(f"the network needs pixel_shuffle, got {sorted(settings)}")
+    options = {name: value for name, value in settings.items() if name not in _OF_PIXELS}
     unknown = options.keys() - inspect.signature(ADMUNet).parameters.keys()
     if unknown:
         raise ValueError(f"the network has no argument {sorted(unknown)}")
-    channels = config["prior"]["channels"] * factor**2
-    inner = ADMUNet(in_channels=channels, out_channels=channels, pretrained=None, **options)
-    return PixelShuffledDenoiser(inner, factor, multiple, checkerboard_filter)
+    block = settings["pixel_shuffle"] ** 2
+    channels = {"in_channels": in_channels * block, "out_channels": out_channels * block}
+    return ADMUNet(**channels, pretrained=None, **options)
+
+
+# Settings of the network that are not ADMUNet's, and their defaults.
+_OF_PIXELS = {"pixel_shuffle": None, "pad_to_multiple": 1, "checkerboard_filter": None}
 
 
 #: Shipped priors: name, and folder in ``weights/``.

@@ -110,8 +110,7 @@ def parse_arguments(argv=None):
     for name in ("updates", "batch_size", "eval_interval", "draws"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if not 0 < args.sigma_y[0] <= args.sigma_y[1]:
-        parser.error(f"--sigma-y must be two positive levels, LOW HIGH, got {args.sigma_y}")
+    check_range(parser, args.sigma_y)
     if args.classifier and args.loss != "energy":
         parser.error(f"--classifier is for --loss energy, got --loss {args.loss}")
     if args.start:
@@ -227,6 +226,11 @@ def make_model(args):
         add_lora(prior, args.rank or 5, targets=None if targets == "attention" else targets)
     levels = args.levels or (LEVELS if steps == len(LEVELS) else None)
     return UD2M(unfolded, None if levels else steps, levels=levels)
+
+
+def check_range(parser, sigma_y):
+    if not 0 < sigma_y[0] <= sigma_y[1]:
+        parser.error(f"--sigma-y must be two positive levels, LOW HIGH, got {sigma_y}")
 
 
 def operators_and_levels(task, shape, sigma_y, device):

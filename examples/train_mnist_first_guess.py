@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from train_mnist import ALL_TASKS, operators_and_levels
+from train_mnist import ALL_TASKS, check_range, operators_and_levels
 
 from deepinv_ud2m import UD2M, PosteriorMeanInitializer, UnfoldedDenoiser
 from deepinv_ud2m.benchmark.tasks import TASKS, make_physics
@@ -45,12 +45,13 @@ parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=ALL_TAS
 parser.add_argument("--sigma-y", type=float, nargs=2, default=[0.02, 0.1], help="range of noise")
 parser.add_argument("--delta", type=float, nargs="+", default=[4.5, 1.3], help="K, to start from")
 parser.add_argument("--rho", type=float, nargs="+", default=[2.0, 2.0], help="likewise")
-parser.add_argument("--updates", type=int, default=2600, help="optimiser steps")
+parser.add_argument("--updates", type=int, default=3000, help="optimiser steps")
 parser.add_argument("--batch-size", type=int, default=64)
 parser.add_argument("--lr", type=float, default=1e-3)
 parser.add_argument("--fast", action="store_true", help="compiled, in bfloat16; needs a C++ compiler")
 parser.add_argument("--seed", type=int, default=0)
 args = parser.parse_args()
+check_range(parser, args.sigma_y)
 if len(args.delta) != len(args.rho):
     parser.error(f"--delta and --rho must be as many, got {args.delta} and {args.rho}")
 

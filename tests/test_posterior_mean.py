@@ -245,6 +245,14 @@ def test_what_it_cannot_take_is_refused_by_name(initializer, tiny_config):
         PosteriorMeanInitializer({"img_resolution": 16}, 1)
     with pytest.raises(ValueError, match="name must be one of the priors"):
         PosteriorMeanInitializer.from_prior("digits")
+    with pytest.raises(ValueError, match="save_prior, got 'imagenet256'"):
+        PosteriorMeanInitializer.from_prior("imagenet256")
+    with pytest.raises(TypeError, match="network must be a dictionary of settings, got NoneType"):
+        PosteriorMeanInitializer(None, 1)
+    with pytest.raises(TypeError, match=r"wiener must be a WienerInitializer.*got LinearInitializer"):
+        PosteriorMeanInitializer(tiny_config["network"], 1, LinearInitializer())
+    with pytest.raises(ValueError, match="channels must be an integer >= 1, got 0"):
+        PosteriorMeanInitializer(tiny_config["network"], 0)
 
 
 def test_the_loss_is_the_gaussian_likelihood():
