@@ -56,18 +56,30 @@ class PixelShuffledDenoiser(Denoiser):
         :raises ValueError: for images that are too small to be padded.
         """
         height, width = x.shape[-2:]
-        bottom, right = -height % self.multiple, -width % self.multiple
-        if bottom or right:
-            if min(height, width) < self.multiple:
-                raise ValueError(
-                    f"the sides of the images must be at least {self.multiple}, got {height}x{width}"
-                )
-            x = pad(x, (0, right, 0, bottom), mode="reflect")
+        x = pad_to_multiple(x, self.multiple)
         x = pixel_shuffle(self.denoiser(pixel_unshuffle(x, self.factor), sigma), self.factor)
         x = x[..., :height, :width]
         if self.checkerboard_filter is not None:
             x = x - checkerboard(x, self.checkerboard_filter)
         return x
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """
+    Images whose sides are multiples of a number: padded by reflection, below and on the right.
+
+    :param torch.Tensor x: images, of shape `[B, C, H, W]`.
+    :param int multiple: what the sides shall be multiples of.
+    :returns: images, `[B, C, H', W']`; of ``x`` itself where nothing is missing.
+    :raises ValueError: for images that are too small to be padded.
+    """
+    height, width = x.shape[-2:]
+    bottom, right = -height % multiple, -width % multiple
+    if not bottom and not right:
+        return x
+    if min(height, width) < multiple:
+        raise ValueError(f"the sides of the images must be at least {multiple}, got {height}x{width}")
+    return pad(x, (0, right, 0, bottom), mode="reflect")
 
 
 def checkerboard(x: Tensor, width: float) -> Tensor:

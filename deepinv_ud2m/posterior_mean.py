@@ -15,6 +15,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from deepinv_ud2m.batching import RepeatedPhysics
 from deepinv_ud2m.checks import check_count
+from deepinv_ud2m.networks import pad_to_multiple
 from deepinv_ud2m.priors import build_unet, load_prior, network_settings
 from deepinv_ud2m.proximal import Scalar, expand_scalar, joint_level
 from deepinv_ud2m.wiener import WienerInitializer
@@ -134,12 +135,12 @@ class PosteriorMeanInitializer(nn.Module):
         """
         :param torch.Tensor y: measurements.
         :param deepinv.physics.Physics physics: the physics.
-        :param torch.Tensor x_s: noisy images, of shape `[B, C, H, W]`; H and W multiples of what the
-            prior's network asks for.
+        :param torch.Tensor x_s: noisy images, of shape `[B, C, H, W]`, of any size that is not below the
+            coarsest block of the network (8 pixels for that of ``"mnist"``).
         :param float, torch.Tensor sigma: level of ``x_s``, a scalar, `[B]` or `[B, 1, 1, 1]`.
         :param float, torch.Tensor sigma_y: noise level of ``y``, likewise.
         :returns: the estimate m, `[B, C, H, W]`, and its error h, `[B, 1, 1, 1]`, in [0.001, 1].
-        :raises ValueError: for images of another number of channels.
+        :raises ValueError: for images of another number of channels, or too small.
         """
         if x_s.shape[1] != self.channels:
             raise ValueError(
@@ -205,6 +206,8 @@ class _ConditionalUNet(nn.Module):
         super().__init__()
         self.unet = build_unet(settings, channels + extra, channels)
         self.factor = settings["pixel_shuffle"]
+        halvings = sum(name.endswith("_down") for name in self.unet.enc)
+        self.multiple = self.factor * 2**halvings
 
     def start_from(self, prior: ADMUNet) -> None:
         """The weights of a prior; those of the images it does not see are random and small."""
@@ -219,8 +222,10 @@ class _ConditionalUNet(nn.Module):
 
     def forward(self, x: Tensor, images: Tensor, level: Tensor) -> Tensor:
         of_pixels = self.unet.pixel_std**2 + level**2
-        seen = pixel_unshuffle(torch.cat([x * of_pixels.rsqrt(), images], 1), self.factor)
-        residual = self.unet.forward_unet(seen, (level.log() / 4).flatten())
-        residual = pixel_shuffle(residual, self.factor)
+        seen = pad_to_multiple(torch.cat([x * of_pixels.rsqrt(), images], 1), self.multiple)
+        residual = self.unet.forward_unet(
+            pixel_unshuffle(seen, self.factor), (level.log() / 4).flatten()
+        )
+        residual = pixel_shuffle(residual, self.factor)[..., : x.shape[-2], : x.shape[-1]]
         skip, out = self.unet.pixel_std**2 / of_pixels, level * self.unet.pixel_std * of_pixels.rsqrt()
         return skip * x + out * residual

@@ -94,6 +94,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--batch-size", type=int, default=16, help="measurements per optimiser step")
     parser.add_argument("--lr", type=float, help="1e-3, or 4e-4 where all weights are trained")
     parser.add_argument("--lr-scalars", type=float, default=2e-3)
+    parser.add_argument("--lr-first-guess", type=float, help="of a trained first guess; that of --lr")
     parser.add_argument(
         "--own-levels", type=float, default=0.5, help="share of the sampler's own levels"
     )
@@ -145,7 +146,12 @@ def main():
     # Losses, and a discriminator where one is asked for.
     losses, discriminator, losses_d = choose_losses(args, device)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model.unfolded, lr=lr, lr_scalars=args.lr_scalars, lr_initializer=lr),
+        parameter_groups(
+            model.unfolded,
+            lr=lr,
+            lr_scalars=args.lr_scalars,
+            lr_initializer=args.lr_first_guess or lr,
+        ),
         betas=(0.9, 0.99),
     )
     if discriminator is not None:

@@ -12,7 +12,9 @@ sampler it makes a new one, of one evaluation of that network and K = 2 iteratio
 
     python examples/train_mnist_first_guess.py --fast
 
-A stopped run goes on when it is started again with the same arguments.
+With ``--start`` it trains the first guess that a sampler has, and leaves the rest of it as it is. A task
+named twice is drawn twice as often. A stopped run goes on when it is started again with the same
+arguments.
 """
 
 import argparse
@@ -41,6 +43,7 @@ parser = argparse.ArgumentParser(description="Train the first guess of a sampler
 parser.add_argument("--train", help="training digits, npz; torchvision downloads them if absent")
 parser.add_argument("--out", type=Path, default=Path("runs/first_guess"))
 parser.add_argument("--sampler", default="mnist", help="whose denoiser and levels it takes")
+parser.add_argument("--start", help="sampler whose first guess is trained on, instead")
 parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=ALL_TASKS, metavar="TASK")
 parser.add_argument("--sigma-y", type=float, nargs=2, default=[0.02, 0.1], help="range of noise")
 parser.add_argument("--delta", type=float, nargs="+", default=[4.5, 1.3], help="K, to start from")
@@ -56,17 +59,22 @@ if len(args.delta) != len(args.rho):
     parser.error(f"--delta and --rho must be as many, got {args.delta} and {args.rho}")
 
 # %%
-# The network starts as the prior, with further images to see.
+# The network starts as the prior, with further images to see, or as that of a trained first guess.
 torch.manual_seed(args.seed)
 digits, _ = load_mnist("datasets", train=True, npz=args.train)
 device = "cuda" if torch.cuda.is_available() else "cpu"
-sampler = sampler_to_train(args.sampler, all_weights=True)
+sampler = sampler_to_train(args.start or args.sampler, all_weights=True)
 sampler.unfolded.denoiser.requires_grad_(False)  # until the end
-initializer = PosteriorMeanInitializer.from_prior("mnist", WienerInitializer.fit(digits))
-unfolded = UnfoldedDenoiser(
-    sampler.unfolded.denoiser, len(args.delta), initializer, delta=args.delta, rho=args.rho
-)
-model = UD2M(unfolded, levels=sampler.levels.tolist(), eta=sampler.eta)
+if args.start:
+    model, unfolded, initializer = sampler, sampler.unfolded, sampler.unfolded.initializer
+    if not isinstance(initializer, PosteriorMeanInitializer):
+        parser.error(f"--start must be a sampler with a trained first guess, got {args.start}")
+else:
+    initializer = PosteriorMeanInitializer.from_prior("mnist", WienerInitializer.fit(digits))
+    unfolded = UnfoldedDenoiser(
+        sampler.unfolded.denoiser, len(args.delta), initializer, delta=args.delta, rho=args.rho
+    )
+    model = UD2M(unfolded, levels=sampler.levels.tolist(), eta=sampler.eta)
 
 # %%
 # Half of the states are at the first level, where there is y alone; most others at the sampler's.
@@ -96,7 +104,7 @@ trainer = FirstGuessTrainer(
     mixed_precision="bfloat16" if args.fast else False,
     ckp_interval=200,
     save_path=args.out,
-    settings={"tasks": args.tasks, "sigma_y": args.sigma_y, "sampler": args.sampler},
+    settings={"tasks": args.tasks, "sigma_y": args.sigma_y, "sampler": args.start or args.sampler},
     seed=args.seed,
     device=device,
 )
@@ -125,7 +133,7 @@ for task in args.tasks:
 unfolded.denoiser.requires_grad_(True)  # the weights of a sampler, which are to be stored with it
 training = {
     "command": shlex.join(["python", "examples/train_mnist_first_guess.py", *sys.argv[1:]]),
-    "sampler": args.sampler,
+    "sampler": args.start or args.sampler,
     "data": "MNIST training set, 60 000 digits (LeCun & Cortes, CC BY-SA 3.0)",
     "tasks": args.tasks,
     "sigma_y": args.sigma_y,

@@ -349,7 +349,7 @@ def test_energy_score_against_double_loop(num, beta):
         torch.testing.assert_close(score, energy_score(samples, x))
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 0.8, 1.0, 1.1])
 def test_spread_of_gaussian_draws(spread):
     # Truth N(0, I) and draws N(0, r^2 I) in d dimensions: norms of Gaussian vectors are sqrt(d) times
     # the standard deviation to O(1 / d), and the score is lowest at r = c / sqrt(2 - c^2).
@@ -493,8 +493,8 @@ def test_energy_score_errors():
             EnergyScoreLoss(beta=beta)
     with pytest.raises(ValueError, match="patch_size must be an integer >= 1"):
         EnergyScoreLoss(patch_size=0)
-    for spread in (-0.1, 1.1, math.nan):
-        with pytest.raises(ValueError, match=r"spread must be in \[0, 1\]"):
+    for spread in (-0.1, 1.3, math.nan):
+        with pytest.raises(ValueError, match=r"spread must be in \[0, 1.2\]"):
             EnergyScoreLoss(spread=spread)
     with pytest.raises(ValueError, match="features must be callable"):
         EnergyScoreLoss(features="digits")

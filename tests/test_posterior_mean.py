@@ -126,6 +126,23 @@ def test_it_takes_all_linear_physics(initializer):
         assert m.shape == x.shape and h.shape == (B, 1, 1, 1)
 
 
+def test_images_of_any_size_are_padded_by_reflection(tiny_config):
+    # Two resolutions on blocks of 2: multiples of 4.
+    network = tiny_config["network"] | {"channel_mult": [1, 1]}
+    initializer = PosteriorMeanInitializer(network, 1).eval()
+    with torch.no_grad():
+        for parameter in initializer.network.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    x, images, level = torch.rand(B, 1, 9, 14), torch.randn(B, 5, 9, 14), torch.full((B, 1, 1, 1), 0.3)
+    padded = [torch.nn.functional.pad(image, (0, 2, 0, 3), mode="reflect") for image in (x, images)]
+    with torch.no_grad():
+        small, large = initializer.network(x, images, level), initializer.network(*padded, level)
+    torch.testing.assert_close(small, large[..., :9, :14])
+    with pytest.raises(ValueError, match="at least 4, got 3x14"):
+        initializer(x[..., :3, :], Denoising(), x[..., :3, :], 0.5, 0.05)
+
+
 def test_physics_that_are_not_linear_get_what_an_untrained_start_gives(initializer):
     x = images()
     physics = JPEG(SHAPE, quality=20)

@@ -142,6 +142,19 @@ def test_a_first_guess_then_the_whole(tmp_path):
     ]
     for part in ("initializer.network", "initializer.error", "denoiser", "log_delta"):
         assert any(f"unfolded.{part}" in name for name in moved), part
+    # The first guess alone is trained on, with the rest as it was.
+    again = ["--start", tmp_path / "whole" / "model", "--out", tmp_path / "again", "--tasks", "sr4"]
+    result = start("train_mnist_first_guess.py", *arguments, *again)
+    assert result.returncode == 0, result.stderr
+    last = UD2M.from_pretrained(tmp_path / "again" / "model")
+    moved = {
+        name.split(".")[1]
+        for (name, p), q in zip(last.named_parameters(), other.parameters(), strict=True)
+        if not torch.equal(p, q)
+    }
+    assert moved == {"initializer"}
+    result = start("train_mnist_first_guess.py", *arguments, "--start", "mnist-sr4")
+    assert result.returncode and "--start must be a sampler with a trained first guess" in result.stderr
 
 
 def test_the_mean_of_samplers(tmp_path):
