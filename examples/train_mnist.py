@@ -150,7 +150,7 @@ def main():
             model.unfolded,
             lr=lr,
             lr_scalars=args.lr_scalars,
-            lr_initializer=args.lr_first_guess or lr,
+            lr_initializer=lr if args.lr_first_guess is None else args.lr_first_guess,
         ),
         betas=(0.9, 0.99),
     )

@@ -42,12 +42,12 @@ from deepinv_ud2m.wiener import WienerInitializer
 parser = argparse.ArgumentParser(description="Train the first guess of a sampler of digits.")
 parser.add_argument("--train", help="training digits, npz; torchvision downloads them if absent")
 parser.add_argument("--out", type=Path, default=Path("runs/first_guess"))
-parser.add_argument("--sampler", default="mnist", help="whose denoiser and levels it takes")
+parser.add_argument("--sampler", help='whose denoiser and levels it takes; "mnist"')
 parser.add_argument("--start", help="sampler whose first guess is trained on, instead")
 parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=ALL_TASKS, metavar="TASK")
 parser.add_argument("--sigma-y", type=float, nargs=2, default=[0.02, 0.1], help="range of noise")
-parser.add_argument("--delta", type=float, nargs="+", default=[4.5, 1.3], help="K, to start from")
-parser.add_argument("--rho", type=float, nargs="+", default=[2.0, 2.0], help="likewise")
+parser.add_argument("--delta", type=float, nargs="+", help="K, to start from; 4.5 1.3")
+parser.add_argument("--rho", type=float, nargs="+", help="likewise; 2 2")
 parser.add_argument("--updates", type=int, default=3000, help="optimiser steps")
 parser.add_argument("--batch-size", type=int, default=64)
 parser.add_argument("--lr", type=float, default=1e-3)
@@ -55,25 +55,27 @@ parser.add_argument("--fast", action="store_true", help="compiled, in bfloat16; 
 parser.add_argument("--seed", type=int, default=0)
 args = parser.parse_args()
 check_range(parser, args.sigma_y)
-if len(args.delta) != len(args.rho):
-    parser.error(f"--delta and --rho must be as many, got {args.delta} and {args.rho}")
+if args.start and (args.sampler or args.delta or args.rho):
+    parser.error("--sampler, --delta and --rho cannot be given with --start: that sampler has its own")
+delta, rho = args.delta or [4.5, 1.3], args.rho or [2.0, 2.0]
+if len(delta) != len(rho):
+    parser.error(f"--delta and --rho must be as many, got {delta} and {rho}")
 
 # %%
 # The network starts as the prior, with further images to see, or as that of a trained first guess.
 torch.manual_seed(args.seed)
-digits, _ = load_mnist("datasets", train=True, npz=args.train)
 device = "cuda" if torch.cuda.is_available() else "cpu"
-sampler = sampler_to_train(args.start or args.sampler, all_weights=True)
+name = args.start or args.sampler or "mnist"
+sampler = sampler_to_train(name, all_weights=True)
+if args.start and not isinstance(sampler.unfolded.initializer, PosteriorMeanInitializer):
+    parser.error(f"--start must be a sampler with a trained first guess, got {name}")
 sampler.unfolded.denoiser.requires_grad_(False)  # until the end
+digits, _ = load_mnist("datasets", train=True, npz=args.train)
 if args.start:
     model, unfolded, initializer = sampler, sampler.unfolded, sampler.unfolded.initializer
-    if not isinstance(initializer, PosteriorMeanInitializer):
-        parser.error(f"--start must be a sampler with a trained first guess, got {args.start}")
 else:
     initializer = PosteriorMeanInitializer.from_prior("mnist", WienerInitializer.fit(digits))
-    unfolded = UnfoldedDenoiser(
-        sampler.unfolded.denoiser, len(args.delta), initializer, delta=args.delta, rho=args.rho
-    )
+    unfolded = UnfoldedDenoiser(sampler.unfolded.denoiser, len(delta), initializer, delta=delta, rho=rho)
     model = UD2M(unfolded, levels=sampler.levels.tolist(), eta=sampler.eta)
 
 # %%
@@ -104,7 +106,7 @@ trainer = FirstGuessTrainer(
     mixed_precision="bfloat16" if args.fast else False,
     ckp_interval=200,
     save_path=args.out,
-    settings={"tasks": args.tasks, "sigma_y": args.sigma_y, "sampler": args.start or args.sampler},
+    settings={"tasks": args.tasks, "sigma_y": args.sigma_y, "sampler": name},
     seed=args.seed,
     device=device,
 )
@@ -133,7 +135,7 @@ for task in args.tasks:
 unfolded.denoiser.requires_grad_(True)  # the weights of a sampler, which are to be stored with it
 training = {
     "command": shlex.join(["python", "examples/train_mnist_first_guess.py", *sys.argv[1:]]),
-    "sampler": args.start or args.sampler,
+    "sampler": name,
     "data": "MNIST training set, 60 000 digits (LeCun & Cortes, CC BY-SA 3.0)",
     "tasks": args.tasks,
     "sigma_y": args.sigma_y,
