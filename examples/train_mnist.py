@@ -108,10 +108,12 @@ def parse_arguments(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few minutes, super-resolution only")
     args = parser.parse_args(argv)
-    for name in ("updates", "batch_size", "eval_interval", "draws"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    check_range(parser, args.sigma_y)
+    check_arguments(
+        parser,
+        args,
+        counts=("updates", "batch_size", "eval_interval", "draws"),
+        rates=("lr", "lr_scalars", "lr_first_guess"),
+    )
     if args.classifier and args.loss != "energy":
         parser.error(f"--classifier is for --loss energy, got --loss {args.loss}")
     if args.start:
@@ -133,7 +135,7 @@ def main():
     # The model: the prior with its adapter, K iterations, N levels.
     model = make_model(args)
     adapter = lora_config(model.unfolded.denoiser)
-    lr = args.lr or (1e-3 if adapter else 4e-4)
+    lr = (1e-3 if adapter else 4e-4) if args.lr is None else args.lr
 
     # %%
     # The tasks of the benchmark, with a noise level per image and, for random inpainting, a mask.
@@ -234,9 +236,16 @@ def make_model(args):
     return UD2M(unfolded, None if levels else steps, levels=levels)
 
 
-def check_range(parser, sigma_y):
-    if not 0 < sigma_y[0] <= sigma_y[1]:
-        parser.error(f"--sigma-y must be two positive levels, LOW HIGH, got {sigma_y}")
+def check_arguments(parser, args, counts, rates):
+    for name in counts:
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in rates:  # one that is not given has a default
+        rate = getattr(args, name)
+        if rate is not None and not 0 <= rate < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} must be finite and not negative, got {rate}")
+    if not 0 < args.sigma_y[0] <= args.sigma_y[1]:
+        parser.error(f"--sigma-y must be two positive levels, LOW HIGH, got {args.sigma_y}")
 
 
 def operators_and_levels(task, shape, sigma_y, device):

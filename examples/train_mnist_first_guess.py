@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from train_mnist import ALL_TASKS, check_range, operators_and_levels
+from train_mnist import ALL_TASKS, check_arguments, operators_and_levels
 
 from deepinv_ud2m import UD2M, PosteriorMeanInitializer, UnfoldedDenoiser
 from deepinv_ud2m.benchmark.tasks import TASKS, make_physics
@@ -54,7 +54,7 @@ parser.add_argument("--lr", type=float, default=1e-3)
 parser.add_argument("--fast", action="store_true", help="compiled, in bfloat16; needs a C++ compiler")
 parser.add_argument("--seed", type=int, default=0)
 args = parser.parse_args()
-check_range(parser, args.sigma_y)
+check_arguments(parser, args, counts=("updates", "batch_size"), rates=("lr",))
 if args.start and (args.sampler or args.delta or args.rho):
     parser.error("--sampler, --delta and --rho cannot be given with --start: that sampler has its own")
 delta, rho = args.delta or [4.5, 1.3], args.rho or [2.0, 2.0]

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
+from train_mnist import check_arguments
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora, load_prior
 from deepinv_ud2m.benchmark.tasks import TASKS, make_generator, make_physics
@@ -53,7 +54,7 @@ ALL_TASKS = [
 INITIALIZERS = {"linear": LinearInitializer, "wiener": WienerInitializer}
 
 
-def parse_arguments():
+def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description="Distil a sampler of photographs.")
     parser.add_argument("--train", required=True, help="folder of photographs")
     parser.add_argument(
@@ -99,12 +100,9 @@ def parse_arguments():
     parser.add_argument("--eval-interval", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="two steps on two tasks")
-    args = parser.parse_args()
-    for name in ("updates", "batch_size", "eval_interval", "size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if not 0 < args.sigma_y[0] <= args.sigma_y[1]:
-        parser.error(f"--sigma-y must be two positive levels, LOW HIGH, got {args.sigma_y}")
+    args = parser.parse_args(argv)
+    counts = ("updates", "batch_size", "eval_interval", "size")
+    check_arguments(parser, args, counts, rates=("lr", "lr_scalars"))
     if args.start:
         of_it = ("iterations", "delta", "rho", "reference_level", "initializer")
         fixed = [name for name in of_it if getattr(args, name) is not None]
@@ -125,7 +123,7 @@ def main():
     # The model: the prior with its adapter, K iterations, N levels.
     model = make_model(args)
     adapter = lora_config(model.unfolded.denoiser)
-    lr = args.lr or (1e-3 if adapter else 2e-4)
+    lr = (1e-3 if adapter else 2e-4) if args.lr is None else args.lr
 
     # %%
     # One physics for each task, and a generator of its operators and noise levels.

@@ -1,5 +1,6 @@
 """The training scripts in miniature, as a user would start them."""
 
+import importlib
 import json
 import math
 import os
@@ -183,18 +184,43 @@ def test_the_mean_of_samplers(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_options_that_a_sampler_to_start_from_has_already():
-    for script, option in (("train_photos.py", "--delta"), ("train_mnist.py", "--iterations")):
-        train = ["--train", "nowhere"]
-        result = start(script, *train, "--start", "nowhere", option, 3)
-        assert result.returncode != 0
-        assert f"{option} cannot be given with --start" in result.stderr
-        assert "--rank cannot be given" in start(script, *train, "--start", "x", "--rank", 5).stderr
+def refused(script: str, *arguments, capsys) -> str:
+    """What a script says to arguments, before it reads anything."""
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).parse_arguments([*map(str, arguments)])
+    return capsys.readouterr().err
 
 
-def test_a_classifier_to_train_with():
-    result = start("train_mnist.py", "--train", "nowhere", "--loss", "l2", "--classifier", "x")
-    assert "--classifier is for --loss energy, got --loss l2" in result.stderr
+@pytest.mark.parametrize(
+    ("script", "option"), [("train_photos", "--delta"), ("train_mnist", "--iterations")]
+)
+def test_options_that_a_sampler_to_start_from_has_already(script, option, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    message = refused(script, "--train", "x", "--start", "x", option, 3, capsys=capsys)
+    assert f"{option} cannot be given with --start" in message
+    message = refused(script, "--train", "x", "--start", "x", "--rank", 5, capsys=capsys)
+    assert "--rank cannot be given" in message
+
+
+@pytest.mark.parametrize("script", ["train_photos", "train_mnist"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--updates", 0], "--updates must be at least 1, got 0"),
+        (["--lr-scalars", -1], "--lr-scalars must be finite and not negative, got -1"),
+        (["--lr", "nan"], "--lr must be finite and not negative, got nan"),
+        (["--sigma-y", 0.1, 0.02], "--sigma-y must be two positive levels, LOW HIGH, got [0.1, 0.02]"),
+    ],
+)
+def test_numbers_out_of_range(script, options, message, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    assert message in refused(script, "--train", "x", *options, capsys=capsys)
+
+
+def test_a_classifier_to_train_with(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    message = refused("train_mnist", "--loss", "l2", "--classifier", "x", capsys=capsys)
+    assert "--classifier is for --loss energy, got --loss l2" in message
     result = start("train_mnist.py", "--train", "nowhere", "--start", "mnist", "--classifier", "nowhere")
     assert "No config.json in nowhere" in result.stderr
 
