@@ -1,13 +1,14 @@
-"""The measured figures of the README, from the files that hold them.
+"""The measured figures of README.md and RESULTS.md, from the files that hold them.
 
     python -m deepinv_ud2m.benchmark.readme
 
-rewrites them in README.md, between their markers; a test checks that they are up to date.
+rewrites them in both, between their markers; a test checks that they are up to date.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -15,39 +16,44 @@ from deepinv_ud2m.benchmark.methods import METHODS
 from deepinv_ud2m.benchmark.report import method_title
 from deepinv_ud2m.benchmark.tasks import TASKS
 
+#: Files of the checkout that have such figures.
+FILES = ("README.md", "RESULTS.md")
+
 _PACKAGE = Path(__file__).parents[1]
+_RESULTS = _PACKAGE / "benchmark" / "results"
 
 
 def main() -> None:
-    """Rewrite the README of this checkout."""
-    readme = _PACKAGE.parent / "README.md"
-    readme.write_text(updated(readme.read_text()))
+    """Rewrite the files of this checkout."""
+    for name in FILES:
+        file = _PACKAGE.parent / name
+        file.write_text(updated(file.read_text()))
 
 
 def updated(text: str) -> str:
     """
-    The README with its measured figures as the stored files have them.
+    A file with its measured figures as the stored ones are.
 
-    :param str text: the README.
+    :param str text: README.md or RESULTS.md.
     """
-    for name, part in (("glance", at_a_glance), ("measured", measured)):
+    for name, part in _PARTS.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, _, rest = text.partition(start)
-        _, _, after = rest.partition(end)
-        text = f"{before}{start}\n{part()}\n{end}{after}"
+        if start in text:
+            before, _, rest = text.partition(start)
+            _, _, after = rest.partition(end)
+            text = f"{before}{start}\n{part()}\n{end}{after}"
     return text
 
 
-def at_a_glance() -> str:
+def _at_a_glance(name: str, methods: dict[str, str], more_digits: int = 0) -> str:
     """
-    The photographs in one table: one sample of UD2M, and what the others have less or more.
+    A benchmark in one table: one sample of UD2M, and what the others have less or more.
 
     Of several settings of a method the best in perceptual distance stands there, for the searched ones
     are the best in the energy score.
     """
-    summary = _stored(_PACKAGE / "benchmark" / "results" / "photos" / "summary.json")
-    methods = {"diffpir": "DiffPIR", "ddrm": "DDRM", "dps:num_steps=100": "DPS"}
-    lines = summary["lines"]
+    summary = _stored(_RESULTS / name / "summary.json")
+    lines, db, unit = summary["lines"], 1 + more_digits, 2 + more_digits
     titles = ["", "UD2M, 9 evaluations"]
     for method, title in methods.items():
         found = [line for line in lines if line["method"] == method]
@@ -56,12 +62,14 @@ def at_a_glance() -> str:
     for task in dict.fromkeys(line["task"] for line in lines):
         of_task = [line for line in lines if line["task"] == task]
         own = next(line for line in of_task if line["method"] == "ud2m-distilled")
-        cells = [TASKS[task].title, f"**{own['psnr']:.1f} dB, {own['perceptual']:.2f}**"]
+        cells = [TASKS[task].title, f"**{own['psnr']:.{db}f} dB, {own['perceptual']:.{unit}f}**"]
         for method in methods:
             # With a comma after it, 100 steps are not 1000.
             same = [line for line in of_task if f"{line['method']},".startswith(f"{method},")]
+            same = [line for line in same if "defaults" not in line["method"]]
             line = min(same, key=lambda line: line["perceptual_gap"], default=None)
-            cells.append(f"{line['psnr_gap']:+.1f} dB, {line['perceptual_gap']:+.2f}" if line else "-")
+            gaps = line and f"{line['psnr_gap']:+.{db}f} dB, {line['perceptual_gap']:+.{unit}f}"
+            cells.append(gaps or "-")
         table.append(_cells(cells))
     times = [_times_slower(method, summary["timings"]["seconds"]) for method in methods]
     table.append(_cells(["time, over that of UD2M", "1", *times]))
@@ -78,37 +86,43 @@ def _times_slower(method: str, seconds: dict[str, dict[str, list[float]]]) -> st
     return f"{min(ratios):.1f} to {max(ratios):.1f}" if ratios else "-"
 
 
-def measured() -> str:
-    """The section on what was measured."""
-    profiles = [
-        _stored(file) for file in sorted((_PACKAGE / "benchmark" / "results").glob("overhead*.json"))
-    ]
+def _digits() -> str:
+    return _benchmark(
+        "mnist",
+        "MNIST test digits",
+        "the settings of every method tuned on validation digits (but for the untrained UD2M on "
+        f"*{TASKS['sr4-paper'].title}*, which has its defaults)",
+        "the shipped digit classifier",
+    )
+
+
+def _photos() -> str:
+    return _benchmark(
+        "photos",
+        "128x128 crops of photographs that nothing was trained on",
+        "DiffPIR, DDRM and DPS tuned on crops of other photographs, all else at its defaults",
+        "EfficientNet-Lite2, which no sampler was trained with",
+    )
+
+
+def _training_of_digits() -> str:
+    samplers = [_sampler(name) for name in ("mnist", "mnist-sr4", "mnist-accurate")]
+    return "\n\n".join([*samplers, _prior_of_digits(_card("prior-mnist"))])
+
+
+def _training_of_photos() -> str:
+    samplers = [_sampler(name) for name in ("photos", "photos-posterior")]
+    return "\n\n".join([*samplers, _prior_of_photos(_card("prior-photos"))])
+
+
+def _cost() -> str:
+    profiles = [_stored(file) for file in sorted(_RESULTS.glob("overhead*.json"))]
     parts = [
-        _benchmark(
-            "mnist",
-            "MNIST test digits",
-            "the settings of every method tuned on validation digits (but for the untrained UD2M on "
-            f"*{TASKS['sr4-paper'].title}*, which has its defaults)",
-            "the shipped digit classifier",
-        ),
-        _sampler("mnist"),
-        _sampler("mnist-sr4"),
-        _sampler("mnist-accurate"),
-        _prior_of_digits(_card("prior-mnist")),
-        _benchmark(
-            "photos",
-            "128x128 crops of photographs that nothing was trained on",
-            "DiffPIR, DDRM and DPS tuned on crops of other photographs, all else at its defaults",
-            "EfficientNet-Lite2, which no sampler was trained with",
-        ),
-        _sampler("photos"),
-        _sampler("photos-posterior"),
-        _prior_of_photos(_card("prior-photos")),
         _overhead(profiles),
-        _training(_stored(_PACKAGE / "benchmark" / "results" / "training_cost.json")),
-        _paper_scale(_stored(_PACKAGE / "benchmark" / "results" / "paper_scale.json")),
+        _training(_stored(_RESULTS / "training_cost.json")),
+        _paper_scale(_stored(_RESULTS / "paper_scale.json")),
     ]
-    return "\n\n".join(["## Measured", *parts])
+    return "\n\n".join(parts)
 
 
 def _stored(file: Path) -> dict:
@@ -128,9 +142,15 @@ def _sampler(name: str) -> str:
     return (
         f"**The sampler `{name}`**: {training['trained']} and the scalars, trained{start} with the "
         f"{training['loss']}{spread} on {training['measurements']:,} measurements of "
-        f"{', '.join(training['tasks'])}, noise {noise}, by `{training['command']}`. That is a "
-        "small budget: the paper's is 3,200,000."
+        f"{', '.join(training['tasks'])}, noise {noise} (a small budget: the paper's is 3,200,000), by"
+        f"\n\n{_commands(training['command'])}"
     )
+
+
+def _commands(text: str) -> str:
+    """Commands one below the other, what is remarked on them behind."""
+    lines = [re.sub(r" \((.*)\)$", r"  # \1", command) for command in text.split("; ")]
+    return "\n".join(["```bash", *lines, "```"])
 
 
 def _training(cost: dict) -> str:
@@ -144,7 +164,7 @@ def _training(cost: dict) -> str:
 
 
 def _benchmark(name: str, images: str, tuned: str, network: str) -> str:
-    summary = _stored(_PACKAGE / "benchmark" / "results" / name / "summary.json")
+    summary = _stored(_RESULTS / name / "summary.json")
     setup, machine = summary["setup"], summary["machine"]
     lines = [line for line in summary["lines"] if "defaults" not in line["method"]]
     lines.sort(key=lambda line: _ORDER.index(line["method"].partition(":")[0]))
@@ -368,6 +388,23 @@ def _paper_scale(result: dict) -> str:
         "and let go of them; the workspaces inside a GPU's kernels come on top. On a GPU it was not "
         "measured."
     )
+
+
+_PARTS = {
+    "glance": lambda: _at_a_glance(
+        "photos", {"diffpir": "DiffPIR", "ddrm": "DDRM", "dps:num_steps=100": "DPS"}
+    ),
+    "glance-digits": lambda: _at_a_glance(
+        "mnist",
+        {"diffpir": "DiffPIR", "ddrm": "DDRM", "pigdm": "PiGDM", "dps:num_steps=100": "DPS"},
+        more_digits=1,
+    ),
+    "digits": _digits,
+    "digits-training": _training_of_digits,
+    "photos": _photos,
+    "photos-training": _training_of_photos,
+    "cost": _cost,
+}
 
 
 if __name__ == "__main__":
