@@ -111,9 +111,10 @@ def parse_arguments(argv=None):
     check_arguments(
         parser,
         args,
-        counts=("updates", "batch_size", "eval_interval", "draws"),
+        counts=("updates", "batch_size", "eval_interval"),
         rates=("lr", "lr_scalars", "lr_first_guess"),
     )
+    check_energy_score(parser, num_samples=args.draws, spread=args.spread)
     if args.classifier and args.loss != "energy":
         parser.error(f"--classifier is for --loss energy, got --loss {args.loss}")
     if args.start:
@@ -246,6 +247,13 @@ def check_arguments(parser, args, counts, rates):
             parser.error(f"--{name.replace('_', '-')} must be finite and not negative, got {rate}")
     if not 0 < args.sigma_y[0] <= args.sigma_y[1]:
         parser.error(f"--sigma-y must be two positive levels, LOW HIGH, got {args.sigma_y}")
+
+
+def check_energy_score(parser, **settings):
+    try:
+        EnergyScoreLoss(**settings)
+    except ValueError as error:
+        parser.error(str(error).replace("num_samples", "--draws").replace("spread", "--spread"))
 
 
 def operators_and_levels(task, shape, sigma_y, device):

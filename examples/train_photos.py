@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from train_mnist import check_arguments
+from train_mnist import check_arguments, check_energy_score
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora, load_prior
 from deepinv_ud2m.benchmark.tasks import TASKS, make_generator, make_physics
@@ -103,6 +103,7 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     counts = ("updates", "batch_size", "eval_interval", "size")
     check_arguments(parser, args, counts, rates=("lr", "lr_scalars"))
+    check_energy_score(parser, spread=args.spread)
     if args.start:
         of_it = ("iterations", "delta", "rho", "reference_level", "initializer")
         fixed = [name for name in of_it if getattr(args, name) is not None]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import deepinv_ud2m
-from deepinv_ud2m.benchmark.readme import FILES, updated
+from deepinv_ud2m.benchmark.readme import FILES, PARTS, updated
 
 README = Path(__file__).parents[1] / "README.md"
 MODULES = sorted(
@@ -22,8 +22,14 @@ MODULES = sorted(
 @pytest.mark.parametrize("name", FILES)
 def test_measured_figures_are_those_of_the_stored_results(name):
     text = README.with_name(name).read_text()
-    assert "<!-- " in text
     assert updated(text) == text
+
+
+def test_each_part_stands_in_one_file():
+    texts = [README.with_name(name).read_text() for name in FILES]
+    for part in PARTS:
+        assert sum(text.count(f"<!-- {part} -->") for text in texts) == 1, part
+        assert sum(text.count(f"<!-- /{part} -->") for text in texts) == 1, part
 
 
 def test_python_blocks_run(capsys):

@@ -209,6 +209,7 @@ def test_options_that_a_sampler_to_start_from_has_already(script, option, monkey
         (["--updates", 0], "--updates must be at least 1, got 0"),
         (["--lr-scalars", -1], "--lr-scalars must be finite and not negative, got -1"),
         (["--lr", "nan"], "--lr must be finite and not negative, got nan"),
+        (["--spread", 2], "--spread must be in [0, 1.2], got 2"),
         (["--sigma-y", 0.1, 0.02], "--sigma-y must be two positive levels, LOW HIGH, got [0.1, 0.02]"),
     ],
 )

@@ -36,7 +36,7 @@ def updated(text: str) -> str:
 
     :param str text: README.md or RESULTS.md.
     """
-    for name, part in _PARTS.items():
+    for name, part in PARTS.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         if start in text:
             before, _, rest = text.partition(start)
@@ -390,7 +390,8 @@ def _paper_scale(result: dict) -> str:
     )
 
 
-_PARTS = {
+#: What stands between ``<!-- name -->`` and ``<!-- /name -->``, by name.
+PARTS = {
     "glance": lambda: _at_a_glance(
         "photos", {"diffpir": "DiffPIR", "ddrm": "DDRM", "dps:num_steps=100": "DPS"}
     ),
