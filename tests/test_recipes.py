@@ -154,7 +154,7 @@ def test_a_first_guess_then_the_whole(tmp_path):
         if not torch.equal(p, q)
     }
     assert moved == {"initializer"}
-    result = start("train_mnist_first_guess.py", *arguments, "--start", "mnist-sr4")
+    result = start("train_mnist_first_guess.py", *arguments, "--start", "mnist-accurate")
     assert result.returncode and "--start must be a sampler with a trained first guess" in result.stderr
 
 
