@@ -73,11 +73,22 @@ def parse_arguments(argv=None):
         "--spread", type=float, default=1.0, help="of the draws, for energy; 1 is the posterior's"
     )
     parser.add_argument(
+        "--patches", type=float, default=0.0, help="weight of the energy score of patches of 8x8 pixels"
+    )
+    parser.add_argument(
         "--classifier",
         help="folder of examples/train_digit_classifier.py: the energy score of what it sees is added; "
         "not the one that ships, which measures",
     )
-    parser.add_argument("--perceptual", type=float, default=5.0, help="weight of that score")
+    parser.add_argument(
+        "--perceptual",
+        type=float,
+        default=5.0,
+        help="weight of that score, of how its layers see images",
+    )
+    parser.add_argument(
+        "--features", type=float, default=0.0, help="weight of that of the features it classifies by"
+    )
     parser.add_argument("--iterations", type=int, help="K, unfolded iterations; 3")
     parser.add_argument("--steps", type=int, help="N, levels of the sampler; 3")
     parser.add_argument(
@@ -112,11 +123,14 @@ def parse_arguments(argv=None):
         parser,
         args,
         counts=("updates", "batch_size", "eval_interval"),
-        rates=("lr", "lr_scalars", "lr_first_guess"),
+        rates=("lr", "lr_scalars", "lr_first_guess", "patches", "perceptual", "features"),
     )
     check_energy_score(parser, num_samples=args.draws, spread=args.spread)
-    if args.classifier and args.loss != "energy":
-        parser.error(f"--classifier is for --loss energy, got --loss {args.loss}")
+    for name in ("classifier", "patches"):
+        if getattr(args, name) and args.loss != "energy":
+            parser.error(f"--{name} is for --loss energy, got --loss {args.loss}")
+    if args.features and not args.classifier:
+        parser.error("--features are those of a --classifier, and none was given")
     if args.start:
         of_it = [name for name in ("iterations", "steps", "targets") if getattr(args, name) is not None]
         if of_it or args.rank:
@@ -192,7 +206,6 @@ def main():
     untrained = evaluate_untrained(trainer, args.out / "untrained.json")
     print("untrained:", ", ".join(f"{name} {value:.4g}" for name, value in untrained.items()))
     model = trainer.train()
-    seen_by = f" of pixels + {args.perceptual:g} x that of a classifier" if args.classifier else ""
     training = {
         "command": shlex.join(["python", "examples/train_mnist.py", *sys.argv[1:]]),
         "start": args.start,
@@ -201,7 +214,7 @@ def main():
         "sigma_y": args.sigma_y,
         "measurements": args.updates * args.batch_size,
         "batch_size": args.batch_size,
-        "loss": LOSSES[args.loss] + seen_by,
+        "loss": describe_loss(args),
         **({"spread": args.spread} if args.loss == "energy" else {}),
         "trained": f"LoRA of rank {adapter['rank']}" if adapter else "all weights",
         "seed": args.seed,
@@ -267,16 +280,35 @@ def operators_and_levels(task, shape, sigma_y, device):
 
 def choose_losses(args, device):
     if args.loss == "energy":
-        losses = [EnergyScoreLoss(args.draws, spread=args.spread)]
-        if args.classifier:
-            seen = PerceptualDistance(DigitClassifier.from_pretrained(args.classifier), device=device)
-            features = {"features": seen.embedding, "weight": args.perceptual}
-            losses.append(EnergyScoreLoss(args.draws, spread=args.spread, **features))
-        return losses, None, None
+        return energy_scores(args, device), None, None
     if args.loss == "l2":
         return [L2Loss("x0")], None, None
     losses = [L2Loss("x0"), PerceptualLoss("digits", weight=0.1), AdversarialGeneratorLoss(weight=0.01)]
     return losses, ConditionalDiscriminator(1), [AdversarialDiscriminatorLoss()]
+
+
+def energy_scores(args, device):
+    seen_as = [{}]
+    if args.patches:
+        seen_as.append({"patch_size": 8, "weight": args.patches})
+    if args.classifier:
+        classifier = DigitClassifier.from_pretrained(args.classifier).to(device)
+        layers = PerceptualDistance(classifier, device=device).embedding
+        seen_as.append({"features": layers, "weight": args.perceptual})
+        if args.features:
+            seen_as.append({"features": classifier.features, "weight": args.features})
+    return [EnergyScoreLoss(args.draws, spread=args.spread, **settings) for settings in seen_as]
+
+
+def describe_loss(args):
+    parts = [LOSSES[args.loss]]
+    if args.patches:
+        parts.append(f"{args.patches:g} x that of 8x8 patches")
+    if args.classifier:
+        parts.append(f"{args.perceptual:g} x that of a classifier's layers")
+    if args.features:
+        parts.append(f"{args.features:g} x that of its features")
+    return " + ".join(parts)
 
 
 if __name__ == "__main__":

@@ -184,11 +184,40 @@ def test_the_mean_of_samplers(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_spread_set_on_validation_digits(tmp_path):
+    arguments = ["mnist", "--images", 4, "--samples", 2, "--tasks", "sr4", "inpaint-random"]
+    factors = [1, 1.25]
+    result = start("calibrate_mnist.py", *arguments, "--factors", *factors, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / "config.json").read_text())["metadata"]
+    errors = [
+        float(line.split()[-1]) for line in result.stdout.splitlines() if " mean coverage " in line
+    ]
+    best = min(zip(errors, factors, strict=True))[1]
+    assert config["delta_factor"] == best
+    assert set(config["validation"]) == {"sr4", "inpaint-random"}
+    old, new = UD2M.from_pretrained("mnist").unfolded, UD2M.from_pretrained(tmp_path).unfolded
+    for (name, p), q in zip(old.named_parameters(), new.parameters(), strict=True):
+        shift = math.log(best) if name == "log_delta" else 0.0
+        torch.testing.assert_close(q, p + shift, atol=1e-3, rtol=0)  # stored in half precision
+    assert (tmp_path / "coverage.png").is_file()
+
+
 def refused(script: str, *arguments, capsys) -> str:
     """What a script says to arguments, before it reads anything."""
     with pytest.raises(SystemExit):
         importlib.import_module(script).parse_arguments([*map(str, arguments)])
     return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [("--factors", [1, 0]), ("--sigma-y", ["nan"]), ("--samples", [1]), ("--images", [257])],
+)
+def test_what_a_spread_cannot_be_set_by(option, values, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    message = refused("calibrate_mnist", "mnist", "--out", "x", option, *values, capsys=capsys)
+    assert f"{option} must be" in message and str(values[-1]) in message
 
 
 @pytest.mark.parametrize(
@@ -222,6 +251,10 @@ def test_a_classifier_to_train_with(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     message = refused("train_mnist", "--loss", "l2", "--classifier", "x", capsys=capsys)
     assert "--classifier is for --loss energy, got --loss l2" in message
+    message = refused("train_mnist", "--loss", "l2", "--patches", 4, capsys=capsys)
+    assert "--patches is for --loss energy, got --loss l2" in message
+    message = refused("train_mnist", "--features", 0.1, capsys=capsys)
+    assert "--features are those of a --classifier, and none was given" in message
     result = start("train_mnist.py", "--train", "nowhere", "--start", "mnist", "--classifier", "nowhere")
     assert "No config.json in nowhere" in result.stderr
 
