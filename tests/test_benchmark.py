@@ -306,17 +306,29 @@ def test_a_run_that_came_to_nothing_does_not_bind_its_folder(tiny_prior, tmp_pat
     assert json.loads((tmp_path / "setup.json").read_text())["setup"]["sigma_y"] == 0.05
 
 
-def test_error_over_spread_of_an_exact_sampler_is_one():
+@pytest.mark.parametrize("num_samples", [8, 32])
+def test_error_over_spread_of_an_exact_sampler_is_one(num_samples):
     """Truth and samples of one Gaussian, 4000 dimensions: 1 +- 0.005, six times that is allowed."""
     generator = torch.Generator().manual_seed(0)
-    samples = 0.5 + 0.01 * torch.randn(9, 10, 1, 20, 20, generator=generator)
+    samples = 0.5 + 0.01 * torch.randn(num_samples + 1, 10, 1, 20, 20, generator=generator)
     x, samples = samples[0], samples[1:]
     rows = evaluate(samples, x, x, Denoising(GaussianNoise(0.1)))
-    rows = [{"num_samples": 8, **row} for row in rows]
+    rows = [{"num_samples": num_samples, **row} for row in rows]
     assert _error_over_spread(rows) == pytest.approx(1, abs=0.03)
     for row in rows:
         row["variance"] /= 4
     assert _error_over_spread(rows) == pytest.approx(2, abs=0.06)
+
+
+def test_the_psnr_of_the_mean_is_of_sixteen_samples():
+    """Whatever their number: the mean of more is nearer to the truth."""
+    samples = torch.rand(20, 2, 1, 20, 20, generator=torch.Generator().manual_seed(0))
+    x = torch.full((2, 1, 20, 20), 0.5)
+    few, all_ = (evaluate(s, x, x, Denoising(GaussianNoise(0.1))) for s in (samples[:16], samples))
+    for row, other in zip(few, all_, strict=True):
+        error = (samples[:16].mean(0) - x)[few.index(row)].square().mean()
+        assert row["psnr_mean"] == other["psnr_mean"] == pytest.approx(-10 * error.log10().item())
+        assert row["energy_score"] != other["energy_score"]
 
 
 def test_report_writes_tables_and_figures(tiny_prior, tmp_path):

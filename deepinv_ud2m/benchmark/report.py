@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from deepinv_ud2m.benchmark.methods import METHODS
-from deepinv_ud2m.benchmark.run import PACKED_ROWS, file_name, measure, read_rows
+from deepinv_ud2m.benchmark.run import MEAN_OF, PACKED_ROWS, file_name, measure, read_rows
 from deepinv_ud2m.benchmark.tasks import TASKS, make_physics
 from deepinv_ud2m.metrics import (
     coverage_curve,
@@ -60,15 +60,16 @@ REFERENCE = "ud2m-distilled"
 _COLORS = {name: f"C{i}" for i, name in enumerate(METHODS)}
 
 _LEGEND = """\
-Mean over images ± standard error. NFE: forward (+ backward) evaluations of the prior per sample, counted
-by hooks. Seconds: per sample and image. PSNR of the mean, energy score, CRPS and coverage: over the
-images with several samples (images; images x samples). Coverage error: largest deviation of the coverage
-of norm balls from nominal, in pixels / features, with the 95 % quantile of an exact sampler in brackets;
-with S samples it is S / (S + 1) at most. Error / spread: root mean square error of the mean of samples
-over what their variance leads one to expect, 1 for an exact sampler, more for an over-confident one.
-Less UD2M's: mean difference to the distilled UD2M on the same images ± its standard error.
-Frechet: distance of one sample per image to the reference images, in features of the network that gives
-the perceptual distance; only where there are more images than features."""
+Mean over images ± standard error. NFE: forward (+ backward) evaluations of the prior per sample,
+counted by hooks. Seconds: per sample and image. PSNR of the mean (of 16 samples where there are more),
+energy score, CRPS and coverage: over the images with several samples (images; images x samples).
+Coverage error: largest deviation of the coverage of norm balls from nominal, in pixels / features, with
+the 95 % quantile of an exact sampler in brackets; with S samples it is S / (S + 1) at most. Error /
+spread: root mean square error of the mean of samples over what their variance leads one to expect, 1
+for an exact sampler, more for an over-confident one. Less UD2M's: mean difference to the distilled UD2M
+on the same images ± its standard error. Frechet: distance of one sample per image to the reference
+images, in features of the network that gives the perceptual distance; only where there are more images
+than features."""
 
 
 def report(folder: Path, x: Tensor, x_reference: Tensor | None = None, features=None) -> list[dict]:
@@ -184,7 +185,7 @@ def summarise(rows: list[dict], reference: Tensor | None = None) -> list[dict]:
 def _error_over_spread(group: list[dict]) -> float:
     """The error of the mean of S exact samples has 1 + 1 / S times their variance."""
     errors = [10 ** (-row["psnr_mean"] / 10) for row in group]
-    variances = [(1 + 1 / row["num_samples"]) * row["variance"] for row in group]
+    variances = [(1 + 1 / min(row["num_samples"], MEAN_OF)) * row["variance"] for row in group]
     return float((np.mean(errors) / np.mean(variances)) ** 0.5)
 
 
