@@ -14,6 +14,7 @@ from pathlib import Path
 
 from deepinv_ud2m.benchmark.methods import METHODS
 from deepinv_ud2m.benchmark.report import method_title
+from deepinv_ud2m.benchmark.run import MEAN_OF
 from deepinv_ud2m.benchmark.tasks import TASKS
 
 #: Files of the checkout that have such figures.
@@ -172,13 +173,15 @@ def _benchmark(name: str, images: str, tuned: str, network: str) -> str:
     titles = [title for title, _ in columns]
     has_gaps = any("psnr_gap" in line for line in lines)
     has_spread = any("error_over_spread" in line for line in lines)
+    many = any(line["samples"] > MEAN_OF for line in lines)
+    of_more = f" (the mean is of {MEAN_OF} where there are more)" if many else ""
     distances = "PSNR, perceptual and Frechet" if "Frechet" in titles else "PSNR and perceptual"
     parts = [
         f"**Samplers on the same prior** (`{setup['prior']}`), {images}, noise {setup['sigma_y']}, "
         f"{tuned}. {distances} distance "
-        "are of one sample per image, the other columns of several samples, on as many images as stand "
-        f"after the semicolon. Distances are in features of {network}. Coverage: largest deviation of "
-        "the coverage of norm balls from nominal, S / (S + 1) at most with S samples. "
+        f"are of one sample per image, the other columns of several samples{of_more}, on as many images "
+        f"as stand after the semicolon. Distances are in features of {network}. Coverage: largest "
+        "deviation of the coverage of norm balls from nominal, S / (S + 1) at most with S samples. "
         f"{_SPREAD if has_spread else ''}{_LESS if has_gaps else ''}Means and standard errors. "
         f" Hollow points: of fewer images. {_seconds(summary)} "
         f"({machine['device']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}).",
