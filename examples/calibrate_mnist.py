@@ -54,6 +54,8 @@ def parse_arguments(argv=None):
         parser.error(f"--samples must be at least 2, got {args.samples}")
     if not 1 <= args.images <= 256:
         parser.error(f"--images must be from 1 to 256, got {args.images}")
+    if args.out.resolve() == Path(args.sampler).resolve():
+        parser.error(f"--out must be another folder than that of the sampler, got {args.out} for both")
     return args
 
 
@@ -61,6 +63,7 @@ def main():
     args = parse_arguments()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = sampler_to_train(args.sampler).to(device)
+    args.out.mkdir(parents=True, exist_ok=True)  # what cannot be written to is found out before the work
     x = mnist_digits("validation", num=args.images).to(device)
     trained = model.unfolded.log_delta.detach().clone()
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torchvision.utils import save_image
 
+import deepinv_ud2m
 from deepinv_ud2m import UD2M
 from deepinv_ud2m.published import random_prior
 
@@ -212,12 +213,38 @@ def refused(script: str, *arguments, capsys) -> str:
 
 @pytest.mark.parametrize(
     ("option", "values"),
-    [("--factors", [1, 0]), ("--sigma-y", ["nan"]), ("--samples", [1]), ("--images", [257])],
+    [
+        ("--out", ["mnist"]),
+        ("--factors", [1, 0]),
+        ("--sigma-y", ["nan"]),
+        ("--samples", [1]),
+        ("--images", [257]),
+    ],
 )
 def test_what_a_spread_cannot_be_set_by(option, values, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     message = refused("calibrate_mnist", "mnist", "--out", "x", option, *values, capsys=capsys)
     assert f"{option} must be" in message and str(values[-1]) in message
+
+
+def test_energy_scores_of_what_is_asked_for(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    train_mnist = importlib.import_module("train_mnist")
+    classifier = Path(deepinv_ud2m.__file__).parent / "weights" / "mnist-classifier"
+    weights = {"--patches": 4, "--perceptual": 8, "--features": 0.1}
+    options = [str(value) for pair in weights.items() for value in pair]
+    args = train_mnist.parse_arguments(["--classifier", str(classifier), "--spread", "1.02", *options])
+    losses = train_mnist.energy_scores(args, "cpu")
+    assert [loss.weight for loss in losses] == [1, 4, 8, 0.1]
+    assert [loss.patch_size for loss in losses] == [None, 8, None, None]
+    assert {loss.spread for loss in losses} == {1.02}
+    x = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    for loss in losses:  # each is zero for draws at the truth, and not for others
+        assert loss(x=x, samples=torch.stack([x, x])).abs().max() < 1e-4
+        assert loss(x=x, samples=torch.stack([1 - x, 1 - x])).min() > 0.01
+    said = train_mnist.describe_loss(args)
+    for part in ("4 x that of 8x8 patches", "8 x that of a classifier's layers", "0.1 x that of its"):
+        assert part in said
 
 
 @pytest.mark.parametrize(
