@@ -56,7 +56,8 @@ def is_shared(physics: Physics, like: Tensor, sigma_y: float | Tensor = 1.0) -> 
     """
     Whether operator and noise level are the same for all images of a batch.
 
-    Such an operator commutes with permuting the images, which is tried on random ones.
+    Such an operator commutes with permuting the images, and takes any number of them, both of which are
+    tried: equal parameters, one per image, pass the first alone.
 
     :param deepinv.physics.Physics physics: the physics.
     :param torch.Tensor like: images `[B, C, H, W]`, for shape, dtype and device.
@@ -70,7 +71,15 @@ def is_shared(physics: Physics, like: Tensor, sigma_y: float | Tensor = 1.0) -> 
     x = torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
     permuted, y = physics.A(x.roll(1, 0)), physics.A(x)
     pairs = zip(permuted, y, strict=True) if isinstance(y, TensorList) else [(permuted, y)]
-    return all(torch.allclose(a, b.roll(1, 0), rtol=1e-5, atol=1e-6) for a, b in pairs)
+    if not all(torch.allclose(a, b.roll(1, 0), rtol=1e-5, atol=1e-6) for a, b in pairs):
+        return False
+    try:
+        physics.A(repeat_batch(x, 2))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
+        return False
+    return True
 
 
 def repeat_batch(batch: Tensor | TensorList, repeats: int) -> Tensor | TensorList:

@@ -182,6 +182,16 @@ def has_lora(denoiser: Denoiser) -> bool:
     return any(True for _ in _lora_layers(denoiser))
 
 
+def has_merged_lora(denoiser: nn.Module) -> bool:
+    r"""
+    Whether an adapter of a denoiser is merged, where its factors get no gradient.
+
+    :param torch.nn.Module denoiser: any network.
+    :return: (bool)
+    """
+    return any(layer.merged for _, layer in _lora_layers(denoiser))
+
+
 def remove_lora(denoiser: Denoiser) -> None:
     r"""
     Take the adapter off, and what it learned with it: the layers are the prior's again, bit for bit,

@@ -115,8 +115,8 @@ class VPDenoiser(Denoiser):
     :param torch.nn.Module network: the network.
     :param Callable noise: ``noise(network, v, t)`` gives the noise, of the shape of v, for times t of
         shape `[B]` that are not integer.
-    :param deepinv_ud2m.VPSchedule schedule: levels of the times (default: linear, 1000 times); levels
-        outside of it are clamped to its ends.
+    :param deepinv_ud2m.VPSchedule schedule: levels of the times (default: linear, 1000 times); at levels
+        outside of it, the network is told the time of the nearer end.
     :param str, None output: name of the last layer of the network, which the paper trains too.
     """
 

@@ -186,7 +186,10 @@ def network_settings(name: str | Path) -> dict:
         raise ValueError(
             f"name must be one of the priors {[*PRIORS]} or a folder written by save_prior, got {name!r}"
         )
-    return _read_config(name)[0]["network"]
+    config, config_file = _read_config(name)
+    if "network" not in config:
+        raise ValueError(f"{config_file} cannot be used: it has no entry 'network'")
+    return config["network"]
 
 
 def save_prior(network: Denoiser, config: Mapping, folder: str | Path) -> None:

@@ -484,6 +484,11 @@ def _image_like(y: Tensor | TensorList, physics: Physics) -> Tensor:
             f"y of shape {shapes} does not fit the physics {type(physics).__name__}: {error}"
         ) from error
     expected = [list(p.shape) for p in again] if isinstance(y, TensorList) else list(again.shape)
+    if like.is_complex():
+        raise ValueError(
+            f"the physics {type(physics).__name__} gives complex images, and they must be real: let its "
+            "adjoint take the real part, or real and imaginary part as two channels"
+        )
     # What is not linear checks y itself: JPEG takes whole blocks and the visible image alike.
     if isinstance(physics, LinearPhysics) and expected != shapes:
         raise ValueError(

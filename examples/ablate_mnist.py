@@ -60,6 +60,12 @@ def main():
     parser.add_argument("--variants", nargs="+", help="all by default", **everything)
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     args = parser.parse_args()
+    if not 2 <= args.images <= 256:
+        parser.error(f"--images must be from 2 to 256, got {args.images}")
+    if args.samples < 2:
+        parser.error(f"--samples must be at least 2, got {args.samples}")
+    if args.updates < 1:
+        parser.error(f"--updates must be at least 1, got {args.updates}")
     args.out.mkdir(parents=True, exist_ok=True)
 
     rows = []

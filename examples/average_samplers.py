@@ -29,6 +29,8 @@ parser.add_argument("--levels", type=float, nargs="+", help="of the mean; those 
 parser.add_argument("--prior", help="name or folder of the prior, if it is not where it was")
 parser.add_argument("--out", type=Path, required=True)
 args = parser.parse_args()
+if args.out.resolve() in [Path(name).resolve() for name in args.samplers]:
+    parser.error(f"--out must be another folder than those of the samplers, got {args.out}")
 
 # %%
 # All in the place of the first. Samplers that differ in more than what was trained have no mean, nor

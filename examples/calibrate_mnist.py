@@ -56,6 +56,8 @@ def parse_arguments(argv=None):
         parser.error(f"--images must be from 1 to 256, got {args.images}")
     if args.out.resolve() == Path(args.sampler).resolve():
         parser.error(f"--out must be another folder than that of the sampler, got {args.out} for both")
+    if args.out.is_file():
+        parser.error(f"--out must be a folder, got the file {args.out}")
     return args
 
 

@@ -19,6 +19,7 @@ stopped goes on.
 # %%
 import argparse
 import json
+import math
 import os
 import zlib
 from pathlib import Path
@@ -44,9 +45,12 @@ parser.add_argument("--batch-size", type=int, default=1, help="samples in one pa
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", type=Path, default=Path("runs/restored"))
 args = parser.parse_args()
-files = sorted(f for f in args.images.glob("*") if f.suffix.lower() in EXTENSIONS)
+images = (f for f in args.images.glob("*") if not f.name.startswith("."))
+files = sorted(f for f in images if f.suffix.lower() in EXTENSIONS)
 if not files:
     parser.error(f"--images: {args.images} has no images ({', '.join(EXTENSIONS)})")
+if args.out.resolve() == args.images.resolve():
+    parser.error(f"--out must be another folder than --images, got {args.out} for both")
 if args.samples < 2:
     parser.error(f"--samples must be at least 2, got {args.samples}")
 if not args.sigma_y > 0:
@@ -60,6 +64,7 @@ if torch.cuda.is_available():
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 model = UD2M.from_pretrained(args.model).to(device)
 channels = getattr(model.unfolded.prior_info, "channels", 3)
+block = math.lcm(4, getattr(model.unfolded.prior_info, "size_multiple", 1))
 args.out.mkdir(parents=True, exist_ok=True)
 options = {name: getattr(args, name) for name in ("model", "task", "sigma_y", "samples", "seed")}
 options["weights"] = trained_fingerprint(model.unfolded)  # another sampler may take that name
@@ -72,8 +77,8 @@ for file in tqdm(files[rank::world_size], desc=f"process {rank}", position=rank)
     if summary.is_file() and json.loads(summary.read_text()).get("options") == options:
         continue
     x = load_image(file, channels).to(device)
-    # Without the last rows and columns that make no block of super-resolution.
-    x = x[..., : x.shape[-2] // 4 * 4, : x.shape[-1] // 4 * 4]
+    # Without the last rows and columns that make no block of super-resolution, or of the prior.
+    x = x[..., : x.shape[-2] // block * block, : x.shape[-1] // block * block]
     physics = make_physics(args.task, tuple(x.shape[1:]), args.sigma_y, device)
     seed = zlib.crc32(f"{args.seed} {file.name}".encode())
     torch.manual_seed(seed)  # the noise of the measurement
@@ -86,6 +91,8 @@ for file in tqdm(files[rank::world_size], desc=f"process {rank}", position=rank)
         save_image(image, args.out / f"{file.name}_{name}.png")
     scores = {name: psnr(image, x).item() for name, image in (("sample", samples[0]), ("mean", mean))}
     done = {"options": options, "psnr": scores, "std_max": std.max().item(), "nfe": model.nfe}
-    summary.write_text(json.dumps(done, indent=1) + "\n")
+    unfinished = summary.with_name(summary.name + ".part")
+    unfinished.write_text(json.dumps(done, indent=1) + "\n")
+    unfinished.replace(summary)  # whole or not at all
 if rank == 0:
     print(f"written to {args.out}")

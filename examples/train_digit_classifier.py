@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)  # what cannot be written to is found out before the work
     torch.set_num_threads(args.threads)
 
     x, y = load_mnist(args.root, train=True, npz=args.train)
@@ -112,7 +113,6 @@ def main() -> None:
 
     standardize_features(model, x)
     test_accuracy = accuracy(model, x_test, y_test)
-    args.out.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, args.out / "model.safetensors")
     config = {

@@ -70,6 +70,13 @@ def parse_arguments(prior, tasks, sigma_y, batch_size):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="two steps, random weights, small images")
     args = parser.parse_args()
+    linear = [task for task in args.tasks if not task.startswith("jpeg")]
+    if args.ram and args.tasks not in (tasks, linear):
+        parser.error(
+            f"--ram: RAM takes linear operators, --tasks must be without JPEG, got {args.tasks}"
+        )
+    if args.ram:
+        args.tasks = linear
     if args.smoke:
         args.size, args.updates, args.batch_size, args.iterations = 32, 2, 2, 2
         args.perceptual, args.workers, args.tasks = "efficientnet", 0, args.tasks[:2]

@@ -126,6 +126,14 @@ def parse_arguments(argv=None):
         rates=("lr", "lr_scalars", "lr_first_guess", "patches", "perceptual", "features"),
     )
     check_energy_score(parser, num_samples=args.draws, spread=args.spread)
+    check_arguments(
+        parser,
+        args,
+        counts=[n for n in ("iterations", "steps") if getattr(args, n) is not None],
+        rates=(),
+    )
+    if args.levels and args.steps not in (None, len(args.levels)):
+        parser.error(f"--steps must be the number of --levels, {len(args.levels)}, got {args.steps}")
     for name in ("classifier", "patches"):
         if getattr(args, name) and args.loss != "energy":
             parser.error(f"--{name} is for --loss energy, got --loss {args.loss}")
@@ -203,8 +211,9 @@ def main():
         seed=args.seed,
         device=device,
     )
-    untrained = evaluate_untrained(trainer, args.out / "untrained.json")
-    print("untrained:", ", ".join(f"{name} {value:.4g}" for name, value in untrained.items()))
+    untrained = evaluate_untrained(trainer, args.out)
+    if untrained:
+        print("untrained:", ", ".join(f"{name} {value:.4g}" for name, value in untrained.items()))
     model = trainer.train()
     training = {
         "command": shlex.join(["python", "examples/train_mnist.py", *sys.argv[1:]]),
@@ -225,12 +234,13 @@ def main():
     print(f"written to {args.out / 'model'}: UD2M.from_pretrained({str(args.out / 'model')!r})")
 
 
-def evaluate_untrained(trainer, file):
-    if not file.is_file():  # else the run was started before
-        trainer.setup_train()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(trainer.evaluate()))
-    return json.loads(file.read_text())
+def evaluate_untrained(trainer, folder):
+    file = folder / "untrained.json"
+    if (folder / "checkpoint.pt").is_file():  # of a run that goes on, which was evaluated when it began
+        return json.loads(file.read_text()) if file.is_file() else {}
+    untrained = trainer.evaluate()
+    file.write_text(json.dumps(untrained))
+    return untrained
 
 
 def make_model(args):

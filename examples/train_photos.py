@@ -104,6 +104,12 @@ def parse_arguments(argv=None):
     counts = ("updates", "batch_size", "eval_interval", "size")
     check_arguments(parser, args, counts, rates=("lr", "lr_scalars"))
     check_energy_score(parser, spread=args.spread)
+    if args.iterations is not None and args.iterations < 1:
+        parser.error(f"--iterations must be at least 1, got {args.iterations}")
+    if args.iterations not in (None, 3) and not (args.delta and args.rho):
+        parser.error(
+            f"--delta and --rho must be given with --iterations {args.iterations}, one for each"
+        )
     if args.start:
         of_it = ("iterations", "delta", "rho", "reference_level", "initializer")
         fixed = [name for name in of_it if getattr(args, name) is not None]
@@ -136,7 +142,8 @@ def main():
     # %%
     # Random crops of the photographs; what is shown during the run are centre crops of the first few.
     crops = RandomCrops(args.train, args.size, args.updates * args.batch_size, verbose=True)
-    shown = load_images(args.train, 3, args.size, num=8, skip_small=True)
+    num_shown = min(8, len(crops.photographs))
+    shown = load_images(args.train, 3, args.size, num=num_shown, skip_small=True)
 
     # %%
     # The energy score of two draws of each measurement, which is lowest for the posterior alone: of

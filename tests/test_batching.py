@@ -148,3 +148,20 @@ def test_a_shared_operator_is_told_from_one_per_image(name):
     assert not is_shared(make(name), LIKE)
     assert RepeatedPhysics(make(name, batch=1), LIKE, REPEATS, LEVELS).calls == 1
     assert RepeatedPhysics(make(name), LIKE, REPEATS, LEVELS).calls == REPEATS
+
+
+EQUAL = {
+    "mask": lambda of: Inpainting((1, N, N), of((rand(1, 1, N, N, seed=1) < 0.5).double())),
+    "FFT": lambda of: BlurFFT((1, N, N), of(rand(1, 1, 5, 5) / 12)),
+    "valid": lambda of: Blur(of(rand(1, 1, 5, 5) / 12), padding="valid"),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_equal_operators_one_per_image_are_those_of_one(name):
+    """They commute with permuting the images, as a shared one does, and cannot take more of them."""
+    several = EQUAL[name](lambda parameter: parameter.repeat(B, 1, 1, 1))
+    assert not is_shared(several, LIKE)
+    x = rand(REPEATS * B, 1, N, N, seed=2)
+    repeated = RepeatedPhysics(several, LIKE, REPEATS, 0.05)
+    torch.testing.assert_close(repeated.A(x), EQUAL[name](lambda parameter: parameter).A(x))

@@ -76,6 +76,12 @@ def _blur(size=16):
     return dinv.physics.BlurFFT((1, size, size), kernel, noise_model=GaussianNoise(0.1))
 
 
+def _fourier():
+    return dinv.physics.LinearPhysics(
+        A=torch.fft.fft2, A_adjoint=torch.fft.ifft2, noise_model=GaussianNoise(0.1)
+    )
+
+
 def _poisson():
     return dinv.physics.Denoising(dinv.physics.PoissonNoise(0.1))
 
@@ -123,6 +129,7 @@ PROBLEMS = {
     "no batch": (_denoising(), torch.rand(1, 16, 16), ValueError, r"\[B, C, H, W\]"),
     "parts": (_stack(0.1, 0.1), TensorList([GREY]), ValueError, "y of shape"),
     "multiple": (_denoising(), torch.rand(1, 1, 18, 16), ValueError, "multiples of 4.*18x16"),
+    "complex": (_fourier(), torch.fft.fft2(GREY), ValueError, "complex images.*two channels"),
     "non-linear": (Squared(), GREY, TypeError, "Squared"),
     "poisson": (_poisson(), GREY, ValueError, "noise model.*PoissonNoise.*sigma_y"),
     "stack of levels": (_stack(0.1, 0.2), TensorList([GREY, GREY]), ValueError, "stacked.*sigma_y"),

@@ -18,6 +18,7 @@ from deepinv_ud2m import (
     load_prior,
     save_prior,
 )
+from deepinv_ud2m.lora import add_lora, lora_parameters, merge_lora
 from deepinv_ud2m.physics import JPEG
 from deepinv_ud2m.priors import build_network
 from deepinv_ud2m.proximal import joint_level
@@ -332,6 +333,32 @@ def test_a_stopped_training_goes_on_to_the_bit(tiny_config, tiny_prior, tmp_path
     ends = [trained(tmp_path / name, 0).train() for name in ("stopped", "whole")]
     for first, second in zip(*(end.unfolded.parameters() for end in ends), strict=True):
         assert torch.equal(first, second)
+
+
+def test_what_it_exports_has_the_denoiser_of_the_sampler_it_came_from(
+    tiny_config, tiny_prior, prior_folder, tmp_path
+):
+    """Its weights are not those of the prior any more, and they are frozen."""
+    torch.manual_seed(0)
+    add_lora(tiny_prior, 2, targets="all-convs")
+    with torch.no_grad():
+        for parameter in lora_parameters(tiny_prior):
+            parameter.normal_(std=0.3)
+    merge_lora(tiny_prior, unload=True)
+    tiny_prior.requires_grad_(False)
+    initializer = PosteriorMeanInitializer(tiny_config["network"], 1)
+    options = {"eval_dataloader": DataLoader(images(4), batch_size=4), "eval_interval": 2, "steps": 2}
+    trainer = make_trainer(initializer, tiny_prior, save_path=tmp_path / "run", **options)
+    model = trainer.train()
+    assert not any(p.requires_grad for p in tiny_prior.parameters())
+    y, physics = images(), mask()
+    generators = (torch.Generator().manual_seed(0) for _ in range(3))
+    expected = model(y, physics, generator=next(generators))
+    for name in ("final", "best"):
+        loaded = UD2M.from_pretrained(tmp_path / "run" / name, prior=prior_folder)
+        samples = loaded(y, physics, generator=next(generators))
+        if name == "final":
+            torch.testing.assert_close(samples, expected)
 
 
 def test_the_trainer_refuses_what_it_is_not_for(initializer, tiny_prior):

@@ -227,6 +227,54 @@ def test_what_a_spread_cannot_be_set_by(option, values, monkeypatch, capsys):
     assert f"{option} must be" in message and str(values[-1]) in message
 
 
+def test_a_file_is_no_folder_to_write_to(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    (tmp_path / "file").write_text("")
+    arguments = ("calibrate_mnist", "mnist", "--out", tmp_path / "file")
+    assert "--out must be a folder, got the file" in refused(*arguments, capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        ("train_mnist", ["--iterations", 0], "--iterations must be at least 1, got 0"),
+        ("train_mnist", ["--steps", 0], "--steps must be at least 1, got 0"),
+        ("train_mnist", ["--steps", 2, "--levels", 80, 1, 0.1], "number of --levels, 3, got 2"),
+        ("train_photos", ["--train", "x", "--iterations", 0], "--iterations must be at least 1, got 0"),
+        ("train_photos", ["--train", "x", "--iterations", 2], "--delta and --rho must be given"),
+    ],
+)
+def test_counts_that_do_not_fit(script, options, message, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    assert message in refused(script, *options, capsys=capsys)
+
+
+def test_ram_takes_no_jpeg(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    script = importlib.import_module("train_imagenet")
+    defaults = ("imagenet256", script.IMAGENET, 0.01, 2)
+    monkeypatch.setattr(sys, "argv", ["train_imagenet.py", "--train", "x", "--ram"])
+    assert script.parse_arguments(*defaults).tasks == [t for t in script.IMAGENET if t != "jpeg-10"]
+    sys.argv += ["--tasks", "sr4", "jpeg-10"]
+    with pytest.raises(SystemExit):
+        script.parse_arguments(*defaults)
+    assert "--tasks must be without JPEG" in capsys.readouterr().err
+
+
+def test_the_untrained_scores_are_those_of_this_run(monkeypatch, tmp_path):
+    """Not of one that was stopped before its first checkpoint; after it, they are kept."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    script = importlib.import_module("train_mnist")
+    scores = iter([{"energy score": 3.0}, {"energy score": 4.0}])
+    trainer = SimpleNamespace(evaluate=lambda: next(scores))
+    assert script.evaluate_untrained(trainer, tmp_path) == {"energy score": 3.0}
+    assert script.evaluate_untrained(trainer, tmp_path) == {"energy score": 4.0}
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    assert script.evaluate_untrained(trainer, tmp_path) == {"energy score": 4.0}
+    (tmp_path / "untrained.json").unlink()
+    assert script.evaluate_untrained(trainer, tmp_path) == {}
+
+
 def test_energy_scores_of_what_is_asked_for(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     train_mnist = importlib.import_module("train_mnist")

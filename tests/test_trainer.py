@@ -17,7 +17,7 @@ import pytest
 import torch
 from deepinv.loss import Loss
 from deepinv.loss.metric import PSNR
-from deepinv.physics import BlurFFT, GaussianNoise, Inpainting
+from deepinv.physics import BlurFFT, GaussianNoise, Inpainting, PoissonNoise
 from deepinv.physics.functional import gaussian_blur
 from deepinv.physics.generator import (
     BernoulliSplittingMaskGenerator,
@@ -27,7 +27,7 @@ from deepinv.physics.generator import (
 from torch.utils.data import DataLoader
 
 from deepinv_ud2m import UD2M, PriorInfo, UnfoldedDenoiser, VPSchedule, add_lora
-from deepinv_ud2m.lora import lora_disabled, lora_parameters
+from deepinv_ud2m.lora import lora_disabled, lora_parameters, merge_lora
 from deepinv_ud2m.training import (
     AdversarialDiscriminatorLoss,
     AdversarialGeneratorLoss,
@@ -567,6 +567,42 @@ def test_evaluation_writes_history_figures_and_the_best_model(tiny_prior, tmp_pa
     assert best.unfolded.num_iterations == 2
 
 
+@pytest.mark.parametrize("end_to_end", [False, True])
+def test_the_noise_level_of_the_model_stands_in_in_training_too(tiny_prior, tmp_path, end_to_end):
+    """As it does for samples: equal steps for a physics that states it and one that states none."""
+
+    def history(noise_model, sigma_y, folder):
+        trainer = make_trainer(
+            tiny_prior,
+            end_to_end=end_to_end,
+            losses=EnergyScoreLoss(),
+            train_dataloader=DataLoader(pairs, batch_size=3),
+            online_measurements=False,
+            physics=Inpainting(SHAPE, mask=0.5, noise_model=noise_model),
+            eval_dataloader=DataLoader(pairs, batch_size=3),
+            eval_interval=2,
+            steps=2,
+            plot_images=True,
+            save_path=folder,
+        )
+        trainer.model.sigma_y = sigma_y
+        trainer.train()
+        return trainer.history
+
+    x = images(6)
+    torch.manual_seed(0)
+    physics = Inpainting(SHAPE, mask=0.5)
+    pairs = torch.utils.data.TensorDataset(x, physics.A(x) + 0.1 * torch.randn_like(x))
+    torch.manual_seed(0)  # the mask
+    stated = history(GaussianNoise(0.1), None, tmp_path / "stated")
+    torch.manual_seed(0)
+    of_model = history(PoissonNoise(0.1), 0.1, tmp_path / "of_model")
+    assert stated.keys() == of_model.keys()
+    for name, points in stated.items():
+        assert of_model[name] == [(step, pytest.approx(value, rel=1e-4)) for step, value in points]
+    assert (tmp_path / "of_model" / "samples_0.png").is_file()
+
+
 def test_deepinv_test_runs_the_full_sampler(tiny_prior):
     trainer = make_trainer(tiny_prior, metrics=PSNR())
     calls = []
@@ -611,6 +647,36 @@ def test_deepinv_test_runs_the_full_sampler(tiny_prior):
 def test_bad_arguments_are_refused(tiny_prior, options, error, message):
     with pytest.raises(error, match=message):
         make_trainer(tiny_prior, **options)
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused_before_the_training(tiny_prior, tmp_path):
+    file = tmp_path / "results"
+    file.write_text("mine")
+    with pytest.raises(ValueError, match="save_path must be a folder, got the file"):
+        make_trainer(tiny_prior, save_path=file)
+    trainer = make_trainer(tiny_prior, save_path=file / "below")
+    trainer.train_step = lambda step: pytest.fail("a step was taken")
+    with pytest.raises(OSError, match="results"):
+        trainer.train()
+    assert file.read_text() == "mine"
+
+
+def test_a_merged_adapter_is_refused_for_it_would_stay_as_it_is(tiny_prior):
+    trainer = make_trainer(tiny_prior)
+    merge_lora(trainer.unfolded.denoiser)
+    options = {"physics": trainer.physics, "train_dataloader": trainer.train_dataloader[0]}
+    with pytest.raises(ValueError, match=r"merged adapter.*merge=False.*unmerge_lora"):
+        DistillationTrainer(model=trainer.model, losses=L2Loss(), **options)
+
+
+def test_evaluation_before_training_and_without_images(tiny_prior):
+    with pytest.raises(ValueError, match="give the trainer an eval_dataloader"):
+        make_trainer(tiny_prior).evaluate()
+    options = {"eval_dataloader": DataLoader(images(4), batch_size=2), "eval_samples": 2}
+    before = make_trainer(tiny_prior, **options).evaluate()
+    trainer = make_trainer(tiny_prior, **options)
+    trainer.setup_train()
+    assert before == trainer.evaluate()
 
 
 def test_a_model_without_anything_to_train_is_refused(tiny_prior):

@@ -10,6 +10,7 @@ from deepinv.physics import Physics
 from matplotlib.figure import Figure  # not pyplot, which would take over a notebook's figures
 from torch import Tensor
 
+from deepinv_ud2m.proximal import Scalar
 from deepinv_ud2m.training.losses import condition
 
 
@@ -39,7 +40,13 @@ def plot_curves(file: Path, history: Mapping[str, Sequence[tuple[int, float]]]) 
 
 
 def plot_samples(
-    file: Path, x: Tensor, y: Tensor, physics: Physics, samples: Tensor, shown: int = 6
+    file: Path,
+    x: Tensor,
+    y: Tensor,
+    physics: Physics,
+    samples: Tensor,
+    shown: int = 6,
+    sigma_y: Scalar | None = None,
 ) -> None:
     """
     Truth, back-projected measurement, three samples, mean and standard deviation, an image per row.
@@ -50,8 +57,9 @@ def plot_samples(
     :param deepinv.physics.Physics physics: the physics.
     :param torch.Tensor samples: samples, `[S, B, C, H, W]`.
     :param int shown: most rows (default: 6).
+    :param float, torch.Tensor sigma_y: noise level, where the physics does not tell it.
     """
-    columns = {"truth": x, "measurement": condition(y, physics)}
+    columns = {"truth": x, "measurement": condition(y, physics, sigma_y=sigma_y)}
     columns |= {f"sample {i + 1}": sample for i, sample in enumerate(samples[:3])}
     columns |= {"mean": samples.mean(0), "2 std": 2 * samples.std(0, correction=0)}
     height = min(shown, len(x))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deepinv.physics import Physics
 from torch import Tensor
 
+from deepinv_ud2m.lora import has_lora
 from deepinv_ud2m.posterior_mean import PosteriorMeanInitializer
 from deepinv_ud2m.proximal import expand_scalar, noise_level
 from deepinv_ud2m.training.trainer import DistillationTrainer
@@ -43,6 +45,18 @@ class FirstGuessTrainer(DistillationTrainer):
                     f"losses: {type(loss).__name__} needs {loss.num_samples} draws, and a first guess "
                     "is one: give FirstGuessLoss()"
                 )
+
+    def _export(self, name: str, metadata: Mapping | None = None) -> None:
+        """With the weights of the denoiser, a trained sampler's, though they are frozen here."""
+        denoiser = self.unfolded.denoiser
+        frozen = [p for p in denoiser.parameters() if not p.requires_grad and not has_lora(denoiser)]
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            super()._export(name, metadata)
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
 
     def _draw_level(self, x: Tensor, y: Tensor, physics: Physics) -> dict[str, Tensor]:
         x_s, sigma = self._states(x)

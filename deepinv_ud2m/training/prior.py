@@ -266,6 +266,9 @@ class PriorTrainer(Trainer):
     def setup_train(self, train: bool = True, **kwargs):
         """Set the run up, resuming from ``checkpoint`` where it exists."""
         self.save_path = None  # deepinv would make a folder named by the second
+        if train and self.checkpoint is not None and rank() == 0:
+            # What cannot be written to is found out before the first epoch.
+            Path(self.checkpoint).parent.mkdir(parents=True, exist_ok=True)
         self.ema = AveragedModel(self.network, multi_avg_fn=_warm_average(self.ema_decay))
         super().setup_train(train=train, **kwargs)
         if train:

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from deepinv_ud2m.batching import RepeatedPhysics, is_shared, repeat_batch
 from deepinv_ud2m.checks import check_count
+from deepinv_ud2m.lora import has_merged_lora
 from deepinv_ud2m.metrics import energy_score
 from deepinv_ud2m.posterior_mean import PosteriorMeanInitializer
 from deepinv_ud2m.pretrained import (
@@ -264,6 +265,13 @@ class DistillationTrainer(AdversarialTrainer):
             raise TypeError(
                 f"model must be UD2M(UnfoldedDenoiser(prior)), got {type(self.model).__name__}"
             )
+        if has_merged_lora(self.model.unfolded):
+            raise ValueError(
+                "model has a merged adapter, whose factors get no gradient: load it with "
+                "from_pretrained(..., merge=False), or call unmerge_lora(model.unfolded.denoiser)"
+            )
+        if self.save_path and Path(self.save_path).exists() and not Path(self.save_path).is_dir():
+            raise ValueError(f"save_path must be a folder, got the file {self.save_path}")
         for name in ("physics", "train_dataloader"):
             if not _as_list(getattr(self, name)):
                 raise ValueError(f"{name} must be given, one or a list, got {getattr(self, name)!r}")
@@ -411,6 +419,8 @@ class DistillationTrainer(AdversarialTrainer):
         self.save_path = save_path
         if not train:
             return
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)  # found out now rather than at a checkpoint
         self.step_start, self.skipped, self._skipped_in_a_row = 0, 0, 0
         self._last_good = 0, []
         self.best = math.inf
@@ -441,7 +451,7 @@ class DistillationTrainer(AdversarialTrainer):
 
         :returns: the model, with the moving average of what was trained.
         :raises RuntimeError: after ``max_skipped`` steps in a row without finite loss; the state before
-            them is in the checkpoint.
+            them is in the checkpoint (but for updates of a discriminator in the first of them).
         :raises ValueError: if the checkpoint is damaged or of another run; it is left as it is.
         """
         self.setup_train()
@@ -498,12 +508,15 @@ class DistillationTrainer(AdversarialTrainer):
             norm = nn.utils.clip_grad_norm_(self.trained, self.grad_clip or math.inf).item()
             logs["gradient norm"] = norm
             finite = math.isfinite(norm)
+        # The discriminator first: where it is not finite, the model stays as it is.
+        for i in range(self.step_ratio_D if finite and self.D is not None else 0):
+            terms, finite = self._train_discriminator(batches, i)
+            logs |= terms
+            if not finite:
+                break
         if finite:
             self.optimizer_g.step()
             self._update_average(step)
-            for i in range(self.step_ratio_D if self.D is not None else 0):
-                terms, finite = self._train_discriminator(batches, i)
-                logs |= terms
         logs["learning rate"] = self.optimizer_g.param_groups[0]["lr"]
         for scheduler in self.schedulers:
             scheduler.step()
@@ -539,14 +552,15 @@ class DistillationTrainer(AdversarialTrainer):
         :param deepinv.physics.Physics physics: the physics.
         :returns: what losses are called with: ``x, x_net, samples, x_s, sigma, y, physics, condition``.
         """
-        draws, level = self.num_draws, noise_level(physics)
+        draws, stated = self.num_draws, self.model.sigma_y
+        level = noise_level(physics, stated)
         if not bool((torch.as_tensor(level) > 0).all()):
             raise ValueError(
                 f"physics must have noise of a positive level, got {torch.as_tensor(level).tolist()}; "
                 "a ZeroNoise stands for a small floor"
             )
         repeated = physics
-        if draws > 1 and not is_shared(physics, x, level):
+        if stated is not None or (draws > 1 and not is_shared(physics, x, level)):
             repeated = RepeatedPhysics(physics, x, draws, level)
         with self.get_autocast_context():
             draw = self._draw_whole if self.end_to_end else self._draw_level
@@ -555,7 +569,7 @@ class DistillationTrainer(AdversarialTrainer):
         batch = {"x": x, "y": y, "physics": physics, **drawn}
         batch |= {"samples": samples, "x_net": samples[0]}
         if self.D is not None:
-            batch["condition"] = condition(y, physics, self._mode)
+            batch["condition"] = condition(y, physics, self._mode, sigma_y=stated)
         return batch
 
     def _draw_level(self, x: Tensor, y: Tensor, physics: Physics) -> dict[str, Tensor]:
@@ -660,7 +674,7 @@ class DistillationTrainer(AdversarialTrainer):
             for parameter, average in zip(self.trained, self._ema, strict=True):
                 parameter.copy_(average)
         if self.writes:
-            save_pretrained(self.model, self.folder / "final")
+            self._export("final")
         if self.wandb_vis:
             import wandb
 
@@ -670,6 +684,9 @@ class DistillationTrainer(AdversarialTrainer):
 
             mlflow.end_run()
         return self.model.eval()
+
+    def _export(self, name: str, metadata: Mapping | None = None) -> None:
+        save_pretrained(self.model, self.folder / name, metadata=metadata)
 
     # ---------------------------------------------------------------------------------------------
     # What deepinv's test() and its evaluation call
@@ -700,7 +717,12 @@ class DistillationTrainer(AdversarialTrainer):
 
         :returns: mean of each metric over physics and images; with several physics also of each, by
             ``name/number of the physics``.
+        :raises ValueError: without ``eval_dataloader``.
         """
+        if not self.eval_dataloader:
+            raise ValueError("evaluate needs images: give the trainer an eval_dataloader")
+        if not hasattr(self, "_ema"):  # before train()
+            self.setup_train()
         values = defaultdict(list)
         with self.averaged(), self._without_compiling():
             for operator, loader in enumerate(self.eval_dataloader):
@@ -730,7 +752,8 @@ class DistillationTrainer(AdversarialTrainer):
             for name, metric in self.sample_metrics.items():
                 values[name] += metric(samples, x).flatten().tolist()
             if i == 0 and self.plot_images and self.writes:
-                plot_samples(self.folder / f"samples_{operator}.png", x, y, physics, samples)
+                picture = self.folder / f"samples_{operator}.png"
+                plot_samples(picture, x, y, physics, samples, sigma_y=self.model.sigma_y)
         gathered = gather(dict(values))
         names = dict.fromkeys(name for of_rank in gathered for name in of_rank)
         return {
@@ -749,7 +772,7 @@ class DistillationTrainer(AdversarialTrainer):
             self.best = score
             if self.writes:
                 with self.averaged():
-                    save_pretrained(self.model, self.folder / "best", metadata={"step": step, **results})
+                    self._export("best", {"step": step, **results})
         if self.verbose and rank() == 0:
             text = ", ".join(f"{name} {value:.4g}" for name, value in results.items() if "/" not in name)
             tqdm.write(f"step {step}: {text}")
