@@ -35,6 +35,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from deepinv_ud2m.checks import differences, shapes, shorten
+
 __all__ = [
     "add_lora",
     "find_lora_targets",
@@ -445,12 +447,12 @@ def _select(denoiser: nn.Module, targets: str | Iterable[str] | None) -> list[st
         raise ValueError(
             f"targets={targets!r} matches no layer of {type(denoiser).__name__}. A string is "
             "a regular expression for the full name; for the ends of names give a list, such as "
-            f"['qkv', 'proj']. Layers that can be adapted: {_shorten(layers)}"
+            f"['qkv', 'proj']. Layers that can be adapted: {shorten(layers)}"
         )
     refused = [f"{n} ({type(denoiser.get_submodule(n)).__name__})" for n in names if n not in layers]
     if refused:
         raise ValueError(
-            f"targets={targets!r} matches modules that LoRA cannot adapt: {_shorten(refused)}. "
+            f"targets={targets!r} matches modules that LoRA cannot adapt: {shorten(refused)}. "
             f"Accepted: {_ACCEPTED}."
         )
     return names
@@ -467,9 +469,9 @@ def _match(denoiser: nn.Module, targets: str | Iterable[str]) -> list[str]:
     idle = [t for t in targets if not any(_is_called(name, t) for name in names)]
     if idle:
         raise ValueError(
-            f"targets: {_shorten(idle)} match no layer of {type(denoiser).__name__}. Each entry "
+            f"targets: {shorten(idle)} match no layer of {type(denoiser).__name__}. Each entry "
             "must be the full name of a layer or a trailing part of it. Layers that can be "
-            "adapted: " + _shorten(_adaptable_layers(denoiser))
+            "adapted: " + shorten(_adaptable_layers(denoiser))
         )
     return [name for name in names if any(_is_called(name, target) for target in targets)]
 
@@ -614,25 +616,9 @@ def _check_scale(rank: int, alpha: float | None) -> None:
 
 
 def _check_state(factors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    shared = factors.keys() & state.keys()
-    reshaped = [
-        f"{key}: {tuple(state[key].shape)} instead of {tuple(factors[key].shape)}"
-        for key in sorted(shared)
-        if state[key].shape != factors[key].shape
-    ]
-    complaints = {
-        "missing": sorted(factors.keys() - shared),
-        "unexpected": sorted(state.keys() - shared),
-        "of another shape": reshaped,
-    }
-    found = [f"{what}: {_shorten(keys)}" for what, keys in complaints.items() if keys]
-    if found:
+    complaints = differences(shapes(factors), shapes(state))
+    if complaints:
         raise ValueError(
             "state does not fit the adapter of this denoiser (same rank and targets?). Tensors "
-            + "; ".join(found)
+            + complaints
         )
-
-
-def _shorten(names: Iterable[str], most: int = 12) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

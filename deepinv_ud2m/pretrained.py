@@ -26,6 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from deepinv_ud2m.__about__ import __version__
+from deepinv_ud2m.checks import differences, shapes, shorten
 from deepinv_ud2m.initializers import LinearInitializer, PseudoInverseInitializer
 from deepinv_ud2m.lora import (
     add_lora,
@@ -117,7 +118,7 @@ def load_trained_state_dict(unfolded: UnfoldedDenoiser, state: Mapping[str, Tens
         Nothing is changed then.
     """
     expected = trained_state_dict(unfolded)
-    complaints = _differences(_shapes(expected), _shapes(state))
+    complaints = differences(shapes(expected), shapes(state))
     if complaints:
         raise ValueError(
             "state does not fit this unfolded denoiser (same K, same adapter, same parameters to "
@@ -190,30 +191,6 @@ def _bytes(weight: Tensor) -> bytes:
     return (weight.half() if weight.is_floating_point() else weight).contiguous().numpy().tobytes()
 
 
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, str]:
-    # As text, which JSON leaves on one line.
-    return {key: str(list(tensor.shape)) for key, tensor in state.items()}
-
-
-def _differences(expected: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """What is wrong with the names and shapes found, in words; nothing if they are those expected."""
-    shared = expected.keys() & found.keys()
-    complaints = {
-        "missing": sorted(expected.keys() - shared),
-        "unexpected": sorted(found.keys() - shared),
-        "of another shape": [
-            f"{key}: {found[key]} instead of {expected[key]}"
-            for key in sorted(shared)
-            if found[key] != expected[key]
-        ],
-    }
-    return "; ".join(f"{what}: {_shorten(keys)}" for what, keys in complaints.items() if keys)
-
-
-def _shorten(names: list[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 # -------------------------------------------------------------------------------------------------
 # Saving
 
@@ -263,9 +240,7 @@ def save_pretrained(
     stored = {k: v.to("cpu", types[k], copy=True).contiguous() for k, v in state.items()}
     beyond = [k for k, v in stored.items() if (v.isinf().cpu() & state[k].isfinite().cpu()).any()]
     if beyond:
-        raise ValueError(
-            f"dtype {dtype} cannot hold the values of {_shorten(beyond)}: use torch.float32"
-        )
+        raise ValueError(f"dtype {dtype} cannot hold the values of {shorten(beyond)}: use torch.float32")
     state = stored
     weights = save(state, metadata={"format": "pt"})
     config = {
@@ -273,7 +248,7 @@ def save_pretrained(
         "package_version": __version__,
         **describe(model, prior),
         "metadata": metadata,
-        "weights": {"sha256": hashlib.sha256(weights).hexdigest(), "tensors": _shapes(state)},
+        "weights": {"sha256": hashlib.sha256(weights).hexdigest(), "tensors": shapes(state)},
     }
     text = json.dumps(config, indent=2) + "\n"
     _replace_files(Path(folder), {_WEIGHTS: weights, _CONFIG: text.encode()})
@@ -284,7 +259,7 @@ def _check_merged(network: nn.Module) -> None:
     if left_out:
         raise ValueError(
             "model: merge_lora(..., unload=True) made an adapter part of weights that are not trained, "
-            f"{_shorten(sorted(left_out))}, and what is not trained is not stored: call "
+            f"{shorten(sorted(left_out))}, and what is not trained is not stored: call "
             "requires_grad_(True) on them, or merge without unload"
         )
 
@@ -296,7 +271,7 @@ def _check_stored(initializer: nn.Module) -> None:
         if frozen:
             raise ValueError(
                 "model: parameters of its PosteriorMeanInitializer are frozen, and what is not trained "
-                f"is not stored: call requires_grad_(True) on it. They are {_shorten(frozen)}"
+                f"is not stored: call requires_grad_(True) on it. They are {shorten(frozen)}"
             )
 
 
@@ -529,7 +504,7 @@ def _read_weights(file: Path, expected: Mapping) -> dict[str, Tensor]:
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"{file} is truncated, or not a safetensors file: {error}") from error
     with _edited(file.parent):
-        complaints = _differences(expected["tensors"], _shapes(state))
+        complaints = differences(expected["tensors"], shapes(state))
     if complaints:
         raise ValueError(f"{file} does not belong to the {_CONFIG} beside it. Tensors {complaints}")
     if hashlib.sha256(content).hexdigest() != expected["sha256"]:
@@ -621,7 +596,7 @@ def _add_adapter(denoiser: Denoiser, lora: Mapping) -> None:
     layers = {name for name, _ in denoiser.named_modules()}
     absent = [str(name) for name in lora["targets"] if name not in layers]
     if absent:
-        raise ValueError(f"lora.targets names layers that the prior does not have: {_shorten(absent)}")
+        raise ValueError(f"lora.targets names layers that the prior does not have: {shorten(absent)}")
     # One exact pattern: a name in a list would also mean all longer names that end with it.
     add_lora(denoiser, lora["rank"], lora["alpha"], "|".join(re.escape(n) for n in lora["targets"]))
 

@@ -77,7 +77,8 @@ class UD2M(Reconstructor):
         ``None`` leaves them as they are.
     :param float, torch.Tensor, None sigma_y: noise level of all measurements, where the call gives none;
         that of the physics by default. It is what measurements without a Gaussian level need in
-        ``deepinv.test`` and other callers that do not know of it; an attribute, which can be set later.
+        ``deepinv.test`` and other callers that do not know of it; an attribute, which can be set later
+        and, being of the measurements, is not stored by :meth:`save_pretrained`.
     :raises TypeError: if ``unfolded`` is not a module.
     :raises ValueError: for N < 1, eta outside [0, 1], levels that do not decrease, or levels together
         with ``num_steps`` or ``schedule``.

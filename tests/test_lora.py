@@ -513,7 +513,7 @@ def test_loading_what_does_not_fit_changes_nothing():
     a, b = "wide.lora_A.weight", "wide.lora_B.weight"
     refuses({k: v for k, v in state.items() if k != a}, "missing", a)
     refuses({**state, "nowhere.lora_A.weight": torch.zeros(1)}, "unexpected", "nowhere")
-    refuses({**state, b: torch.zeros(8, 3, 1, 1)}, b, "(8, 3, 1, 1)", "(8, 2, 1, 1)")
+    refuses({**state, b: torch.zeros(8, 3, 1, 1)}, b, "[8, 3, 1, 1] instead of [8, 2, 1, 1]")
     with pytest.raises(ValueError, match="unexpected"):
         load_lora_state_dict(tiny(), state)
 
