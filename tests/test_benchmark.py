@@ -156,6 +156,21 @@ def test_methods_apply_where_they_can():
     assert not METHODS["ddrm"].applies(make_physics("sr4", (1, 32, 32)))
 
 
+@pytest.mark.parametrize("spacing, gap", [("linear", 10.0), ("geometric", 100.0)])
+def test_levels_of_ddrm_are_spaced_as_asked(tiny_prior, spacing, gap):
+    """From 20.002 to 0.002 in three levels the middle one is the mean, arithmetic or geometric."""
+    levels = []
+    physics = make_physics("inpaint-box", (1, 32, 32))
+    sampler = METHODS["ddrm"].build(tiny_prior, 0.05, num_steps=3, sigma_max=20.0, spacing=spacing)
+    with tiny_prior.register_forward_pre_hook(lambda _, inputs: levels.append(float(inputs[1]))):
+        sampler(physics(mnist_digits("test", num=1)), physics, 0)
+    assert levels[0] == 20 and levels[2] == pytest.approx(0.002)
+    found = levels[0] - levels[1] if spacing == "linear" else levels[0] / levels[1]
+    assert found == pytest.approx(gap, rel=1e-3)
+    with pytest.raises(ValueError, match=r"spacing.*'linear', 'geometric'.*'cubic'"):
+        METHODS["ddrm"].build(tiny_prior, 0.05, spacing="cubic")
+
+
 def test_a_measurement_depends_on_its_image_alone():
     x = mnist_digits("test", num=4)
     physics = make_physics("sr4", (1, 32, 32))
@@ -393,6 +408,8 @@ def test_titles_tell_methods_apart():
     assert method_title("dps:num_steps=100,guidance=norm,weight=300") == "DPS, 100 steps, weight 300"
     assert method_title("ud2m-distilled:checkpoint=runs/mine", quote="`") == "UD2M `mine`"
     assert method_title("ud2m-distilled:second_level=1.0") == "UD2M, second level 1"
+    assert method_title("ddrm:spacing=geometric,eta=1.0") == "DDRM, geometric levels"
+    assert method_title("pigdm:defaults") == "PiGDM, defaults"
 
 
 def test_differences_are_of_the_same_images():
@@ -411,7 +428,7 @@ def test_differences_are_of_the_same_images():
 def test_means_are_compared_where_both_have_several_samples():
     """The mean of one sample is that sample, which says nothing of the mean of several."""
     row = {"settings": {}, "nfe": 1, "nfe_backward": 0, "seconds": 1.0, "task": "sr4"}
-    row |= {"peak_memory_gb": 1.0, "psnr": 20.0}
+    row |= {"peak_memory_gb": 1.0, "psnr": 20.0, "energy_score": 2.0}
     several = {"ud2m-distilled": {0, 1, 2}, "ddrm": {1, 2, 3}}
     rows = [
         row
@@ -423,6 +440,12 @@ def test_means_are_compared_where_both_have_several_samples():
     _, theirs = summarise(rows)
     assert theirs["psnr_gap"] == 0
     assert theirs["psnr_mean_gap"] == pytest.approx(-1.5)  # -2 and -1, on images 1 and 2
+    assert theirs["energy_score_gap"] == 0
+    for row in rows[:4]:
+        row["num_samples"] *= 2
+    _, theirs = summarise(rows)
+    assert "psnr_mean_gap" not in theirs  # of 16 and of 8 samples
+    assert theirs["energy_score_gap"] == 0  # which their number does not bias
 
 
 def test_stored_results_are_results_that_can_be_extended(tiny_prior, tmp_path):

@@ -1,7 +1,9 @@
 """What the README says is what the stored results and the package say."""
 
 import doctest
+import gzip
 import importlib
+import json
 import pkgutil
 import re
 from pathlib import Path
@@ -10,8 +12,11 @@ import pytest
 
 import deepinv_ud2m
 from deepinv_ud2m.benchmark.readme import FILES, PARTS, updated
+from deepinv_ud2m.benchmark.report import summarise
+from deepinv_ud2m.benchmark.run import PACKED_ROWS
 
 README = Path(__file__).parents[1] / "README.md"
+RESULTS = Path(deepinv_ud2m.__file__).parent / "benchmark" / "results"
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(deepinv_ud2m.__path__, "deepinv_ud2m.")
@@ -23,6 +28,20 @@ MODULES = sorted(
 def test_measured_figures_are_those_of_the_stored_results(name):
     text = README.with_name(name).read_text()
     assert updated(text) == text
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in RESULTS.glob(f"*/{PACKED_ROWS}")))
+def test_stored_summaries_are_those_of_the_stored_rows(folder):
+    stored = json.loads((RESULTS / folder / "summary.json").read_text())["lines"]
+    elsewhere = {"frechet", "seconds", "peak_memory_gb"}  # from the reference images, and the timings
+    packed = (RESULTS / folder / PACKED_ROWS).read_bytes()
+    lines = summarise([json.loads(line) for line in gzip.decompress(packed).splitlines()])
+    assert len(lines) == len(stored) > 0
+    for line, expected in zip(lines, stored, strict=True):
+        assert line.keys() - elsewhere == expected.keys() - elsewhere
+        for key in line.keys() - elsewhere:
+            is_number = isinstance(line[key], float)
+            assert line[key] == (pytest.approx(expected[key], rel=1e-9) if is_number else expected[key])
 
 
 def test_each_part_stands_in_one_file():

@@ -118,9 +118,21 @@ def _diffpir(prior: Denoiser, sigma_y: float, num_steps=100, zeta=0.1, lambda_=7
     return _seeded_globally(lambda y, physics: model(y, physics))
 
 
-def _ddrm(prior: Denoiser, sigma_y: float, num_steps=20, eta=0.85, etab=1.0, sigma_max=1.0) -> Sampler:
+def _ddrm(
+    prior: Denoiser,
+    sigma_y: float,
+    num_steps=20,
+    eta=0.85,
+    etab=1.0,
+    sigma_max=1.0,
+    spacing="linear",
+) -> Sampler:
+    # Even levels, deepinv's own, leave large gaps near zero when they start high.
+    spaced = {"linear": np.linspace, "geometric": np.geomspace}
+    if spacing not in spaced:
+        raise ValueError(f"spacing of DDRM's levels must be one of {list(spaced)}, got {spacing!r}")
     # deepinv ends at level 0, where an EDM-preconditioned network is not defined.
-    sigmas = np.linspace(sigma_max, _LAST_LEVEL, num_steps)
+    sigmas = spaced[spacing](sigma_max, _LAST_LEVEL, num_steps)
     model = DDRM(prior, sigmas=sigmas, eta=eta, etab=etab)
     # deepinv's DDRM writes into y where the left singular vectors are the identity.
     return _seeded_globally(lambda y, physics: model(y.clone(), physics))
@@ -219,15 +231,19 @@ METHODS = {
     "pigdm": Method(
         "PiGDM",
         _pigdm,
-        grid={"weight": [0.1, 0.3, 0.6, 1.0, 1.5, 2.5, 4.0, 6.0, 10.0]},
+        grid={"weight": [0.1, 0.3, 0.6, 1.0, 1.5, 2.5, 4.0, 6.0, 10.0, 15.0, 25.0]},
         defaults={"weight": 1.0},
         applies=lambda physics: isinstance(physics, LinearPhysics),
     ),
     "ddrm": Method(
         "DDRM",
         _ddrm,
-        grid={"eta": [0.3, 0.6, 0.85, 1.0], "sigma_max": [0.25, 0.5, 1.0, 10.0, 80.0]},
-        defaults={"eta": 0.85, "sigma_max": 1.0},
+        grid={
+            "eta": [0.3, 0.6, 0.85, 1.0],
+            "sigma_max": [0.25, 0.5, 1.0, 3.0, 10.0, 80.0],
+            "spacing": ["linear", "geometric"],
+        },
+        defaults={"eta": 0.85, "sigma_max": 1.0, "spacing": "linear"},
         applies=lambda physics: isinstance(physics, DecomposablePhysics),
     ),
     "dpir": Method("DPIR (not a sampler)", _dpir, random=False),

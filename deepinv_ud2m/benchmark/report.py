@@ -52,6 +52,7 @@ GAPS = [
     ("psnr", "PSNR less UD2M's", 2),
     ("psnr_mean", "PSNR of the mean less UD2M's", 2),
     ("perceptual", "perceptual less UD2M's", 3),
+    ("energy_score", "energy score less UD2M's", 2),
 ]
 #: That sampler.
 REFERENCE = "ud2m-distilled"
@@ -168,6 +169,8 @@ def summarise(rows: list[dict], reference: Tensor | None = None) -> list[dict]:
                 of, others = (
                     [row for row in part if row["num_samples"] > 1] for part in (several, others)
                 )
+            if key == "psnr_mean" and len({_samples_of_mean(row) for row in (*of, *others)}) > 1:
+                continue  # the mean of fewer samples is further from the truth
             line |= _gap(of, others, key)
         for key in ("credible_level", "credible_level_features"):
             if key in several[0]:
@@ -182,10 +185,14 @@ def summarise(rows: list[dict], reference: Tensor | None = None) -> list[dict]:
     return lines
 
 
+def _samples_of_mean(row: dict) -> int:
+    return min(row["num_samples"], MEAN_OF)
+
+
 def _error_over_spread(group: list[dict]) -> float:
     """The error of the mean of S exact samples has 1 + 1 / S times their variance."""
     errors = [10 ** (-row["psnr_mean"] / 10) for row in group]
-    variances = [(1 + 1 / min(row["num_samples"], MEAN_OF)) * row["variance"] for row in group]
+    variances = [(1 + 1 / _samples_of_mean(row)) * row["variance"] for row in group]
     return float((np.mean(errors) / np.mean(variances)) ** 0.5)
 
 
@@ -435,6 +442,10 @@ def method_title(label: str, quote: str = "") -> str:
         title += f" {quote}{Path(found['checkpoint']).name}{quote}"
     if "num_steps" in found:
         title += f", {found['num_steps']} steps"
+    if "spacing" in found:
+        title += f", {found['spacing']} levels"
+    if "defaults" in settings.split(","):
+        title += ", defaults"
     for setting in ("second_level", "weight"):
         if setting in found:
             title += f", {setting.replace('_', ' ')} {float(found[setting]):g}"
