@@ -284,8 +284,10 @@ def test_the_loss_is_the_gaussian_likelihood():
     assert (FirstGuessLoss()(x=x, x_net=guess, error=rms) < loss).all()
 
 
-def make_trainer(initializer, prior, **options):
+def make_trainer(initializer, prior, freeze=False, **options):
     model = UD2M(UnfoldedDenoiser(prior, 1, initializer), num_steps=2)
+    if freeze:
+        prior.requires_grad_(False)
     defaults = {
         "physics": mask(),
         "train_dataloader": DataLoader(images(8), batch_size=4, shuffle=True),
@@ -333,6 +335,14 @@ def test_a_stopped_training_goes_on_to_the_bit(tiny_config, tiny_prior, tmp_path
     ends = [trained(tmp_path / name, 0).train() for name in ("stopped", "whole")]
     for first, second in zip(*(end.unfolded.parameters() for end in ends), strict=True):
         assert torch.equal(first, second)
+
+
+def test_a_merged_adapter_that_is_frozen_is_no_obstacle(initializer, tiny_prior):
+    add_lora(tiny_prior, 2, targets="all-convs")
+    merge_lora(tiny_prior)
+    with pytest.raises(ValueError, match="merged adapter"):
+        make_trainer(initializer, tiny_prior)
+    make_trainer(initializer, tiny_prior, freeze=True, steps=1).train()
 
 
 def test_what_it_exports_has_the_denoiser_of_the_sampler_it_came_from(

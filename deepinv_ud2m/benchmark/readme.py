@@ -91,11 +91,11 @@ def _gaps(line: dict, db: int, unit: int, first: dict) -> str:
         (f"{line['psnr_gap']:+.{db}f} dB", "psnr_gap"),
         (f"{line['perceptual_gap']:+.{unit}f}", "perceptual_gap"),
     ]
-    cell = ", ".join(text if _is_told(line, key) else f"*{text}*" for text, key in gaps)
+    cell = ", ".join(text if _is_significant(line, key) else f"*{text}*" for text, key in gaps)
     return cell if line["nfe"] == first["nfe"] else f"{cell} ({line['nfe']:.0f} steps)"
 
 
-def _is_told(line: dict, key: str) -> bool:
+def _is_significant(line: dict, key: str) -> bool:
     """Whether a 95 % interval excludes zero; those of few images are wider."""
     return abs(line[key]) > student_t.ppf(0.975, line["images"] - 1) * line[f"{key}_se"]
 

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from deepinv_ud2m.batching import RepeatedPhysics, is_shared, repeat_batch
 from deepinv_ud2m.checks import check_count
-from deepinv_ud2m.lora import has_merged_lora
+from deepinv_ud2m.lora import has_merged_lora, lora_parameters
 from deepinv_ud2m.metrics import energy_score
 from deepinv_ud2m.posterior_mean import PosteriorMeanInitializer
 from deepinv_ud2m.pretrained import (
@@ -265,7 +265,8 @@ class DistillationTrainer(AdversarialTrainer):
             raise TypeError(
                 f"model must be UD2M(UnfoldedDenoiser(prior)), got {type(self.model).__name__}"
             )
-        if has_merged_lora(self.model.unfolded):
+        factors = lora_parameters(self.model.unfolded)
+        if has_merged_lora(self.model.unfolded) and any(factor.requires_grad for factor in factors):
             raise ValueError(
                 "model has a merged adapter, whose factors get no gradient: load it with "
                 "from_pretrained(..., merge=False), or call unmerge_lora(model.unfolded.denoiser)"
