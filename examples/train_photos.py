@@ -106,7 +106,7 @@ def parse_arguments(argv=None):
     check_energy_score(parser, spread=args.spread)
     if args.iterations is not None and args.iterations < 1:
         parser.error(f"--iterations must be at least 1, got {args.iterations}")
-    if args.iterations not in (None, 3) and not (args.delta and args.rho):
+    if not args.start and args.iterations not in (None, 3) and not (args.delta and args.rho):
         parser.error(
             f"--delta and --rho must be given with --iterations {args.iterations}, one for each"
         )
