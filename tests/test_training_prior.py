@@ -121,5 +121,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(tiny_config, tmp_path, monkeypat
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
     with pytest.raises(ValueError, match=r"its lr is 0\.002, here it is 0\.1"):
         train(tiny_config, 3, file, lr=0.1)
+    file.write_bytes(content := file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be resumed from: .* Delete it"):
+        train(tiny_config, 3, file)
+    assert file.read_bytes() == content
     other = train(tiny_config, 3, seed=1).state_dict()
     assert not all(torch.equal(value, other[key]) for key, value in whole.items())

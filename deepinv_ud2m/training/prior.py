@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from torch.utils.data import DataLoader
 
 from deepinv_ud2m.checks import check_count
 from deepinv_ud2m.priors import build_network
+from deepinv_ud2m.training.checkpoint import read_checkpoint, write_checkpoint
 from deepinv_ud2m.training.parallel import own_device, rank, world_size
 
 
@@ -70,7 +70,7 @@ def train_prior(
     :param torch.device, str device: a GPU if there is one by default.
     :param bool verbose: show progress (default: ``True``).
     :returns: the moving average of the weights, as a frozen network in evaluation mode.
-    :raises ValueError: if ``checkpoint`` is of a run with other arguments; it is left as it is.
+    :raises ValueError: if ``checkpoint`` is damaged or of another run; it is left as it is.
     """
     device = device or own_device()
     torch.manual_seed(seed)
@@ -235,8 +235,7 @@ class PriorTrainer(Trainer):
 
     The random generators are seeded anew at each epoch, from ``seed``, the epoch and the rank, so a
     run that is stopped and started again with the same arguments gives the same weights as one that
-    was never stopped. The checkpoint is written beside its destination and moved there: a run killed
-    while writing leaves the previous one intact. Under ``torchrun``, with a model wrapped in
+    was never stopped. Under ``torchrun``, with a model wrapped in
     ``DistributedDataParallel``, rank 0 alone writes.
 
     :param torch.optim.lr_scheduler.LambdaLR step_scheduler: stepped after each optimiser step.
@@ -248,7 +247,7 @@ class PriorTrainer(Trainer):
     :param list[torch.Generator] generators: generators of the data order and of the physics.
     :param Mapping identity: what makes a run another one, of what JSON holds; a checkpoint of another
         run is refused.
-    :raises ValueError: for such a checkpoint; it is left as it is.
+    :raises ValueError: for such a checkpoint, or a damaged one; it is left as it is.
     """
 
     step_scheduler: LambdaLR
@@ -275,11 +274,11 @@ class PriorTrainer(Trainer):
             self._seed_epoch(self.epoch_start)
 
     def load_model(self, ckpt_pretrained=None, strict: bool = True) -> dict | None:
-        """Resume from ``checkpoint``; nothing is unpickled but tensors and plain values."""
+        """Resume from ``checkpoint``, where there is one."""
         path = Path(ckpt_pretrained or self.checkpoint or "")
         if not path.is_file():
             return None
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        state = read_checkpoint(path)
         there = state.get("identity", {})
         for name, value in self.identity.items():
             if there.get(name) != value:
@@ -296,11 +295,9 @@ class PriorTrainer(Trainer):
         return state
 
     def save_model(self, filename, epoch, state=None):
-        """Write everything a resumed run needs to ``checkpoint``, atomically."""
+        """Write everything a resumed run needs to ``checkpoint``."""
         if self.checkpoint is None or rank() != 0:
             return
-        path = Path(self.checkpoint)
-        path.parent.mkdir(parents=True, exist_ok=True)
         state = (state or {}) | {
             "model": self.network.state_dict(),
             "ema": self.ema.state_dict(),
@@ -310,9 +307,7 @@ class PriorTrainer(Trainer):
             "epoch": epoch,
             "identity": dict(self.identity),
         }
-        temporary = path.with_name(path.name + ".part")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        write_checkpoint(state, Path(self.checkpoint))
 
     def step(self, epoch, progress_bar, train_ite=None, train=True, **kwargs):
         """One deepinv step; after a training step, the average and the learning rate move too."""
