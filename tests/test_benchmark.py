@@ -41,6 +41,7 @@ from deepinv_ud2m.benchmark.timing import time_methods
 from deepinv_ud2m.benchmark.tune import best_settings, merge_searches, tune
 from deepinv_ud2m.data import mnist_digits
 from deepinv_ud2m.lora import has_lora
+from deepinv_ud2m.metrics import gaussian_frechet
 from deepinv_ud2m.priors import save_prior
 
 SETUP = Setup(prior="tiny", data="test", sigma_y=0.05, seed=0, batch_size=2)
@@ -423,6 +424,33 @@ def test_differences_are_of_the_same_images():
     assert "psnr_gap" not in ours
     assert theirs["psnr_gap"] == pytest.approx(-1.5)
     assert theirs["psnr_gap_se"] == pytest.approx(0.5)  # standard deviation 0.5 sqrt(2), of two images
+
+
+def test_frechet_distances_are_compared_on_the_same_images():
+    row = {"num_samples": 1, "settings": {}, "nfe": 1, "nfe_backward": 0, "seconds": 1.0, "task": "sr4"}
+    row |= {"peak_memory_gb": 1.0, "psnr": 20.0}
+    g = torch.Generator().manual_seed(0)
+    features, reference = torch.randn(12, 2, generator=g), torch.randn(50, 2, generator=g).double()
+    of = {"ud2m-distilled": features, "ddrm": features[:8], "dps": features + 1, "pinv": features[:2]}
+    rows = [
+        row | {"method": method, "image": i, "features": z.tolist()}
+        for method, zs in of.items()
+        for i, z in enumerate(zs)
+    ]
+    lines = {line["method"]: line for line in summarise(rows, reference)}
+    ours, fewer, shifted, too_few = (lines[method] for method in of)
+    assert "frechet_gap" not in ours
+    z = features.double()
+    expected = gaussian_frechet(z.mean(0), torch.cov(z.T), reference.mean(0), torch.cov(reference.T))
+    assert ours["frechet"] == pytest.approx(expected.item())
+    assert fewer["frechet"] != pytest.approx(ours["frechet"])
+    assert (fewer["frechet_gap"], fewer["frechet_gap_se"]) == (0, 0)
+    # The shift adds 2 (m - m_r) . (1, 1) + 2, whose error is that of the mean.
+    shift = 2 * (z.mean(0) - reference.mean(0)).sum().item() + 2
+    assert shifted["frechet_gap"] == pytest.approx(shift)
+    error = 2 * z.sum(1).std().item() / 12**0.5
+    assert shifted["frechet_gap_se"] == pytest.approx(error)
+    assert not any(key.startswith("frechet") for key in too_few)
 
 
 def test_means_are_compared_where_both_have_several_samples():

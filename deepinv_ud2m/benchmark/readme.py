@@ -207,8 +207,8 @@ def _benchmark(name: str, images: str, tuned: str, network: str) -> str:
         f"as stand after the semicolon. Distances are in features of {network}. Coverage: largest "
         "deviation of the coverage of norm balls from nominal, S / (S + 1) at most with S samples, in "
         "brackets what an exact sampler stays under in 95 % of such measurements. "
-        f"{_SPREAD if has_spread else ''}{_LESS if has_gaps else ''}Means and standard errors. "
-        f" Hollow points: of fewer images. {_seconds(summary)} "
+        f"{_SPREAD if has_spread else ''}{_LESS if has_gaps else ''}Means and standard errors"
+        f"{_DELTA if 'Frechet' in titles else ''}. Hollow points: of fewer images. {_seconds(summary)} "
         f"({machine['device']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}).",
     ]
     parts += [
@@ -287,6 +287,7 @@ _SPREAD = (
     "Error / spread: error of the mean over what the variance of the samples leads one to expect, "
     "1 for an exact sampler, more for an over-confident one. "
 )
+_DELTA = ", those of Frechet distances by the delta method"
 _LESS = "Less UD2M's: difference to the first row on the same images. "
 
 _ORDER = ["ud2m-distilled", *(name for name in METHODS if name != "ud2m-distilled")]
@@ -300,11 +301,12 @@ _COLUMNS = [
     ("PSNR of the mean", _mean("psnr_mean", 2)),
     ("perceptual", _mean("perceptual", 3)),
     ("energy score", _mean("energy_score", 2)),
-    ("Frechet", _number("frechet", 1)),
+    ("Frechet", _mean("frechet", 2)),
     ("PSNR less UD2M's", _mean("psnr_gap", 2, "+")),
     ("mean's PSNR less UD2M's", _mean("psnr_mean_gap", 2, "+")),
     ("perceptual less UD2M's", _mean("perceptual_gap", 3, "+")),
     ("energy score less UD2M's", _mean("energy_score_gap", 2, "+")),
+    ("Frechet less UD2M's", _mean("frechet_gap", 2, "+")),
     ("coverage", _coverage),
     ("error / spread", _number("error_over_spread", 2)),
 ]

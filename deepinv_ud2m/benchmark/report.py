@@ -29,6 +29,7 @@ from deepinv_ud2m.metrics import (
     coverage_curve,
     coverage_error,
     coverage_error_quantile,
+    frechet_influence,
     gaussian_frechet,
 )
 
@@ -54,6 +55,9 @@ GAPS = [
     ("perceptual", "perceptual less UD2M's", 3),
     ("energy_score", "energy score less UD2M's", 2),
 ]
+
+#: Of the sets of samples, one of each image: only where there are more images than features.
+FRECHET = [("frechet", "Frechet", 2), ("frechet_gap", "Frechet less UD2M's", 2)]
 #: That sampler.
 REFERENCE = "ud2m-distilled"
 
@@ -69,8 +73,8 @@ the 95 % quantile of an exact sampler in brackets; with S samples it is S / (S +
 spread: root mean square error of the mean of samples over what their variance leads one to expect, 1
 for an exact sampler, more for an over-confident one. Less UD2M's: mean difference to the distilled UD2M
 on the same images ± its standard error. Frechet: distance of one sample per image to the reference
-images, in features of the network that gives the perceptual distance; only where there are more images
-than features."""
+images, in features of the network that gives the perceptual distance, with standard errors by the delta
+method; only where there are more images than features."""
 
 
 def report(folder: Path, x: Tensor, x_reference: Tensor | None = None, features=None) -> list[dict]:
@@ -179,8 +183,10 @@ def summarise(rows: list[dict], reference: Tensor | None = None) -> list[dict]:
                 line["coverage_noise"] = coverage_error_quantile(len(several), line["samples"])
         if "variance" in several[0]:
             line["error_over_spread"] = _error_over_spread(several)
-        if reference is not None and len(group) > len(group[0].get("features", group)):
-            line["frechet"] = _frechet(group, reference)
+        if reference is not None:
+            line |= _frechet(group, reference)
+            if method != REFERENCE and (task, REFERENCE) in groups:
+                line |= _frechet_gap(group, groups[task, REFERENCE], reference)
         lines.append(line)
     return lines
 
@@ -245,11 +251,33 @@ def _curve(group: list[dict], key: str) -> tuple[Tensor, Tensor]:
     return levels, coverage_curve(torch.tensor([row[key] for row in group]), levels)
 
 
-def _frechet(group: list[dict], reference: Tensor) -> float:
-    features = torch.tensor([row["features"] for row in group], dtype=torch.float64)
-    return gaussian_frechet(
-        features.mean(0), torch.cov(features.T), reference.mean(0), torch.cov(reference.T)
-    ).item()
+def _frechet(group: list[dict], reference: Tensor) -> dict:
+    """Distance of the first samples to the reference, and its standard error."""
+    features = _features(group)
+    if not 0 < features.shape[-1] < len(features):
+        return {}
+    fit = reference.mean(0), torch.cov(reference.T)
+    distance = gaussian_frechet(features.mean(0), torch.cov(features.T), *fit)
+    error = frechet_influence(features, *fit).std() / len(features) ** 0.5
+    return {"frechet": distance.item(), "frechet_se": error.item()}
+
+
+def _frechet_gap(group: list[dict], others: list[dict], reference: Tensor) -> dict:
+    """Difference of two distances on the images that both have, and its standard error."""
+    both = {row["image"] for row in group} & {row["image"] for row in others}
+    pair = [[row for row in part if row["image"] in both] for part in (group, others)]
+    distances = [_frechet(part, reference) for part in pair]
+    if not all(distances):
+        return {}
+    fit = reference.mean(0), torch.cov(reference.T)
+    own, other = (frechet_influence(_features(part), *fit) for part in pair)
+    error = (own - other).std() / len(both) ** 0.5
+    gap = distances[0]["frechet"] - distances[1]["frechet"]
+    return {"frechet_gap": gap, "frechet_gap_se": error.item()}
+
+
+def _features(group: list[dict]) -> Tensor:
+    return torch.tensor([row.get("features", []) for row in group], dtype=torch.float64)
 
 
 def _write_csv(file: Path, lines: list[dict]) -> None:
@@ -285,7 +313,10 @@ def _markdown(about: dict, lines: list[dict]) -> str:
     for task in dict.fromkeys(line["task"] for line in lines):
         of_task = [line for line in lines if line["task"] == task]
         metrics = [*METRICS, *((f"{key}_gap", *rest) for key, *rest in GAPS)]
-        shown = [metric for metric in metrics if any(metric[0] in line for line in of_task)]
+        shown, distances = (
+            [metric for metric in some if any(metric[0] in line for line in of_task)]
+            for some in (metrics, FRECHET)
+        )
         head = [
             "method",
             "settings",
@@ -295,13 +326,13 @@ def _markdown(about: dict, lines: list[dict]) -> str:
             "memory (GB)",
             *(heading for _, heading, _ in shown),
         ]
-        head += ["coverage error", "error / spread", "Frechet"]
+        head += ["coverage error", "error / spread", *(heading for _, heading, _ in distances)]
         parts += ["", f"## {TASKS[task].title}", "", _row(head), _row(["---"] * len(head))]
-        parts += [_row(_cells(line, shown)) for line in of_task]
+        parts += [_row(_cells(line, shown, distances)) for line in of_task]
     return "\n".join(parts) + "\n"
 
 
-def _cells(line: dict, shown: list[tuple]) -> list[str]:
+def _cells(line: dict, shown: list[tuple], distances: list[tuple]) -> list[str]:
     backward = f" + {line['nfe_backward']:.0f}" if line["nfe_backward"] else ""
     images = str(line["images"])
     if line["samples"] > 1:
@@ -314,19 +345,22 @@ def _cells(line: dict, shown: list[tuple]) -> list[str]:
         f"{line['seconds']:.4f}",
         f"{line['peak_memory_gb']:.2f}",
     ]
-    for key, _, digits in shown:
-        sign = "+" if key.endswith("_gap") else ""
-        value = f"{line[key]:{sign}.{digits}f} ± {line[f'{key}_se']:.{digits}f}" if key in line else "-"
-        cells.append(value)
+    cells += [_with_error(line, *metric) for metric in shown]
     cells.append(
         f"{line['coverage_error']:.3f} / {line.get('coverage_error_features', float('nan')):.3f} "
         f"[{line['coverage_noise']:.3f}]"
         if "coverage_error" in line
         else "-"
     )
-    for key in ("error_over_spread", "frechet"):
-        cells.append(f"{line[key]:.2f}" if key in line else "-")
-    return cells
+    cells.append(f"{line['error_over_spread']:.2f}" if "error_over_spread" in line else "-")
+    return cells + [_with_error(line, *metric) for metric in distances]
+
+
+def _with_error(line: dict, key: str, _: str, digits: int) -> str:
+    if key not in line:
+        return "-"
+    sign = "+" if key.endswith("_gap") else ""
+    return f"{line[key]:{sign}.{digits}f} ± {line[f'{key}_se']:.{digits}f}"
 
 
 def _row(cells: list[str]) -> str:

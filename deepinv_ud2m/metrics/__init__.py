@@ -13,7 +13,7 @@ distance, the posterior mean a good PSNR, and samples of the prior are calibrate
 """
 
 from deepinv_ud2m.metrics.features import DigitClassifier, EfficientNetLite
-from deepinv_ud2m.metrics.frechet import frechet_distance, gaussian_frechet
+from deepinv_ud2m.metrics.frechet import frechet_distance, frechet_influence, gaussian_frechet
 from deepinv_ud2m.metrics.perceptual import PerceptualDistance
 from deepinv_ud2m.metrics.posterior import (
     coverage,
@@ -38,6 +38,7 @@ __all__ = [
     "crps",
     "energy_score",
     "frechet_distance",
+    "frechet_influence",
     "gaussian_frechet",
     "measurement_consistency",
 ]

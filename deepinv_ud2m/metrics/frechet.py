@@ -136,6 +136,42 @@ def frechet_distance(
     return gaussian_frechet(*_gaussian_fit(z), *_gaussian_fit(z_ref))
 
 
+def frechet_influence(z: Tensor, mean_ref: Tensor, cov_ref: Tensor) -> Tensor:
+    r"""
+    Influence of each sample of a set on the Fréchet distance of the set to a reference.
+
+    To first order, the distance of N samples varies as the mean of their influences does: the standard
+    deviation of the influences over :math:`\sqrt{N}` is its standard error, and that of the differences
+    of two sets with the same rows, such as samples from the same measurements by two methods, the
+    standard error of the difference of their distances. With m and C the mean and covariance of the set,
+
+    .. math::
+
+        I(z) = 2 (m - m_r)^T (z - m) + (z - m)^T S (z - m) - \operatorname{tr}(S C), \qquad
+        S = \mathrm{Id} - T, \qquad T = C_r^{1/2} \left(C_r^{1/2} C C_r^{1/2}\right)^{-1/2} C_r^{1/2},
+
+    where T is the optimal transport map from C to :math:`C_r`, by which the distance changes with C.
+
+    :param torch.Tensor z: features `[N, D]`, N > D.
+    :param torch.Tensor mean_ref: mean :math:`m_r` of the reference, `[D]`.
+    :param torch.Tensor cov_ref: its covariance :math:`C_r`, `[D, D]`.
+    :return: influences `[N]`, float64, of mean 0 but for the factor (N - 1) / N of a covariance.
+    :raises ValueError: for no more samples than features, whose covariance is singular.
+    """
+    if z.ndim != 2 or len(z) <= z.shape[1]:
+        raise ValueError(f"z must be [N, D] with N > D, got {list(z.shape)}.")
+    z, mean_ref, cov_ref = (t.detach().to("cpu", torch.float64) for t in (z, mean_ref, cov_ref))
+    mean, cov = _gaussian_fit(z)
+    root = _sqrt_psd(cov_ref)
+    values, vectors = torch.linalg.eigh(root @ cov @ root)
+    # Where features hardly vary, rounding errors are all there is, and the distance knows nothing.
+    inverse = torch.where(values > 1e-12 * values[-1], values.clamp(min=1e-300).rsqrt(), 0.0)
+    slope = torch.eye(len(mean), dtype=torch.float64) - root @ (vectors * inverse) @ vectors.mT @ root
+    centred = z - mean
+    quadratic = ((centred @ slope) * centred).sum(1)
+    return 2 * centred @ (mean - mean_ref) + quadratic - (slope * cov).sum()
+
+
 def _gaussian_fit(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean ``[D]`` and unbiased covariance ``[D, D]`` of features ``[N, D]``."""
     mean = z.mean(0)
