@@ -195,10 +195,13 @@ def test_influences_give_the_standard_error():
     assert np.mean(errors) == pytest.approx(np.std(distances), rel=0.15)
 
 
-def test_influences_need_more_samples_than_features():
+def test_bad_influences():
     z, *reference = _gaussian_features(4, seed=0)
     with pytest.raises(ValueError, match=r"N > D, got \[4, 4\]"):
         frechet_influence(z, *reference)
+    z, mean_ref, cov_ref = _gaussian_features(10, seed=0)
+    with pytest.raises(ValueError, match=r"must be \[4\] and \[4, 4\].*, got \[3\] and \[4, 4\]"):
+        frechet_influence(z, mean_ref[:3], cov_ref)
 
 
 def test_distance_leaves_no_graph():

@@ -156,17 +156,24 @@ def frechet_influence(z: Tensor, mean_ref: Tensor, cov_ref: Tensor) -> Tensor:
     :param torch.Tensor mean_ref: mean :math:`m_r` of the reference, `[D]`.
     :param torch.Tensor cov_ref: its covariance :math:`C_r`, `[D, D]`.
     :return: influences `[N]`, float64, of mean 0 but for the factor (N - 1) / N of a covariance.
-    :raises ValueError: for no more samples than features, whose covariance is singular.
+    :raises ValueError: for no more samples than features, whose covariance is singular, or for a
+        reference of another number of features.
     """
     if z.ndim != 2 or len(z) <= z.shape[1]:
         raise ValueError(f"z must be [N, D] with N > D, got {list(z.shape)}.")
+    dim = z.shape[1]
+    if mean_ref.shape != (dim,) or cov_ref.shape != (dim, dim):
+        raise ValueError(
+            f"mean_ref and cov_ref must be [{dim}] and [{dim}, {dim}], as the {dim} features of z are, "
+            f"got {list(mean_ref.shape)} and {list(cov_ref.shape)}."
+        )
     z, mean_ref, cov_ref = (t.detach().to("cpu", torch.float64) for t in (z, mean_ref, cov_ref))
     mean, cov = _gaussian_fit(z)
     root = _sqrt_psd(cov_ref)
     values, vectors = torch.linalg.eigh(root @ cov @ root)
     # Where features hardly vary, rounding errors are all there is, and the distance knows nothing.
     inverse = torch.where(values > 1e-12 * values[-1], values.clamp(min=1e-300).rsqrt(), 0.0)
-    slope = torch.eye(len(mean), dtype=torch.float64) - root @ (vectors * inverse) @ vectors.mT @ root
+    slope = torch.eye(dim, dtype=torch.float64) - root @ (vectors * inverse) @ vectors.mT @ root
     centred = z - mean
     quadratic = ((centred @ slope) * centred).sum(1)
     return 2 * centred @ (mean - mean_ref) + quadratic - (slope * cov).sum()
