@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from deepinv.physics import Denoising, GaussianNoise
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
+import deepinv_ud2m
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora
 from deepinv_ud2m.benchmark import paper_scale, profile, profile_training
 from deepinv_ud2m.benchmark.__main__ import main
@@ -492,6 +494,28 @@ def test_stored_results_are_results_that_can_be_extended(tiny_prior, tmp_path):
     store(tmp_path / "copy", tmp_path / "stored")
     assert (tmp_path / "stored" / "rows.jsonl.gz").read_bytes() != packed
     assert "pinv" in (tmp_path / "stored" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("other", [{"settings": {"eta": 0.5}}, {"weights": "abc"}])
+def test_joined_rows_of_several_settings_are_refused(other, tiny_prior, tmp_path):
+    run_all(tmp_path, tiny_prior, methods=["ud2m"])
+    x, file = mnist_digits("test", num=4), tmp_path / "rows.jsonl"
+    report(tmp_path, x)
+    first = json.loads(file.read_text().splitlines()[0])
+    with file.open("a") as rows:
+        rows.write(json.dumps(first | other) + "\n")
+    before = (tmp_path / "report.md").read_text()
+    with pytest.raises(ValueError, match=r"rows of 'ud2m' on \S+ with several settings or weights"):
+        report(tmp_path, x)
+    assert (tmp_path / "report.md").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["mnist", "photos", "photos_256", "photos_low_noise"])
+def test_stored_rows_are_of_one_setting(name):
+    made_with = {}
+    for row in read_rows(Path(deepinv_ud2m.__file__).parent / "benchmark" / "results" / name):
+        line = (row["task"], row["method"])
+        assert made_with.setdefault(line, row["settings"]) == row["settings"], line
 
 
 def test_coverage_of_an_exact_sampler_is_within_its_noise():

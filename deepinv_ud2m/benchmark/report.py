@@ -86,12 +86,13 @@ def report(folder: Path, x: Tensor, x_reference: Tensor | None = None, features=
     :param torch.Tensor x_reference: images to which the Frechet distance is taken.
     :param Callable features: their features, the ones stored in the rows.
     :returns: the lines of the summary.
-    :raises ValueError: if the folder has no results.
+    :raises ValueError: if the folder has no results, or rows of several runs that do not go together.
     """
     folder = Path(folder)
     rows = read_rows(folder)
     if not rows:
         raise ValueError(f"{folder} has no results")
+    _check_settings(folder, rows)
     reference = None
     if x_reference is not None and features is not None:
         reference = torch.cat([features(part) for part in x_reference.split(256)]).double()
@@ -108,6 +109,19 @@ def report(folder: Path, x: Tensor, x_reference: Tensor | None = None, features=
     for task in dict.fromkeys(row["task"] for row in rows):
         _plot_sheet(folder, task, rows, x, about["setup"])
     return lines
+
+
+def _check_settings(folder: Path, rows: list[dict]) -> None:
+    """A line of a table is of one sampler: a run refuses to mix them, joining files of rows does not."""
+    made_with = {}
+    for row in rows:
+        line, settings = (row["task"], row["method"]), (row["settings"], row.get("weights"))
+        if made_with.setdefault(line, settings) != settings:
+            found = " and ".join(map(str, (made_with[line], settings)))
+            raise ValueError(
+                f"{folder} has rows of {row['method']!r} on {row['task']} with several settings or "
+                f"weights, {found}: keep those of one"
+            )
 
 
 def store(folder: Path, destination: Path) -> None:
