@@ -486,7 +486,11 @@ def test_stored_results_are_results_that_can_be_extended(tiny_prior, tmp_path):
     assert not (tmp_path / "stored" / "rows.jsonl").exists()
     packed = (tmp_path / "stored" / "rows.jsonl.gz").read_bytes()
     whole = run_all(tmp_path / "whole", tiny_prior)
+    assert read_rows(tmp_path / "stored") and not (tmp_path / "stored" / "rows.jsonl").exists()
     shutil.copytree(tmp_path / "stored", tmp_path / "copy")
+    report(tmp_path / "copy", x)  # of packed rows alone
+    store(tmp_path / "copy", tmp_path / "copied")
+    assert (tmp_path / "copied" / "rows.jsonl.gz").read_bytes() == packed
     with tiny_prior.register_forward_hook(lambda *_: pytest.fail("the network was called")):
         run_all(tmp_path / "copy", tiny_prior, methods=["ud2m"])
     assert metrics_of(run_all(tmp_path / "copy", tiny_prior)) == metrics_of(whole)

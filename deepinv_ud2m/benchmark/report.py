@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from deepinv_ud2m.benchmark.methods import METHODS
-from deepinv_ud2m.benchmark.run import MEAN_OF, PACKED_ROWS, file_name, measure, read_rows
+from deepinv_ud2m.benchmark.run import MEAN_OF, PACKED_ROWS, file_name, measure, read_rows, rows_text
 from deepinv_ud2m.benchmark.tasks import TASKS, make_physics
 from deepinv_ud2m.metrics import (
     coverage_curve,
@@ -143,7 +143,7 @@ def store(folder: Path, destination: Path) -> None:
         elif file.suffix in (".json", ".csv", ".md", ".png"):
             shutil.copy(file, destination)
     # Without a time in the head, equal rows give equal files.
-    packed = gzip.compress((folder / "rows.jsonl").read_bytes(), mtime=0)
+    packed = gzip.compress(rows_text(folder).encode(), mtime=0)
     (destination / PACKED_ROWS).write_bytes(packed)
 
 

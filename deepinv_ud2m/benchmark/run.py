@@ -16,6 +16,7 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -108,6 +109,7 @@ class Results:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "images").mkdir(exist_ok=True)  # not in a copy of stored results
         rows = read_rows(self.folder)
+        self._start_file()
         if rows:  # a run that came to nothing does not bind the folder
             try:
                 check_setup(self.folder, **asdict(self.setup))
@@ -117,6 +119,17 @@ class Results:
             about = {"setup": asdict(self.setup), "machine": machine()}
             (self.folder / "setup.json").write_text(json.dumps(about, indent=2) + "\n")
         return None, rows
+
+    def _start_file(self) -> None:
+        """The file that rows are added to: unpacked, and without a line that a kill cut short."""
+        file = self.folder / "rows.jsonl"
+        if file.is_file():
+            content = file.read_bytes()
+            os.truncate(file, content.rfind(b"\n") + 1)
+        elif text := rows_text(self.folder):
+            part = file.with_suffix(".part")
+            part.write_text(text)
+            part.replace(file)
 
     def check_images(self, digests: list[str]) -> None:
         """Refuse to mix rows of other images of the same name; old rows do not tell theirs."""
@@ -189,22 +202,21 @@ def check_setup(folder: Path, **given) -> None:
 
 def read_rows(folder: Path) -> list[dict]:
     """
-    The rows of a folder; a line cut short by a kill is dropped from the file.
-
-    Where there are only packed rows, in a copy of stored results, they are unpacked first.
+    The rows of a folder, of its file or, in stored results, of the packed one; a line cut short by a
+    kill is left out.
 
     :param pathlib.Path folder: folder of results.
     """
-    file, packed = Path(folder) / "rows.jsonl", Path(folder) / PACKED_ROWS
-    if packed.is_file() and not file.is_file():
-        file.write_bytes(gzip.decompress(packed.read_bytes()))
-    if not file.is_file():
-        return []
-    lines = file.read_text().splitlines(keepends=True)
-    complete = [line for line in lines if line.endswith("\n")]
-    if len(complete) < len(lines):
-        file.write_text("".join(complete))
+    complete = [line for line in rows_text(folder).splitlines(keepends=True) if line.endswith("\n")]
     return [json.loads(line) for line in complete]
+
+
+def rows_text(folder: Path) -> str:
+    """The rows of a folder as they are written, see :func:`read_rows`; empty where there are none."""
+    file, packed = Path(folder) / "rows.jsonl", Path(folder) / PACKED_ROWS
+    if file.is_file():
+        return file.read_text()
+    return gzip.decompress(packed.read_bytes()).decode() if packed.is_file() else ""
 
 
 def run_method(
