@@ -22,6 +22,7 @@ from deepinv_ud2m.benchmark.methods import METHODS, Method
 from deepinv_ud2m.benchmark.report import (
     _curve_name,
     _error_over_spread,
+    _line_styles,
     _markers,
     method_title,
     report,
@@ -366,6 +367,13 @@ def test_report_writes_tables_and_figures(tiny_prior, tmp_path):
     for figure in ("calibration.png", "quality_time.png", "sheet_sr4.png"):
         assert (tmp_path / figure).stat().st_size > 1000
     assert (tmp_path / "table.csv").read_text().count("\n") == 3
+
+
+def test_labels_of_one_colour_have_line_styles_of_their_own():
+    labels = ["dps:num_steps=100", "dps:num_steps=1000", "dps:weight=1", "dps:weight=3", "pigdm", "ddrm"]
+    styles = _line_styles([*labels, *labels])
+    assert len({str(styles[label]) for label in labels[:4]}) == 4
+    assert styles["pigdm"] == styles["ddrm"] == "-" and "-" not in list(styles.values())[:4]
 
 
 def test_curves_of_one_colour_have_markers_of_their_own():

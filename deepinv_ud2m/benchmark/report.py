@@ -384,16 +384,15 @@ def _row(cells: list[str]) -> str:
 def _plot_calibration(file: Path, rows: list[dict]) -> None:
     groups = {key: _with_most_samples(group) for key, group in _groups(rows).items()}
     groups = {key: group for key, group in groups.items() if "credible_level" in group[0]}
+    styles = _line_styles(method for _, method in groups)
     with _panels(file, [task for task, _ in groups]) as panels:
         for task, axis in panels.items():
             axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
             axis.set(xlabel="nominal level", ylabel="coverage", aspect="equal")
-            variants = defaultdict(lambda: iter(["--", "-.", ":"]))  # of a method share its colour
             for (_, method), group in ((key, group) for key, group in groups.items() if key[0] == task):
                 levels, shares = _curve(group, "credible_level")
-                name, _, settings = method.partition(":")
-                style = next(variants[name], ":") if settings else "-"
-                axis.plot([0, *levels, 1], [0, *shares, 1], style, **_label(method))
+                style = styles[method]
+                axis.plot([0, *levels, 1], [0, *shares, 1], linestyle=style, **_label(method))
 
 
 def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:
@@ -444,6 +443,16 @@ def _markers(curves: Iterable[str]) -> dict[str, str]:
         variants = trained if "checkpoint=" in settings else others
         markers[curve] = next(variants[name], "*") if settings else "o"
     return markers
+
+
+def _line_styles(methods: Iterable[str]) -> dict[str, object]:
+    """A line style for each label, the same in all panels; those of a colour differ, while they last."""
+    dashes = ["--", "-.", ":", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3))]
+    variants, styles = defaultdict(lambda: iter(dashes)), {}
+    for method in dict.fromkeys(methods):
+        name, _, settings = method.partition(":")
+        styles[method] = next(variants[name], ":") if settings else "-"
+    return styles
 
 
 @contextmanager
