@@ -508,6 +508,15 @@ def test_stored_results_are_results_that_can_be_extended(tiny_prior, tmp_path):
     assert "pinv" in (tmp_path / "stored" / "report.md").read_text()
 
 
+def test_a_first_line_cut_short_is_no_row(tiny_prior, tmp_path):
+    whole = run_all(tmp_path / "whole", tiny_prior, methods=["pinv"])
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "rows.jsonl").write_text((tmp_path / "whole" / "rows.jsonl").read_text()[:50])
+    assert read_rows(tmp_path / "cut") == []
+    run_all(tmp_path / "cut", tiny_prior, methods=["pinv"])
+    assert metrics_of(read_rows(tmp_path / "cut")) == metrics_of(whole)
+
+
 @pytest.mark.parametrize("other", [{"settings": {"eta": 0.5}}, {"weights": "abc"}])
 def test_joined_rows_of_several_settings_are_refused(other, tiny_prior, tmp_path):
     run_all(tmp_path, tiny_prior, methods=["ud2m"])

@@ -391,8 +391,8 @@ def _plot_calibration(file: Path, rows: list[dict]) -> None:
             axis.set(xlabel="nominal level", ylabel="coverage", aspect="equal")
             for (_, method), group in ((key, group) for key, group in groups.items() if key[0] == task):
                 levels, shares = _curve(group, "credible_level")
-                style = styles[method]
-                axis.plot([0, *levels, 1], [0, *shares, 1], linestyle=style, **_label(method))
+                looks = {"linestyle": styles[method], **_label(method)}
+                axis.plot([0, *levels, 1], [0, *shares, 1], **looks)
 
 
 def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:

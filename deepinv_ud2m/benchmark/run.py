@@ -109,7 +109,6 @@ class Results:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "images").mkdir(exist_ok=True)  # not in a copy of stored results
         rows = read_rows(self.folder)
-        self._start_file()
         if rows:  # a run that came to nothing does not bind the folder
             try:
                 check_setup(self.folder, **asdict(self.setup))
@@ -118,6 +117,7 @@ class Results:
         else:
             about = {"setup": asdict(self.setup), "machine": machine()}
             (self.folder / "setup.json").write_text(json.dumps(about, indent=2) + "\n")
+        self._start_file()
         return None, rows
 
     def _start_file(self) -> None:
