@@ -363,6 +363,21 @@ def test_spread_of_gaussian_draws(spread):
     assert ratios[scores.argmin()].item() == pytest.approx(expected, abs=0.02)
 
 
+def test_a_spread_for_each_operator():
+    samples, x = _images(3, 2, 1, 4, 4), _images(2, 1, 4, 4, seed=1)
+    one, other, unknown = (dinv.physics.Denoising() for _ in range(3))
+    loss = EnergyScoreLoss(spread={one: 1.1, other: 0.8})
+    for physics, spread in ((one, 1.1), (other, 0.8)):
+        expected = EnergyScoreLoss(spread=spread)(x=x, samples=samples)
+        assert torch.equal(loss(x=x, samples=samples, physics=physics), expected)
+    assert "spread=1.1, 0.8" in repr(loss)  # by which a trainer knows its checkpoints
+    for physics, name in ((unknown, "Denoising"), (None, "NoneType")):
+        with pytest.raises(ValueError, match=f"physics must be one of the operators .* got {name}"):
+            loss(x=x, samples=samples, physics=physics)
+    with pytest.raises(ValueError, match=r"spread must be in \[0, 1.2\], got 2"):
+        EnergyScoreLoss(spread={one: 1.0, other: 2.0})
+
+
 def test_energy_score_of_many_draws_is_that_of_all_pairs():
     # Exactly, so its expectation and its minimum do not depend on the number of draws.
     samples, x = _images(4, 2, 1, 3, 3), _images(2, 1, 3, 3, seed=1)

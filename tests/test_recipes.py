@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import deepinv
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,8 @@ from torchvision.utils import save_image
 
 import deepinv_ud2m
 from deepinv_ud2m import UD2M
+from deepinv_ud2m.data import mnist_digits
+from deepinv_ud2m.metrics import DigitClassifier
 from deepinv_ud2m.published import random_prior
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -133,6 +136,7 @@ def test_a_first_guess_then_the_whole(tmp_path):
     assert "inpaint-random PSNR" in result.stdout
     folder = tmp_path / "first" / "model"
     options = ["--start", folder, "--rank", 0, "--end-to-end", "--tasks", "sr4", "--eval-interval", 2]
+    options += ["--distort", 0.5, "--spread", 1, "sr4=1.05"]
     result = start("train_mnist.py", *arguments, *options, "--out", tmp_path / "whole")
     assert result.returncode == 0, result.stderr
     one, other = (UD2M.from_pretrained(f) for f in (folder, tmp_path / "whole" / "model"))
@@ -282,7 +286,8 @@ def test_energy_scores_of_what_is_asked_for(monkeypatch):
     weights = {"--patches": 4, "--perceptual": 8, "--features": 0.1}
     options = [str(value) for pair in weights.items() for value in pair]
     args = train_mnist.parse_arguments(["--classifier", str(classifier), "--spread", "1.02", *options])
-    losses = train_mnist.energy_scores(args, "cpu")
+    physics = list(range(len(args.tasks)))
+    losses = train_mnist.energy_scores(args, physics, "cpu")
     assert [loss.weight for loss in losses] == [1, 4, 8, 0.1]
     assert [loss.patch_size for loss in losses] == [None, 8, None, None]
     assert {loss.spread for loss in losses} == {1.02}
@@ -293,6 +298,43 @@ def test_energy_scores_of_what_is_asked_for(monkeypatch):
     said = train_mnist.describe_loss(args)
     for part in ("4 x that of 8x8 patches", "8 x that of a classifier's layers", "0.1 x that of its"):
         assert part in said
+
+
+def test_energy_scores_of_tasks_with_spreads_of_their_own(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    train_mnist = importlib.import_module("train_mnist")
+    tasks = ["inpaint-box", "sr4", "inpaint-box"]
+    args = train_mnist.parse_arguments(["--tasks", *tasks, "--spread", "1.03", "inpaint-box=1.1"])
+    assert args.spread == {"sr4": 1.03, "inpaint-box": 1.1}
+    physics = [deepinv.physics.Denoising() for _ in tasks]
+    (loss,) = train_mnist.energy_scores(args, physics, "cpu")
+    assert [loss.spread[of] for of in physics] == [1.1, 1.03, 1.1]
+    for spread, message in (
+        ("deblur-gaussian=1", "--spread must be of one of the --tasks, ['inpaint-box', 'sr4'], got deb"),
+        ("sr4=wide", "--spread must be numbers, or TASK=number, got sr4=wide"),
+        ("sr4=2", "--spread must be in [0, 1.2], got 2"),
+    ):
+        assert message in refused("train_mnist", "--tasks", *tasks, "--spread", spread, capsys=capsys)
+
+
+def test_distorted_digits(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    distorted = importlib.import_module("train_mnist").distorted
+    digits = list(mnist_digits("validation", num=256))
+    assert torch.equal(distorted(digits, share=0.0), torch.stack(digits))
+    torch.manual_seed(0)
+    bent = distorted(digits, share=0.5)
+    moved = (bent - torch.stack(digits)).abs().amax((1, 2, 3)) > 0
+    # Binomial(256, 1/2): 128 +- 8; five standard deviations, false alarms below 1e-6.
+    assert abs(moved.sum().item() - 128) <= 40
+    bent = distorted(digits, share=1.0)
+    assert bent.min() >= 0 and bent.max() <= 1
+    # Still the digits that they were, with strokes as sharp, to those of a classifier that saw neither.
+    classifier = DigitClassifier.from_pretrained()
+    seen = [classifier(images).argmax(1) for images in (torch.stack(digits), bent)]
+    assert (seen[0] == seen[1]).float().mean() > 0.95
+    steps = [images.diff(dim=-1).square().mean().sqrt() for images in (torch.stack(digits), bent)]
+    assert steps[1] > 0.9 * steps[0]
 
 
 @pytest.mark.parametrize(
@@ -315,12 +357,19 @@ def test_options_that_a_sampler_to_start_from_has_already(script, option, monkey
         (["--lr-scalars", -1], "--lr-scalars must be finite and not negative, got -1"),
         (["--lr", "nan"], "--lr must be finite and not negative, got nan"),
         (["--spread", 2], "--spread must be in [0, 1.2], got 2"),
+        (["--spread", "nan"], "--spread must be in [0, 1.2], got nan"),
         (["--sigma-y", 0.1, 0.02], "--sigma-y must be two positive levels, LOW HIGH, got [0.1, 0.02]"),
     ],
 )
 def test_numbers_out_of_range(script, options, message, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     assert message in refused(script, "--train", "x", *options, capsys=capsys)
+
+
+def test_a_share_out_of_range(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    message = refused("train_mnist", "--distort", 1.5, capsys=capsys)
+    assert "--distort must be in [0, 1], got 1.5" in message
 
 
 def test_a_classifier_to_train_with(monkeypatch, capsys):

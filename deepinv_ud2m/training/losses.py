@@ -26,7 +26,7 @@ needs; with more, all count. Other keywords are left aside, as everywhere in dee
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -253,7 +253,8 @@ class EnergyScoreLoss(Loss):
     :param Callable features: maps images `[N, C, H, W]` to features `[N, ...]`, or to maps `[N, D, h,
         w]` where there are patches too; pixels by default. It should be frozen and treat images
         separately.
-    :param float spread: c, in [0, 1.2] (default: 1, the energy score).
+    :param float, dict spread: c, in [0, 1.2] (default: 1, the energy score); or that of each of the
+        operators of a training with several, ``{physics: c}``.
     :param float weight: of this loss in a sum, non-negative (default: 1).
     :raises ValueError: for numbers outside of these ranges.
 
@@ -275,7 +276,7 @@ class EnergyScoreLoss(Loss):
         beta: float = 1.0,
         patch_size: int | None = None,
         features: Callable[[Tensor], Tensor] | None = None,
-        spread: float = 1.0,
+        spread: float | Mapping[Physics, float] = 1.0,
         weight: float = 1.0,
     ):
         super().__init__()
@@ -286,21 +287,30 @@ class EnergyScoreLoss(Loss):
             raise ValueError(f"beta must be in (0, 2), where the score is strictly proper, got {beta}")
         if features is not None and not callable(features):
             raise ValueError(f"features must be callable, got {features!r}")
-        if not 0 <= spread <= 1.2:
-            raise ValueError(f"spread must be in [0, 1.2], got {spread}")
-        self.beta, self.features, self.spread = beta, features, spread
+        self.spread = dict(spread) if isinstance(spread, Mapping) else spread
+        for c in self._spreads():
+            if not 0 <= c <= 1.2:
+                raise ValueError(f"spread must be in [0, 1.2], got {c}")
+        self.beta, self.features = beta, features
         self.patch_size = None if patch_size is None else check_count("patch_size", patch_size)
         self.weight = _check_weight("weight", weight)
 
     def forward(
-        self, *, x: Tensor, x_net: Tensor | None = None, samples: Tensor | None = None, **kwargs
+        self,
+        *,
+        x: Tensor,
+        x_net: Tensor | None = None,
+        samples: Tensor | None = None,
+        physics: Physics | None = None,
+        **kwargs,
     ) -> Tensor:
         """
         :param torch.Tensor x: clean images `[B, C, H, W]`.
         :param torch.Tensor x_net: not used: one draw has no spread.
         :param torch.Tensor samples: draws `[S, B, C, H, W]`, S >= 2.
+        :param deepinv.physics.Physics physics: the operator, where each has a ``spread`` of its own.
         :returns: losses `[B]`.
-        :raises ValueError: for fewer draws, or other shapes.
+        :raises ValueError: for fewer draws, other shapes, or an operator without a ``spread``.
         """
         if samples is None or len(samples) < 2:
             given = "none" if samples is None else len(samples)
@@ -313,7 +323,21 @@ class EnergyScoreLoss(Loss):
         j, k = torch.triu_indices(len(draws), len(draws), 1, device=draws.device)
         error = self._distance(draws, truth).mean(0)
         spread = self._distance(draws[j], draws[k]).mean(0)
-        return self.weight * (error - self.spread * spread / 2).mean(1)
+        return self.weight * (error - self._spread_of(physics) * spread / 2).mean(1)
+
+    def _spreads(self) -> list[float]:
+        return list(self.spread.values()) if isinstance(self.spread, dict) else [self.spread]
+
+    def _spread_of(self, physics: Physics | None) -> float:
+        if not isinstance(self.spread, dict):
+            return self.spread
+        if physics not in self.spread:
+            known = [type(operator).__name__ for operator in self.spread]
+            raise ValueError(
+                f"physics must be one of the operators that spread was given for, {known}, "
+                f"got {type(physics).__name__}"
+            )
+        return self.spread[physics]
 
     def _points(self, images: Tensor) -> Tensor:
         """What is compared, `[N, B, P, D]`: P patches, of D numbers, of the images `[N, B, C, H, W]`."""
@@ -347,7 +371,8 @@ class EnergyScoreLoss(Loss):
 
     def extra_repr(self) -> str:
         patches = "" if self.patch_size is None else f", patch_size={self.patch_size}"
-        spread = "" if self.spread == 1 else f", spread={self.spread:g}"
+        spreads = ", ".join(f"{c:g}" for c in self._spreads())
+        spread = "" if self.spread == 1 else f", spread={spreads}"
         options = f"{patches}{spread}, weight={self.weight:g}"
         return f"num_samples={self.num_samples}, beta={self.beta:g}{options}"
 
