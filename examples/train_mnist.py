@@ -244,7 +244,7 @@ def main():
         "measurements": args.updates * args.batch_size,
         "batch_size": args.batch_size,
         "loss": describe_loss(args),
-        **({"spread": args.spread} if args.loss == "energy" else {}),
+        **({"spread": one_if_equal(args.spread)} if args.loss == "energy" else {}),
         **({"distorted": args.distort} if args.distort else {}),
         "trained": f"LoRA of rank {adapter['rank']}" if adapter else "all weights",
         "seed": args.seed,
@@ -307,6 +307,10 @@ def spread_of_tasks(parser, given, tasks):
     return spread
 
 
+def one_if_equal(spread):
+    return spread if len(set(spread.values())) > 1 else next(iter(spread.values()))
+
+
 def check_energy_score(parser, **settings):
     try:
         EnergyScoreLoss(**settings)
@@ -348,9 +352,9 @@ def choose_losses(args, physics, device):
 
 
 def energy_scores(args, physics, device):
-    of_tasks = dict(zip(physics, args.tasks, strict=True))
-    same = len(set(args.spread.values())) == 1
-    spread = args.spread[args.tasks[0]] if same else {p: args.spread[t] for p, t in of_tasks.items()}
+    spread = one_if_equal(args.spread)
+    if isinstance(spread, dict):
+        spread = {of: spread[task] for of, task in zip(physics, args.tasks, strict=True)}
     seen_as = [{}]
     if args.patches:
         seen_as.append({"patch_size": 8, "weight": args.patches})

@@ -164,10 +164,12 @@ def _sampler(name: str) -> str:
     start = f" on from the sampler `{training['start']}`" if training.get("start") else ""
     noise = f"{low} to {high}" if low < high else low
     spread = f" of spread {training['spread']}" if training.get("spread", 1.0) != 1.0 else ""
+    distorted = f", distorted digits: {training['distorted']}" if training.get("distorted") else ""
     return (
         f"**The sampler `{name}`**: {training['trained']} and the scalars, trained{start} with the "
         f"{training['loss']}{spread} on {training['measurements']:,} measurements of "
-        f"{', '.join(training['tasks'])}, noise {noise} (a small budget: the paper's is 3,200,000), by"
+        f"{', '.join(training['tasks'])}, noise {noise}{distorted} "
+        "(a small budget: the paper's is 3,200,000), by"
         f"\n\n{_commands(training['command'])}"
     )
 
