@@ -129,6 +129,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few minutes, super-resolution only")
     args = parser.parse_args(argv)
+    if args.quick:
+        args.tasks, args.updates, args.eval_interval = ["sr4"], 300, 100
     check_arguments(
         parser,
         args,
@@ -164,8 +166,6 @@ def parse_arguments(argv=None):
 
 def main():
     args = parse_arguments()
-    if args.quick:
-        args.tasks, args.updates, args.eval_interval = ["sr4"], 300, 100
 
     # %%
     # The model: the prior with its adapter, K iterations, N levels.

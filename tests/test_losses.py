@@ -376,6 +376,8 @@ def test_a_spread_for_each_operator():
             loss(x=x, samples=samples, physics=physics)
     with pytest.raises(ValueError, match=r"spread must be in \[0, 1.2\], got 2"):
         EnergyScoreLoss(spread={one: 1.0, other: 2.0})
+    with pytest.raises(ValueError, match="spread must be a number, or that of at least one physics"):
+        EnergyScoreLoss(spread={})
 
 
 def test_energy_score_of_many_draws_is_that_of_all_pairs():

@@ -306,6 +306,8 @@ def test_energy_scores_of_tasks_with_spreads_of_their_own(monkeypatch, capsys):
     tasks = ["inpaint-box", "sr4", "inpaint-box"]
     args = train_mnist.parse_arguments(["--tasks", *tasks, "--spread", "1.03", "inpaint-box=1.1"])
     assert args.spread == {"sr4": 1.03, "inpaint-box": 1.1}
+    quick = train_mnist.parse_arguments(["--quick", "--tasks", *tasks, "--spread", "1.03", "sr4=1.1"])
+    assert quick.spread == {"sr4": 1.1}
     physics = [deepinv.physics.Denoising() for _ in tasks]
     (loss,) = train_mnist.energy_scores(args, physics, "cpu")
     assert [loss.spread[of] for of in physics] == [1.1, 1.03, 1.1]

@@ -288,6 +288,8 @@ class EnergyScoreLoss(Loss):
         if features is not None and not callable(features):
             raise ValueError(f"features must be callable, got {features!r}")
         self.spread = dict(spread) if isinstance(spread, Mapping) else spread
+        if self.spread == {}:
+            raise ValueError("spread must be a number, or that of at least one physics, got {}")
         for c in self._spreads():
             if not 0 <= c <= 1.2:
                 raise ValueError(f"spread must be in [0, 1.2], got {c}")
