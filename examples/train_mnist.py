@@ -152,6 +152,8 @@ def parse_arguments(argv=None):
     for name in ("classifier", "patches"):
         if getattr(args, name) and args.loss != "energy":
             parser.error(f"--{name} is for --loss energy, got --loss {args.loss}")
+    if set(args.spread.values()) != {1.0} and args.loss != "energy":
+        parser.error(f"--spread is for --loss energy, got --loss {args.loss}")
     if args.features and not args.classifier:
         parser.error("--features are those of a --classifier, and none was given")
     if args.start:

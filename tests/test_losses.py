@@ -376,8 +376,9 @@ def test_a_spread_for_each_operator():
             loss(x=x, samples=samples, physics=physics)
     with pytest.raises(ValueError, match=r"spread must be in \[0, 1.2\], got 2"):
         EnergyScoreLoss(spread={one: 1.0, other: 2.0})
-    with pytest.raises(ValueError, match="spread must be a number, or that of at least one physics"):
-        EnergyScoreLoss(spread={})
+    for spread in ({}, [1.0, 0.8], "1", {one: None}):
+        with pytest.raises(ValueError, match=r"spread must be a number, or \{physics: number\}, got"):
+            EnergyScoreLoss(spread=spread)
 
 
 def test_energy_score_of_many_draws_is_that_of_all_pairs():

@@ -378,6 +378,8 @@ def test_a_classifier_to_train_with(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     message = refused("train_mnist", "--loss", "l2", "--classifier", "x", capsys=capsys)
     assert "--classifier is for --loss energy, got --loss l2" in message
+    message = refused("train_mnist", "--loss", "l2", "--spread", 1.1, capsys=capsys)
+    assert "--spread is for --loss energy, got --loss l2" in message
     message = refused("train_mnist", "--loss", "l2", "--patches", 4, capsys=capsys)
     assert "--patches is for --loss energy, got --loss l2" in message
     message = refused("train_mnist", "--features", 0.1, capsys=capsys)

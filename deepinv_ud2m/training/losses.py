@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -288,8 +289,8 @@ class EnergyScoreLoss(Loss):
         if features is not None and not callable(features):
             raise ValueError(f"features must be callable, got {features!r}")
         self.spread = dict(spread) if isinstance(spread, Mapping) else spread
-        if self.spread == {}:
-            raise ValueError("spread must be a number, or that of at least one physics, got {}")
+        if self.spread == {} or not all(isinstance(c, Real) for c in self._spreads()):
+            raise ValueError(f"spread must be a number, or {{physics: number}}, got {spread!r}")
         for c in self._spreads():
             if not 0 <= c <= 1.2:
                 raise ValueError(f"spread must be in [0, 1.2], got {c}")
