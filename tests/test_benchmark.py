@@ -531,7 +531,7 @@ def test_joined_rows_of_several_settings_are_refused(other, tiny_prior, tmp_path
     assert (tmp_path / "report.md").read_text() == before
 
 
-@pytest.mark.parametrize("name", ["mnist", "photos", "photos_256", "photos_low_noise"])
+@pytest.mark.parametrize("name", ["mnist", "mnist_1000", "photos", "photos_256", "photos_low_noise"])
 def test_stored_rows_are_of_one_setting(name):
     made_with = {}
     for row in read_rows(Path(deepinv_ud2m.__file__).parent / "benchmark" / "results" / name):

@@ -121,6 +121,27 @@ def _digits() -> str:
     )
 
 
+def _more_digits() -> str:
+    """Single samples of as many digits as ship, of the samplers that are fast enough."""
+    summary = _stored(_RESULTS / "mnist_1000" / "summary.json")
+    lines = sorted(summary["lines"], key=lambda line: _ORDER.index(line["method"].partition(":")[0]))
+    one_sample = [(title, cell) for title, cell in _COLUMNS if title in _OF_ONE_SAMPLE]
+    titles = ["task", *(title for title, _ in one_sample)]
+    parts = [
+        f"**One sample of each of {lines[0]['images']} digits**, settings and measures as above, of the "
+        f"samplers that are fast enough and, in {TASKS['inpaint-random'].title}, DPS:",
+        "",
+        _cells(titles),
+        _cells(["---"] * len(titles)),
+    ]
+    for task in dict.fromkeys(line["task"] for line in summary["lines"]):
+        for line in lines:
+            if line["task"] == task:
+                parts.append(_cells([TASKS[task].title, *(cell(line) for _, cell in one_sample)]))
+    parts += ["", "More metrics: [report](deepinv_ud2m/benchmark/results/mnist_1000/report.md)."]
+    return "\n".join(parts)
+
+
 def _photos() -> str:
     return _benchmark(
         "photos",
@@ -314,6 +335,12 @@ _COLUMNS = [
 ]
 
 
+_OF_ONE_SAMPLE = [
+    *("sampler", "PSNR", "perceptual", "Frechet"),
+    *("PSNR less UD2M's", "perceptual less UD2M's", "Frechet less UD2M's"),
+]
+
+
 def _cells(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -445,6 +472,7 @@ PARTS = {
         more_digits=1,
     ),
     "digits": _digits,
+    "digits-1000": _more_digits,
     "digits-training": _training_of_digits,
     "photos": _photos,
     "photos-training": _training_of_photos,
