@@ -122,14 +122,14 @@ def _digits() -> str:
 
 
 def _more_digits() -> str:
-    """Single samples of as many digits as ship, of the samplers that are fast enough."""
+    """Single samples of as many digits as ship, of the samplers that were run on so many."""
     summary = _stored(_RESULTS / "mnist_1000" / "summary.json")
     lines = sorted(summary["lines"], key=lambda line: _ORDER.index(line["method"].partition(":")[0]))
     one_sample = [(title, cell) for title, cell in _COLUMNS if title in _OF_ONE_SAMPLE]
     titles = ["task", *(title for title, _ in one_sample)]
     parts = [
-        f"**One sample of each of {lines[0]['images']} digits**, settings and measures as above, of the "
-        f"samplers that are fast enough and, in {TASKS['inpaint-random'].title}, DPS:",
+        f"**One sample of each of {lines[0]['images']} digits**, settings and measures as above, of "
+        "those samplers and tasks that so many were drawn of:",
         "",
         _cells(titles),
         _cells(["---"] * len(titles)),
