@@ -140,6 +140,21 @@ def test_the_second_level_of_a_distilled_sampler_can_be_set(tiny_prior, tmp_path
         )
 
 
+def test_a_distilled_sampler_can_have_an_extra_level(tiny_prior, tmp_path):
+    model = UD2M(UnfoldedDenoiser(tiny_prior, 1), levels=[80.0, 0.5, 0.1])
+    model.save_pretrained(tmp_path / "sampler")
+    physics = make_physics("inpaint-random", (1, 32, 32))
+    y = physics(mnist_digits("test", num=2))
+    build = METHODS["ud2m-distilled"].build
+    sampler = build(tiny_prior, 0.05, checkpoint=tmp_path / "sampler", extra_level=0.3)
+    expected = UD2M(model.unfolded, levels=[80.0, 0.5, 0.3, 0.1])
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        torch.testing.assert_close(sampler(y, physics, 3), expected(y, physics, generator=generator))
+    with pytest.raises(ValueError, match="strictly decreasing"):
+        build(tiny_prior, 0.05, checkpoint=tmp_path / "sampler", extra_level=0.5)
+
+
 @pytest.mark.parametrize(
     "name", [name for name in METHODS if METHODS[name].random and name != "ud2m-distilled"]
 )
@@ -419,6 +434,7 @@ def test_titles_tell_methods_apart():
     assert method_title("dps:num_steps=100,guidance=norm,weight=300") == "DPS, 100 steps, weight 300"
     assert method_title("ud2m-distilled:checkpoint=runs/mine", quote="`") == "UD2M `mine`"
     assert method_title("ud2m-distilled:second_level=1.0") == "UD2M, second level 1"
+    assert method_title("ud2m-distilled:extra_level=0.3") == "UD2M, extra level 0.3"
     assert method_title("ddrm:spacing=geometric,eta=1.0") == "DDRM, geometric levels"
     assert method_title("pigdm:defaults") == "PiGDM, defaults"
 

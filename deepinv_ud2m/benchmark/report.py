@@ -503,7 +503,7 @@ def method_title(label: str, quote: str = "") -> str:
         title += f", {found['spacing']} levels"
     if "defaults" in settings.split(","):
         title += ", defaults"
-    for setting in ("second_level", "weight"):
+    for setting in ("second_level", "extra_level", "weight"):
         if setting in found:
             title += f", {setting.replace('_', ' ')} {float(found[setting]):g}"
     return title
