@@ -33,7 +33,6 @@ from deepinv_ud2m.benchmark.tasks import TASKS, make_physics
 from deepinv_ud2m.data import load_mnist, mnist_digits
 from deepinv_ud2m.lora import lora_config
 from deepinv_ud2m.metrics import DigitClassifier, PerceptualDistance
-from deepinv_ud2m.schedule import check_levels
 from deepinv_ud2m.training import (
     AdversarialDiscriminatorLoss,
     AdversarialGeneratorLoss,
@@ -106,14 +105,6 @@ def parse_arguments(argv=None):
         help="those levels; those of a search for N = 3, else of the linear schedule",
     )
     parser.add_argument(
-        "--more-levels",
-        type=float,
-        nargs="+",
-        action="append",
-        metavar="LEVEL",
-        help="of a sampler that is trained as well, with --end-to-end: each draw takes one of them",
-    )
-    parser.add_argument(
         "--rank", type=int, help="of LoRA; 0 trains all weights; 5, or as it was trained"
     )
     parser.add_argument("--targets", help='layers of LoRA; all-convs, or "attention" for those alone')
@@ -158,13 +149,6 @@ def parse_arguments(argv=None):
     )
     if args.levels and args.steps not in (None, len(args.levels)):
         parser.error(f"--steps must be the number of --levels, {len(args.levels)}, got {args.steps}")
-    if args.more_levels and not args.end_to_end:
-        parser.error("--more-levels are for --end-to-end")
-    for levels in args.more_levels or []:
-        try:
-            check_levels(levels)
-        except ValueError as error:
-            parser.error(f"--more-{error}")
     for name in ("classifier", "patches"):
         if getattr(args, name) and args.loss != "energy":
             parser.error(f"--{name} is for --loss energy, got --loss {args.loss}")
@@ -235,7 +219,6 @@ def main():
         steps=args.updates,
         levels=SamplerLevels(model, args.own_levels),
         end_to_end=args.end_to_end,
-        level_sets=[model.levels.tolist(), *args.more_levels] if args.more_levels else None,
         compile=args.fast,
         mixed_precision="bfloat16" if args.fast else False,
         eval_interval=args.eval_interval,
@@ -264,7 +247,6 @@ def main():
         "batch_size": args.batch_size,
         "loss": describe_loss(args),
         **({"spread": one_if_equal(args.spread)} if args.loss == "energy" else {}),
-        **({"levels trained as well": args.more_levels} if args.more_levels else {}),
         **({"distorted": args.distort} if args.distort else {}),
         "trained": f"LoRA of rank {adapter['rank']}" if adapter else "all weights",
         "seed": args.seed,

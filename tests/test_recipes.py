@@ -136,7 +136,7 @@ def test_a_first_guess_then_the_whole(tmp_path):
     assert "inpaint-random PSNR" in result.stdout
     folder = tmp_path / "first" / "model"
     options = ["--start", folder, "--rank", 0, "--end-to-end", "--tasks", "sr4", "--eval-interval", 2]
-    options += ["--distort", 0.5, "--spread", 1, "sr4=1.05", "--more-levels", 78.7, 0.66, 0.3, 0.077]
+    options += ["--distort", 0.5, "--spread", 1, "sr4=1.05"]
     result = start("train_mnist.py", *arguments, *options, "--out", tmp_path / "whole")
     assert result.returncode == 0, result.stderr
     one, other = (UD2M.from_pretrained(f) for f in (folder, tmp_path / "whole" / "model"))
@@ -244,12 +244,6 @@ def test_a_file_is_no_folder_to_write_to(monkeypatch, capsys, tmp_path):
         ("train_mnist", ["--iterations", 0], "--iterations must be at least 1, got 0"),
         ("train_mnist", ["--steps", 0], "--steps must be at least 1, got 0"),
         ("train_mnist", ["--steps", 2, "--levels", 80, 1, 0.1], "number of --levels, 3, got 2"),
-        ("train_mnist", ["--more-levels", 80, 1], "--more-levels are for --end-to-end"),
-        (
-            "train_mnist",
-            ["--end-to-end", "--more-levels", 1, 2],
-            "--more-levels must be a sequence of positive",
-        ),
         ("train_photos", ["--train", "x", "--iterations", 0], "--iterations must be at least 1, got 0"),
         ("train_photos", ["--train", "x", "--iterations", 2], "--delta and --rho must be given"),
     ],

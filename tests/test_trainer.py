@@ -233,21 +233,6 @@ def test_end_to_end_draws_are_the_samples_of_the_sampler(tiny_prior, monkeypatch
     assert torch.equal(batch["x_net"], batch["samples"][0])
 
 
-def test_each_draw_end_to_end_takes_one_of_the_sets_of_levels(tiny_prior):
-    sets = [[50.0, 0.5], [50.0, 0.5, 0.2, 0.1]]
-    trainer = make_trainer(tiny_prior, end_to_end=True, level_sets=sets, losses=EnergyScoreLoss(2))
-    trainer.setup_train()
-    calls, taken, x = [], set(), images(2)
-    trainer.unfolded.denoiser.register_forward_hook(lambda *_: calls.append(1))
-    for _ in range(24):  # all of one set: chance 1e-7
-        calls.clear()
-        batch = trainer.draw(x, trainer.physics[0](x), trainer.physics[0])
-        taken.add((len(calls) // trainer.unfolded.num_iterations, round(batch["sigma"][0].item(), 4)))
-    assert taken == {(2, 0.5), (4, 0.1)}
-    other = make_trainer(tiny_prior, end_to_end=True, level_sets=sets[1:], losses=EnergyScoreLoss(2))
-    assert trainer._identity() != other._identity()
-
-
 def test_accumulated_gradients_are_their_mean(tiny_prior):
     gradients = []
     for micro_steps, accumulate in (([0], 1), ([1], 1), ([0, 1], 2)):
@@ -641,9 +626,6 @@ def test_deepinv_test_runs_the_full_sampler(tiny_prior):
         ({"ema_decay": 1.0}, ValueError, "ema_decay must be in"),
         ({"D": torch.nn.Identity()}, ValueError, "D and losses_d belong together"),
         ({"adversarial": True, "end_to_end": True}, ValueError, "end_to_end has no level"),
-        ({"level_sets": [[50.0, 0.5]]}, ValueError, "level_sets.*for end_to_end=True"),
-        ({"level_sets": [], "end_to_end": True}, ValueError, "level_sets"),
-        ({"level_sets": [[0.5, 1.0]], "end_to_end": True}, ValueError, "strictly decreasing"),
         ({"mixed_precision": "fp16"}, ValueError, "bfloat16"),
         ({"compute_eval_losses": True}, ValueError, "compute_eval_losses"),
         ({"scheduler": 1}, ValueError, "scheduler is not available: use lr_schedule"),

@@ -100,7 +100,7 @@ def _ud2m_distilled(
         if len(levels) < 2:
             raise ValueError("second_level is of samplers with two levels or more, this one has one")
         levels = [second_level if n == 1 else level for n, level in enumerate(levels.tolist())]
-    if extra_level is not None:  # one more evaluation of each iteration there
+    if extra_level is not None:
         levels = sorted([*torch.as_tensor(levels).tolist(), extra_level], reverse=True)
     sampler = _ud2m_sampler(UD2M(trained.unfolded, levels=levels, eta=eta))
     sampler.weights = trained_fingerprint(trained.unfolded)

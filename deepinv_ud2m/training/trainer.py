@@ -144,9 +144,6 @@ class DistillationTrainer(AdversarialTrainer):
         suits the end of a training: a proper score of the samples is what the sampler is used for, while
         draws at each level may be good and their composition in few levels still be off. Losses that
         need one level, such as the adversarial one, are for draws at a level.
-    :param Sequence[Sequence[float]] level_sets: with ``end_to_end``, levels of samplers of which each
-        draw takes one, at random and all alike: one set of weights for few and for many evaluations
-        (default: ``None``, those of ``model`` alone, which evaluation uses in any case).
     :param int accumulate: batches per optimiser step (default: 1); processes share them, so it must be a
         multiple of their number.
     :param bool checkpointing: keep only the input of each unfolded iteration for the backward pass
@@ -200,7 +197,6 @@ class DistillationTrainer(AdversarialTrainer):
     steps: int = 10_000
     levels: Callable[[int], Tensor] | None = None
     end_to_end: bool = False
-    level_sets: Sequence[Sequence[float]] | None = None
     accumulate: int = 1
     checkpointing: bool = False
     compile: bool = False
@@ -236,11 +232,6 @@ class DistillationTrainer(AdversarialTrainer):
             self.sample_metrics = {"energy score": energy_score} if self.eval_samples > 1 else {}
         if self.levels is None:
             self.levels = VPSchedule().training_levels
-        self._samplers = [self.model]
-        if self.level_sets is not None:
-            self._samplers = [
-                UD2M(self.unfolded, levels=levels, eta=self.model.eta) for levels in self.level_sets
-            ]
         self.folder = Path(self.save_path) if self.save_path else None
         self.num_draws = max(getattr(loss, "num_samples", 1) for loss in self.losses)
         self.unfolded.checkpointing = self.checkpointing
@@ -323,11 +314,6 @@ class DistillationTrainer(AdversarialTrainer):
             raise ValueError(
                 "end_to_end has no level to give a discriminator: use losses of the samples, such as "
                 "EnergyScoreLoss, or end_to_end=False"
-            )
-        if self.level_sets is not None and not (self.end_to_end and len(self.level_sets)):
-            raise ValueError(
-                "level_sets are the levels of one or more whole samplers, for end_to_end=True; got "
-                f"{self.level_sets} with end_to_end={self.end_to_end}"
             )
         if self.mixed_precision in (True, "float16", "fp16", torch.float16):
             raise ValueError("mixed_precision must be 'bfloat16' or False, got float16")
@@ -601,12 +587,9 @@ class DistillationTrainer(AdversarialTrainer):
 
     def _draw_whole(self, x: Tensor, y: Tensor, physics: Physics) -> dict[str, Tensor]:
         """The last states of chains through all levels, their level, and samples."""
-        # One set alone must draw nothing here: its runs are those without level_sets.
-        place = int(torch.randint(len(self._samplers), ())) if len(self._samplers) > 1 else 0
-        sampler = self._samplers[place]
-        states = sampler.first_state(repeat_batch(x, self.num_draws))
-        *_, (states, samples) = sampler.chain(y, physics, states)
-        sigma = sampler.levels[-1].to(x).expand(len(x))
+        states = self.model.first_state(repeat_batch(x, self.num_draws))
+        *_, (states, samples) = self.model.chain(y, physics, states)
+        sigma = self.model.levels[-1].to(x).expand(len(x))
         return {"x_s": states[: len(x)], "sigma": sigma, "samples": samples}
 
     def _loss(self, loss: Loss, batch: dict) -> Tensor:
@@ -898,7 +881,6 @@ class DistillationTrainer(AdversarialTrainer):
             "settings": json.loads(json.dumps(self.settings or {})),
             "trained parameters": shapes,
             "end_to_end": self.end_to_end,
-            **({"level_sets": [list(levels) for levels in self.level_sets]} if self.level_sets else {}),
             "discriminator": type(self.D).__name__ if self.D is not None else None,
             "physics": [type(physics).__name__ for physics in self.physics],
             "losses": [repr(loss) for loss in [*self.losses, *self.losses_d]],
