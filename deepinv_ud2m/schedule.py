@@ -150,12 +150,15 @@ def check_levels(levels: Sequence[float] | Tensor) -> Tensor:
     :returns: tensor of shape `[N]`, float32.
     :raises ValueError: if they are not.
     """
-    levels = torch.as_tensor(levels, dtype=torch.float32)
+    given = levels.tolist() if isinstance(levels, Tensor) else levels
+    message = f"levels must be a sequence of positive, strictly decreasing noise levels, got {given}"
+    try:
+        levels = torch.as_tensor(levels, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(message) from error
     decreasing = levels.ndim == 1 and len(levels) > 0 and bool((levels.diff() < 0).all())
     if not decreasing or not bool((levels > 0).all() and levels.isfinite().all()):
-        raise ValueError(
-            f"levels must be a sequence of positive, strictly decreasing noise levels, got {levels}"
-        )
+        raise ValueError(message)
     return levels
 
 

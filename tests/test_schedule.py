@@ -272,6 +272,8 @@ def test_bad_arguments():
         [float("nan")],
         3.0,
         [[1.0]],
+        [[1.0], 0.5],
+        ["a"],
     ],
 )
 def test_levels_that_are_none(levels):
