@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,24 @@ def start(script: str, *arguments, launcher=()):
     return subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=400, check=False
     )
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """As start, but in this process, which has imported everything already."""
+
+    def here(script: str, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        code, message = 0, ""
+        try:
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        except SystemExit as stop:
+            code, message = (stop.code, "") if isinstance(stop.code, int) else (1, str(stop.code))
+        printed = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=printed.out, stderr=printed.err + message)
+
+    return here
 
 
 @pytest.mark.slow
@@ -163,7 +182,7 @@ def test_a_first_guess_then_the_whole(tmp_path):
     assert result.returncode and "--start must be a sampler with a trained first guess" in result.stderr
 
 
-def test_the_mean_of_samplers(tmp_path):
+def test_the_mean_of_samplers(tmp_path, run):
     one, other = (
         UD2M.from_pretrained("mnist-sr4", merge=False),
         UD2M.from_pretrained("mnist-sr4", merge=False),
@@ -173,7 +192,7 @@ def test_the_mean_of_samplers(tmp_path):
             if parameter.requires_grad:
                 parameter.add_(1)
     other.save_pretrained(tmp_path / "other")
-    result = start("average_samplers.py", "mnist-sr4", tmp_path / "other", "--out", tmp_path / "mean")
+    result = run("average_samplers.py", "mnist-sr4", tmp_path / "other", "--out", tmp_path / "mean")
     assert result.returncode == 0, result.stderr
     mean = UD2M.from_pretrained(tmp_path / "mean", merge=False)
     of_one = dict(one.unfolded.named_parameters())
@@ -184,15 +203,15 @@ def test_the_mean_of_samplers(tmp_path):
         (["mnist", "photos"], "photos and mnist differ in unfolded"),
         (["photos-posterior"] * 2, "photos-posterior has an adapter"),
     ):
-        result = start("average_samplers.py", *names, "--out", tmp_path / "none")
+        result = run("average_samplers.py", *names, "--out", tmp_path / "none")
         assert reason in result.stderr
     assert not (tmp_path / "none").exists()
 
 
-def test_a_spread_set_on_validation_digits(tmp_path):
+def test_a_spread_set_on_validation_digits(tmp_path, run):
     arguments = ["mnist", "--images", 4, "--samples", 2, "--tasks", "sr4", "inpaint-random"]
     factors = [1, 1.25]
-    result = start("calibrate_mnist.py", *arguments, "--factors", *factors, "--out", tmp_path)
+    result = run("calibrate_mnist.py", *arguments, "--factors", *factors, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     config = json.loads((tmp_path / "config.json").read_text())["metadata"]
     errors = [
@@ -374,7 +393,7 @@ def test_a_share_out_of_range(monkeypatch, capsys):
     assert "--distort must be in [0, 1], got 1.5" in message
 
 
-def test_a_classifier_to_train_with(monkeypatch, capsys):
+def test_a_classifier_to_train_with(monkeypatch, capsys, run):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     message = refused("train_mnist", "--loss", "l2", "--classifier", "x", capsys=capsys)
     assert "--classifier is for --loss energy, got --loss l2" in message
@@ -384,8 +403,8 @@ def test_a_classifier_to_train_with(monkeypatch, capsys):
     assert "--patches is for --loss energy, got --loss l2" in message
     message = refused("train_mnist", "--features", 0.1, capsys=capsys)
     assert "--features are those of a --classifier, and none was given" in message
-    result = start("train_mnist.py", "--train", "nowhere", "--start", "mnist", "--classifier", "nowhere")
-    assert "No config.json in nowhere" in result.stderr
+    with pytest.raises(FileNotFoundError, match=r"No config\.json in nowhere"):
+        run("train_mnist.py", "--train", "nowhere", "--start", "mnist", "--classifier", "nowhere")
 
 
 def test_images_of_a_folder_whatever_their_ending(tmp_path, monkeypatch):
@@ -403,8 +422,8 @@ def test_images_of_a_folder_whatever_their_ending(tmp_path, monkeypatch):
     assert images[2].shape == (3, 32, 32)
 
 
-def test_a_folder_without_images(tmp_path):
-    result = start("train_imagenet.py", "--train", tmp_path, "--smoke")
+def test_a_folder_without_images(tmp_path, run):
+    result = run("train_imagenet.py", "--train", tmp_path, "--smoke")
     assert result.returncode != 0
     assert f"{tmp_path} and its subfolders have 0 images" in result.stderr
 

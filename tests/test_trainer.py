@@ -402,17 +402,17 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tiny_prior, tmp_path
 
 def _train_in_a_child(prior, folder):
     torch.set_num_threads(1)
-    make_trainer(prior, **full_options(folder, steps=12, ckp_interval=1)).train()
+    make_trainer(prior, **full_options(folder, steps=8, ckp_interval=1)).train()
 
 
 def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tiny_prior, tmp_path):
-    make_trainer(tiny_prior, **full_options(tmp_path / "whole", steps=12, ckp_interval=1)).train()
+    make_trainer(tiny_prior, **full_options(tmp_path / "whole", steps=8, ckp_interval=1)).train()
     context, moments, kills = multiprocessing.get_context("fork"), random.Random(0), 0
     deadline = time.time() + 60
     while time.time() < deadline:
         child = context.Process(target=_train_in_a_child, args=(tiny_prior, tmp_path / "killed"))
         child.start()
-        child.join(moments.uniform(0.2, 1.2) if kills < 8 else None)
+        child.join(moments.uniform(0.2, 1.2) if kills < 6 else None)
         if child.exitcode is not None:
             break
         os.kill(child.pid, signal.SIGKILL)
