@@ -33,6 +33,7 @@ from deepinv_ud2m.benchmark.tasks import TASKS, make_physics
 from deepinv_ud2m.data import load_mnist, mnist_digits
 from deepinv_ud2m.lora import lora_config
 from deepinv_ud2m.metrics import DigitClassifier, PerceptualDistance
+from deepinv_ud2m.schedule import check_levels
 from deepinv_ud2m.training import (
     AdversarialDiscriminatorLoss,
     AdversarialGeneratorLoss,
@@ -105,6 +106,14 @@ def parse_arguments(argv=None):
         help="those levels; those of a search for N = 3, else of the linear schedule",
     )
     parser.add_argument(
+        "--task-levels",
+        nargs="+",
+        default=[],
+        metavar="TASK=LEVEL,LEVEL,...",
+        help="levels that one of --tasks is trained and evaluated with instead, with --end-to-end; of a "
+        "task that is there several times, each time it is given here",
+    )
+    parser.add_argument(
         "--rank", type=int, help="of LoRA; 0 trains all weights; 5, or as it was trained"
     )
     parser.add_argument("--targets", help='layers of LoRA; all-convs, or "attention" for those alone')
@@ -149,6 +158,9 @@ def parse_arguments(argv=None):
     )
     if args.levels and args.steps not in (None, len(args.levels)):
         parser.error(f"--steps must be the number of --levels, {len(args.levels)}, got {args.steps}")
+    args.task_levels = levels_of_tasks(parser, args.task_levels, args.tasks)
+    if any(args.task_levels) and not args.end_to_end:
+        parser.error("--task-levels are for --end-to-end")
     for name in ("classifier", "patches"):
         if getattr(args, name) and args.loss != "energy":
             parser.error(f"--{name} is for --loss energy, got --loss {args.loss}")
@@ -219,6 +231,7 @@ def main():
         steps=args.updates,
         levels=SamplerLevels(model, args.own_levels),
         end_to_end=args.end_to_end,
+        physics_levels=args.task_levels if any(args.task_levels) else None,
         compile=args.fast,
         mixed_precision="bfloat16" if args.fast else False,
         eval_interval=args.eval_interval,
@@ -247,6 +260,7 @@ def main():
         "batch_size": args.batch_size,
         "loss": describe_loss(args),
         **({"spread": one_if_equal(args.spread)} if args.loss == "energy" else {}),
+        **({"levels of tasks": args.task_levels} if any(args.task_levels) else {}),
         **({"distorted": args.distort} if args.distort else {}),
         "trained": f"LoRA of rank {adapter['rank']}" if adapter else "all weights",
         "seed": args.seed,
@@ -307,6 +321,24 @@ def spread_of_tasks(parser, given, tasks):
         except ValueError:
             parser.error(f"--spread must be numbers, or TASK=number, got {text}")
     return spread
+
+
+def levels_of_tasks(parser, given, tasks):
+    """Levels for each of the tasks, ``None`` where none are given, of ``task=level,level,...``."""
+    levels = [None] * len(tasks)
+    for text in given:
+        task, _, values = text.rpartition("=")
+        places = [n for n, of in enumerate(tasks) if of == task and levels[n] is None]
+        if not places:
+            parser.error(
+                "--task-levels must be of one of the --tasks, once for each time it is there, "
+                f"{sorted(tasks)}, got {text}"
+            )
+        try:
+            levels[places[0]] = check_levels([float(value) for value in values.split(",")]).tolist()
+        except ValueError as error:
+            parser.error(f"--task-levels {text}: {error}")
+    return levels
 
 
 def one_if_equal(spread):

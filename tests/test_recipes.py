@@ -338,6 +338,25 @@ def test_energy_scores_of_tasks_with_spreads_of_their_own(monkeypatch, capsys):
         assert message in refused("train_mnist", "--tasks", *tasks, "--spread", spread, capsys=capsys)
 
 
+def test_levels_of_single_tasks(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    parse = importlib.import_module("train_mnist").parse_arguments
+    end_to_end = ["--end-to-end", "--tasks", "inpaint-box", "sr4", "inpaint-box"]
+    assert parse(end_to_end).task_levels == [None] * 3
+    one, two = "inpaint-box=9,1,0.5", "inpaint-box=8,0.5"
+    assert parse([*end_to_end, "--task-levels", one]).task_levels == [[9, 1, 0.5], None, None]
+    assert parse([*end_to_end, "--task-levels", one, two]).task_levels == [[9, 1, 0.5], None, [8, 0.5]]
+    for given, message in (
+        (["sr4=9,1", "sr4=8,1"], "--task-levels must be of one of the --tasks, once for each time"),
+        (["deblur-gaussian=9,1"], "['inpaint-box', 'inpaint-box', 'sr4'], got deblur-gaussian=9,1"),
+        (["sr4=1,9"], "--task-levels sr4=1,9: levels must be"),
+        (["sr4=high"], "--task-levels sr4=high: could not convert"),
+    ):
+        assert message in refused("train_mnist", *end_to_end, "--task-levels", *given, capsys=capsys)
+    message = refused("train_mnist", "--task-levels", "sr4=9,1", capsys=capsys)
+    assert "--task-levels are for --end-to-end" in message
+
+
 def test_distorted_digits(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     distorted = importlib.import_module("train_mnist").distorted

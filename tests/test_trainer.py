@@ -233,6 +233,30 @@ def test_end_to_end_draws_are_the_samples_of_the_sampler(tiny_prior, monkeypatch
     assert torch.equal(batch["x_net"], batch["samples"][0])
 
 
+def test_a_physics_may_have_levels_of_its_own(tiny_prior, tmp_path):
+    loader = DataLoader(images(3), batch_size=3)
+    options = {**two_physics(), "end_to_end": True, "losses": EnergyScoreLoss(2), "save_path": tmp_path}
+    options |= {"eval_dataloader": loader, "eval_interval": 1}
+    levels, calls = [None, (10.0, 1.0, 0.5, 0.1)], []
+    trainer = make_trainer(tiny_prior, physics_levels=levels, steps=2, **options)
+    trainer.unfolded.denoiser.register_forward_hook(lambda *_: calls.append(1))
+
+    def evaluations(of, *arguments):
+        del calls[:]
+        of(*arguments)
+        return len(calls)
+
+    trainer.train()
+    for place, (physics, expected) in enumerate(zip(trainer.physics, (4, 8), strict=True)):  # N x K
+        x = images(3)
+        (step,) = (step for step in range(2) if trainer._operator(step) == place)
+        assert evaluations(trainer._backward, step, 0) == expected
+        assert evaluations(trainer.draw, x, physics(x), physics, place) == expected
+        assert evaluations(trainer._evaluate_on, place, loader) == expected
+    with pytest.raises(ValueError, match="its physics_levels is"):  # another run
+        make_trainer(tiny_prior, physics_levels=[None, (10.0, 1.0)], steps=3, **options).train()
+
+
 def test_accumulated_gradients_are_their_mean(tiny_prior):
     gradients = []
     for micro_steps, accumulate in (([0], 1), ([1], 1), ([0, 1], 2)):
@@ -626,6 +650,17 @@ def test_deepinv_test_runs_the_full_sampler(tiny_prior):
         ({"ema_decay": 1.0}, ValueError, "ema_decay must be in"),
         ({"D": torch.nn.Identity()}, ValueError, "D and losses_d belong together"),
         ({"adversarial": True, "end_to_end": True}, ValueError, "end_to_end has no level"),
+        ({"physics_levels": [(1.0, 0.1)]}, ValueError, "physics_levels .* need end_to_end=True"),
+        (
+            {"physics_levels": [None, None], "end_to_end": True},
+            ValueError,
+            "physics_levels must be one per physics, 1, got 2",
+        ),
+        (
+            {"physics_levels": [(0.1, 1.0)], "end_to_end": True},
+            ValueError,
+            "physics_levels: levels must be .* strictly decreasing",
+        ),
         ({"mixed_precision": "fp16"}, ValueError, "bfloat16"),
         ({"compute_eval_losses": True}, ValueError, "compute_eval_losses"),
         ({"scheduler": 1}, ValueError, "scheduler is not available: use lr_schedule"),

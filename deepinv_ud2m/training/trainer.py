@@ -42,7 +42,7 @@ from deepinv_ud2m.pretrained import (
 )
 from deepinv_ud2m.proximal import check_has_prox, expand_scalar, noise_level
 from deepinv_ud2m.sampler import UD2M
-from deepinv_ud2m.schedule import VPSchedule
+from deepinv_ud2m.schedule import VPSchedule, check_levels
 from deepinv_ud2m.training.checkpoint import read_checkpoint, write_checkpoint
 from deepinv_ud2m.training.figures import plot_curves, plot_samples
 from deepinv_ud2m.training.losses import condition
@@ -144,6 +144,10 @@ class DistillationTrainer(AdversarialTrainer):
         suits the end of a training: a proper score of the samples is what the sampler is used for, while
         draws at each level may be good and their composition in few levels still be off. Losses that
         need one level, such as the adversarial one, are for draws at a level.
+    :param Sequence physics_levels: for each physics the levels of the sampler that it is trained, with
+        ``end_to_end``, and evaluated with, or ``None`` for those of ``model``: a physics that leaves
+        much open may take more levels, with the same weights (default: ``None``, those of ``model``
+        for all).
     :param int accumulate: batches per optimiser step (default: 1); processes share them, so it must be a
         multiple of their number.
     :param bool checkpointing: keep only the input of each unfolded iteration for the backward pass
@@ -197,6 +201,7 @@ class DistillationTrainer(AdversarialTrainer):
     steps: int = 10_000
     levels: Callable[[int], Tensor] | None = None
     end_to_end: bool = False
+    physics_levels: Sequence[Sequence[float] | None] | None = None
     accumulate: int = 1
     checkpointing: bool = False
     compile: bool = False
@@ -232,6 +237,10 @@ class DistillationTrainer(AdversarialTrainer):
             self.sample_metrics = {"energy score": energy_score} if self.eval_samples > 1 else {}
         if self.levels is None:
             self.levels = VPSchedule().training_levels
+        self._samplers = [
+            self.model if levels is None else self._sampler_with(levels)
+            for levels in self.physics_levels or [None] * len(self.physics)
+        ]
         self.folder = Path(self.save_path) if self.save_path else None
         self.num_draws = max(getattr(loss, "num_samples", 1) for loss in self.losses)
         self.unfolded.checkpointing = self.checkpointing
@@ -315,6 +324,7 @@ class DistillationTrainer(AdversarialTrainer):
                 "end_to_end has no level to give a discriminator: use losses of the samples, such as "
                 "EnergyScoreLoss, or end_to_end=False"
             )
+        self._check_physics_levels()
         if self.mixed_precision in (True, "float16", "fp16", torch.float16):
             raise ValueError("mixed_precision must be 'bfloat16' or False, got float16")
         if self.compute_eval_losses or self.compute_train_metrics:
@@ -339,6 +349,26 @@ class DistillationTrainer(AdversarialTrainer):
                 f"physics_generator must be one per physics, {len(_as_list(self.physics))}, "
                 f"got {len(generators)}"
             )
+
+    def _sampler_with(self, levels: Sequence[float]) -> UD2M:
+        model = self.model
+        return UD2M(self.unfolded, levels=levels, eta=model.eta, sigma_y=model.sigma_y)
+
+    def _check_physics_levels(self) -> None:
+        if self.physics_levels is None:
+            return
+        if not self.end_to_end:
+            raise ValueError("physics_levels are of whole samplers: they need end_to_end=True")
+        if len(self.physics_levels) != len(_as_list(self.physics)):
+            raise ValueError(
+                f"physics_levels must be one per physics, {len(_as_list(self.physics))}, "
+                f"got {len(self.physics_levels)}"
+            )
+        for levels in self.physics_levels:
+            try:
+                check_levels(self.model.levels if levels is None else levels)
+            except ValueError as error:
+                raise ValueError(f"physics_levels: {error}") from error
 
     def _check_batch(self, batch) -> None:
         """Images that cannot be trained on would fail far from here, or train something else."""
@@ -532,7 +562,7 @@ class DistillationTrainer(AdversarialTrainer):
         seed_all([self.seed, _STEP, micro_step], self._generators)
         operator = self._operator(micro_step)
         x, y, physics = self.get_samples(self._streams, operator)
-        batch = self.draw(x, y, physics) | {"step": step, "micro_step": micro_step}
+        batch = self.draw(x, y, physics, operator) | {"step": step, "micro_step": micro_step}
         with self.get_autocast_context():
             losses = [self._loss(loss, batch) for loss in self.losses]
         total = sum(losses)
@@ -544,13 +574,14 @@ class DistillationTrainer(AdversarialTrainer):
         batch["samples"], batch["x_net"] = batch["samples"].detach(), batch["x_net"].detach()
         return total.item(), batch, terms
 
-    def draw(self, x: Tensor, y: Tensor, physics: Physics) -> dict:
+    def draw(self, x: Tensor, y: Tensor, physics: Physics, operator: int = 0) -> dict:
         r"""
         States at random levels, and draws from the unfolded denoiser.
 
         :param torch.Tensor x: images, `[B, C, H, W]`.
         :param torch.Tensor y: their measurements.
         :param deepinv.physics.Physics physics: the physics.
+        :param int operator: its place among those of the trainer, which tells its ``physics_levels``.
         :returns: what losses are called with: ``x, x_net, samples, x_s, sigma, y, physics, condition``.
         """
         draws, stated = self.num_draws, self.model.sigma_y
@@ -564,8 +595,10 @@ class DistillationTrainer(AdversarialTrainer):
         if stated is not None or (draws > 1 and not is_shared(physics, x, level)):
             repeated = RepeatedPhysics(physics, x, draws, level)
         with self.get_autocast_context():
-            draw = self._draw_whole if self.end_to_end else self._draw_level
-            drawn = draw(x, repeat_batch(y, draws), repeated)
+            if self.end_to_end:
+                drawn = self._draw_whole(x, repeat_batch(y, draws), repeated, self._samplers[operator])
+            else:
+                drawn = self._draw_level(x, repeat_batch(y, draws), repeated)
         samples = drawn["samples"].unflatten(0, (draws, len(x)))
         batch = {"x": x, "y": y, "physics": physics, **drawn}
         batch |= {"samples": samples, "x_net": samples[0]}
@@ -585,11 +618,11 @@ class DistillationTrainer(AdversarialTrainer):
         sigma = self.levels(len(x)).to(x)
         return x + expand_scalar(sigma, x, "levels") * torch.randn_like(x), sigma
 
-    def _draw_whole(self, x: Tensor, y: Tensor, physics: Physics) -> dict[str, Tensor]:
+    def _draw_whole(self, x: Tensor, y: Tensor, physics: Physics, sampler: UD2M) -> dict[str, Tensor]:
         """The last states of chains through all levels, their level, and samples."""
-        states = self.model.first_state(repeat_batch(x, self.num_draws))
-        *_, (states, samples) = self.model.chain(y, physics, states)
-        sigma = self.model.levels[-1].to(x).expand(len(x))
+        states = sampler.first_state(repeat_batch(x, self.num_draws))
+        *_, (states, samples) = sampler.chain(y, physics, states)
+        sigma = sampler.levels[-1].to(x).expand(len(x))
         return {"x_s": states[: len(x)], "sigma": sigma, "samples": samples}
 
     def _loss(self, loss: Loss, batch: dict) -> Tensor:
@@ -746,7 +779,7 @@ class DistillationTrainer(AdversarialTrainer):
                 next(stream)
                 continue
             x, y, physics = self.get_samples({operator: stream}, operator)
-            samples = self.model.sample(y, physics, self.eval_samples)
+            samples = self._samplers[operator].sample(y, physics, self.eval_samples)
             for name, metric in zip(_names(self.metrics), self.metrics, strict=True):
                 of = metric(x=x, x_net=samples[0], y=y, physics=physics, model=self.model)
                 values[name] += of.flatten().tolist()
@@ -881,6 +914,7 @@ class DistillationTrainer(AdversarialTrainer):
             "settings": json.loads(json.dumps(self.settings or {})),
             "trained parameters": shapes,
             "end_to_end": self.end_to_end,
+            **({"physics_levels": self._levels_of_physics()} if self.physics_levels else {}),
             "discriminator": type(self.D).__name__ if self.D is not None else None,
             "physics": [type(physics).__name__ for physics in self.physics],
             "losses": [repr(loss) for loss in [*self.losses, *self.losses_d]],
@@ -889,6 +923,9 @@ class DistillationTrainer(AdversarialTrainer):
             "accumulate": self.accumulate,
             "seed": self.seed,
         }
+
+    def _levels_of_physics(self) -> list[list[float] | None]:
+        return [None if levels is None else [*map(float, levels)] for levels in self.physics_levels]
 
     def _check_identity(self, file: Path, stored: dict) -> None:
         here = self._identity()
