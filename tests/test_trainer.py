@@ -253,8 +253,10 @@ def test_a_physics_may_have_levels_of_its_own(tiny_prior, tmp_path):
         assert evaluations(trainer._backward, step, 0) == expected
         assert evaluations(trainer.draw, x, physics(x), physics, place) == expected
         assert evaluations(trainer._evaluate_on, place, loader) == expected
-    with pytest.raises(ValueError, match="its physics_levels is"):  # another run
-        make_trainer(tiny_prior, physics_levels=[None, (10.0, 1.0)], steps=3, **options).train()
+    assert trainer._samplers[1].output_range == trainer.model.output_range
+    for other in ([None, (10.0, 1.0)], None):
+        with pytest.raises(ValueError, match="its physics_levels is"):  # another run
+            make_trainer(tiny_prior, physics_levels=other, steps=3, **options).train()
 
 
 def test_accumulated_gradients_are_their_mean(tiny_prior):

@@ -351,8 +351,8 @@ class DistillationTrainer(AdversarialTrainer):
             )
 
     def _sampler_with(self, levels: Sequence[float]) -> UD2M:
-        model = self.model
-        return UD2M(self.unfolded, levels=levels, eta=model.eta, sigma_y=model.sigma_y)
+        shared = {name: getattr(self.model, name) for name in ("eta", "output_range", "sigma_y")}
+        return UD2M(self.unfolded, levels=levels, **shared)
 
     def _check_physics_levels(self) -> None:
         if self.physics_levels is None:
@@ -366,7 +366,8 @@ class DistillationTrainer(AdversarialTrainer):
             )
         for levels in self.physics_levels:
             try:
-                check_levels(self.model.levels if levels is None else levels)
+                if levels is not None:
+                    check_levels(levels)
             except ValueError as error:
                 raise ValueError(f"physics_levels: {error}") from error
 
@@ -914,7 +915,7 @@ class DistillationTrainer(AdversarialTrainer):
             "settings": json.loads(json.dumps(self.settings or {})),
             "trained parameters": shapes,
             "end_to_end": self.end_to_end,
-            **({"physics_levels": self._levels_of_physics()} if self.physics_levels else {}),
+            "physics_levels": self._levels_of_physics(),
             "discriminator": type(self.D).__name__ if self.D is not None else None,
             "physics": [type(physics).__name__ for physics in self.physics],
             "losses": [repr(loss) for loss in [*self.losses, *self.losses_d]],
@@ -924,7 +925,9 @@ class DistillationTrainer(AdversarialTrainer):
             "seed": self.seed,
         }
 
-    def _levels_of_physics(self) -> list[list[float] | None]:
+    def _levels_of_physics(self) -> list[list[float] | None] | None:
+        if self.physics_levels is None:
+            return None
         return [None if levels is None else [*map(float, levels)] for levels in self.physics_levels]
 
     def _check_identity(self, file: Path, stored: dict) -> None:
