@@ -428,7 +428,9 @@ def _warn_of_misfit(y: Tensor | TensorList, physics: Physics, x: Tensor, sigma_y
         )
     if not isinstance(physics, LinearPhysics):
         return
-    of_x, level = physics.A(x), torch.as_tensor(sigma_y, device=x.device).flatten()
+    with torch.autocast(x.device.type, enabled=False):
+        of_x = physics.A(x)
+    level = torch.as_tensor(sigma_y, device=x.device).flatten()
     pairs = list(zip(of_x, y, strict=True)) if isinstance(y, TensorList) else [(of_x, y)]
     residual = torch.stack([_root_mean_square(a - b) for a, b in pairs]).amax(0)
     size = torch.stack([_root_mean_square(b) for _, b in pairs]).amax(0)
@@ -474,17 +476,20 @@ class CallCounter:
 
 def _image_like(y: Tensor | TensorList, physics: Physics) -> Tensor:
     """An image of the shape that the physics gives to y, which only the physics can tell."""
-    shapes = [list(part.shape) for part in y] if isinstance(y, TensorList) else list(y.shape)
+    is_stack = isinstance(y, TensorList)
+    shapes = [list(part.shape) for part in y] if is_stack else list(y.shape)
     try:
-        like = physics.A_adjoint(y)
-        again = physics.A(like)
+        # Under autocast the image would be of half precision, and so all that is drawn like it.
+        with torch.autocast((y[0] if is_stack else y).device.type, enabled=False):
+            like = physics.A_adjoint(y)
+            again = physics.A(like)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
         raise ValueError(
             f"y of shape {shapes} does not fit the physics {type(physics).__name__}: {error}"
         ) from error
-    expected = [list(p.shape) for p in again] if isinstance(y, TensorList) else list(again.shape)
+    expected = [list(p.shape) for p in again] if is_stack else list(again.shape)
     if like.is_complex():
         raise ValueError(
             f"the physics {type(physics).__name__} gives complex images, and they must be real: let its "

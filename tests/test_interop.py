@@ -110,6 +110,19 @@ def test_trainer_test(model):
     assert model.train(training) is model
 
 
+@pytest.mark.parametrize("problem", BENCHMARK)
+def test_sampling_under_autocast(problem):
+    """The networks in bfloat16, the operators not: the samples are those of single precision, nearly."""
+    model, physics = UD2M.from_pretrained("mnist"), BENCHMARK[problem]()
+    y = physics(mnist_digits("test", num=2))
+    noise = {"sigma_y": 0.05} if not isinstance(physics.noise_model, GaussianNoise) else {}
+    expected = model.sample(y, physics, 2, generator=_seeded(), **noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        samples = model.sample(y, physics, 2, generator=_seeded(), **noise)
+    assert samples.dtype == torch.float32
+    assert 0 < (samples - expected).square().mean().sqrt() < 0.02
+
+
 def test_diffusion_sampler(model):
     physics = BENCHMARK["denoising"]()
     y = physics(mnist_digits("test", num=2))

@@ -352,7 +352,7 @@ def test_shapes_of_scalars(name, batch):
         parameters = {k: torch.nn.Parameter(v) for k, v in tensors.items()}
         z = posterior_prox(x, y, physics, x_s, **parameters)
         torch.testing.assert_close(z, reference)
-        z.sum().backward()
+        z.square().sum().backward()
         assert all(p.grad is not None and p.grad.shape == shape for p in parameters.values())
     for argument in values:
         for shape in [(batch + 1,), (1, batch), (1, 1, 1, batch), (batch, 1, 1, N), (2, 1, 1, 1)]:
@@ -371,7 +371,7 @@ def test_settings_of_the_physics_are_unchanged(name):
     physics.max_iter, physics.tol = 7, 0.1
     settings = physics.solver, physics.max_iter, physics.tol
     x.requires_grad_()
-    posterior_prox(x, y, physics, x_s, S, RHO, 1.0, 0.05).sum().backward()
+    posterior_prox(x, y, physics, x_s, S, RHO, 1.0, 0.05).square().sum().backward()
     assert (physics.solver, physics.max_iter, physics.tol) == settings
 
 

@@ -73,7 +73,7 @@ class ExactRAM(torch.nn.Module):
 
     def forward(self, y, physics, sigma):
         images = torch.eye(len(self.mean), dtype=y[-1].dtype).reshape(-1, 1, *y[-1].shape[1:])
-        columns = [flat(physics.A(image.expand_as(y[-1]))) for image in images]
+        columns = [flat(physics.A(image.repeat(len(y[-1]), 1, 1, 1))) for image in images]
         A, y = torch.stack(columns, -1), flat(y)  # [B, m, d], [B, m]
         variance = sigma.reshape(-1, 1, 1) ** 2
         hessian = self.precision + A.mT @ A / variance
