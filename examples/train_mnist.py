@@ -97,9 +97,6 @@ def parse_arguments(argv=None):
     parser.add_argument(
         "--features", type=float, default=0.0, help="weight of that of the features it classifies by"
     )
-    parser.add_argument(
-        "--adversarial", type=float, default=0.0, help="weight of a discriminator's loss, for energy too"
-    )
     parser.add_argument("--iterations", type=int, help="K, unfolded iterations; 3")
     parser.add_argument("--steps", type=int, help="N, levels of the sampler; 3")
     parser.add_argument(
@@ -147,7 +144,7 @@ def parse_arguments(argv=None):
         parser,
         args,
         counts=("updates", "batch_size", "eval_interval"),
-        rates=("lr", "lr_scalars", "lr_first_guess", "patches", "perceptual", "features", "adversarial"),
+        rates=("lr", "lr_scalars", "lr_first_guess", "patches", "perceptual", "features"),
     )
     if not 0 <= args.distort <= 1:
         parser.error(f"--distort must be in [0, 1], got {args.distort}")
@@ -381,11 +378,7 @@ def distorted(digits, share):
 
 def choose_losses(args, physics, device):
     if args.loss == "energy":
-        losses = energy_scores(args, physics, device)
-        if not args.adversarial:
-            return losses, None, None
-        losses.append(AdversarialGeneratorLoss(weight=args.adversarial))
-        return losses, ConditionalDiscriminator(1), [AdversarialDiscriminatorLoss()]
+        return energy_scores(args, physics, device), None, None
     if args.loss == "l2":
         return [L2Loss("x0")], None, None
     losses = [L2Loss("x0"), PerceptualLoss("digits", weight=0.1), AdversarialGeneratorLoss(weight=0.01)]
