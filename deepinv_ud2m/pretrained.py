@@ -298,6 +298,11 @@ def describe(model: UD2M, prior: str | Path | None = None) -> dict:
             "levels": model.levels.tolist(),
             "eta": float(model.eta),
             "output_range": None if model.output_range is None else list(map(float, model.output_range)),
+            **(
+                {}
+                if model.reference_error is None
+                else {"reference_error": float(model.reference_error)}
+            ),
         },
         "unfolded": {
             "num_iterations": unfolded.num_iterations,
@@ -700,6 +705,7 @@ x_hat = model(y, physics)
 | fingerprint of the prior | `{prior["fingerprint"]}` |
 | iterations K | {config["unfolded"]["num_iterations"]} |
 | levels | {", ".join(f"{level:.4g}" for level in config["sampler"]["levels"])} |
+| reference error | {config["sampler"].get("reference_error") or "none"} |
 | eta | {config["sampler"]["eta"]:g} |
 | initialiser | {initializer} |
 | LoRA | {adapter} |

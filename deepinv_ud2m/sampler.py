@@ -10,6 +10,12 @@ For n = N, ..., 1:
 
 The last :math:`x_0` is the sample. With :math:`\eta = 1` a step is the exact posterior of the diffusion
 for any gap between levels, with :math:`\eta = 0` it is deterministic DDIM.
+
+With a reference error :math:`h^*` the levels between the first and the last follow what each measurement
+leaves open: with h the error that the first guess states at the first level,
+
+.. math::
+    s_n(y) = \max(s_1, \min(s_N, s_n\, h(y) / h^*)), \qquad N > n > 1 .
 """
 
 from __future__ import annotations
@@ -47,7 +53,8 @@ class Trajectory:
     """
     What a sampler went through.
 
-    :param torch.Tensor levels: the levels s_N, ..., s_1, of shape `[N]`.
+    :param torch.Tensor levels: the levels s_N, ..., s_1, of shape `[N]`; those of each sample, of shape
+        `[N, num_samples, B]`, from a sampler with a ``reference_error``.
     :param torch.Tensor x0: the draws at each level, of shape `[N, num_samples, B, C, H, W]`.
     :param torch.Tensor x_s: the states before each draw, of the same shape.
     """
@@ -75,13 +82,19 @@ class UD2M(Reconstructor):
         and strictly decreasing.
     :param tuple[float, float], None output_range: samples are clamped to it (default: (0, 1));
         ``None`` leaves them as they are.
+    :param float, None reference_error: :math:`h^*`, positive, in units of the image: the levels between
+        the first and the last are for measurements of which the first guess states this error, and
+        others' are scaled by theirs over it (see the module; default: ``None``, the same levels for
+        all). It costs no network evaluation, and needs an initialiser that states its error
+        (:class:`deepinv_ud2m.PosteriorMeanInitializer`).
     :param float, torch.Tensor, None sigma_y: noise level of all measurements, where the call gives none;
         that of the physics by default. It is what measurements without a Gaussian level need in
         ``deepinv.test`` and other callers that do not know of it; an attribute, which can be set later
         and, being of the measurements, is not stored by :meth:`save_pretrained`.
     :raises TypeError: if ``unfolded`` is not a module.
     :raises ValueError: for N < 1, eta outside [0, 1], levels that do not decrease, or levels together
-        with ``num_steps`` or ``schedule``.
+        with ``num_steps`` or ``schedule``; for a ``reference_error`` that is not positive, or where no
+        first guess states its error.
 
     The number of network evaluations that the last call spent per sample, found by counting calls,
     is in the attribute ``nfe``; it is ``None`` for an ``unfolded`` that does not name its
@@ -115,6 +128,7 @@ class UD2M(Reconstructor):
         *,
         levels: Sequence[float] | Tensor | None = None,
         output_range: tuple[float, float] | None = (0.0, 1.0),
+        reference_error: float | None = None,
         sigma_y: Scalar | None = None,
     ):
         super().__init__()
@@ -131,8 +145,9 @@ class UD2M(Reconstructor):
             raise ValueError(f"output_range must be (low, high) with low < high, got {output_range}")
         if levels is not None and (num_steps is not None or schedule is not None):
             raise ValueError("levels stand in place of num_steps and schedule: give one or the other")
+        _check_reference_error(reference_error, unfolded)
         self.unfolded, self.eta, self.output_range = unfolded, eta, output_range
-        self.sigma_y = sigma_y
+        self.reference_error, self.sigma_y = reference_error, sigma_y
         if levels is None:
             schedule = schedule if schedule is not None else VPSchedule()
             levels = schedule.sampling_levels(
@@ -207,26 +222,27 @@ class UD2M(Reconstructor):
         passes = [seeds[i : i + per_pass * batch] for i in range(0, len(seeds), per_pass * batch)]
         networks = getattr(self.unfolded, "networks", None)
         kept = None if return_trajectory else 1
-        x0s, states = [], []
+        levels, states, x0s = [], [], []
         with (
             CallCounter(networks or []) as counter,
             tqdm(total=len(passes) * self.num_steps, desc="UD2M", disable=not verbose) as bar,
         ):
             for seeds_of_pass in passes:
                 chain = self._chain(y, physics, like, sigma_y, seeds_of_pass, bar)
-                x_s, x0 = (torch.stack(images) for images in zip(*deque(chain, kept), strict=True))
-                states.append(x_s.unflatten(1, (-1, batch)))
-                x0s.append(x0.unflatten(1, (-1, batch)))
+                visited = (torch.stack(part) for part in zip(*deque(chain, kept), strict=True))
+                for parts, part in zip((levels, states, x0s), visited, strict=True):
+                    parts.append(part.unflatten(1, (-1, batch)))
         self.nfe = None if networks is None else counter.images / (num_samples * batch)
         x0 = torch.cat(x0s, 1)
         _warn_of_misfit(y, physics, x0[-1, 0], noise_level(physics, sigma_y))
         samples = x0[-1] if self.output_range is None else x0[-1].clamp(*self.output_range)
         if not return_trajectory:
             return samples
-        return samples, Trajectory(self.levels.clone(), x0, torch.cat(states, 1))
+        levels = torch.cat(levels, 1) if self.reference_error is not None else self.levels.clone()
+        return samples, Trajectory(levels, x0, torch.cat(states, 1))
 
-    def _chain(self, y, physics, like, sigma_y, seeds, bar) -> Iterator[tuple[Tensor, Tensor]]:
-        """Go down the levels for one batch of streams; yields each state and the draw from it."""
+    def _chain(self, y, physics, like, sigma_y, seeds, bar) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Go down the levels for one batch of streams; yields what :meth:`chain` does."""
         repeats = len(seeds) // like.shape[0]
         level = noise_level(physics, sigma_y)
         if sigma_y is not None or (repeats > 1 and not is_shared(physics, like, level)):
@@ -253,7 +269,7 @@ class UD2M(Reconstructor):
         physics: Physics,
         x_s: Tensor,
         generator: torch.Generator | SampleStreams | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """
         Go down the levels, with gradients where they are enabled; nothing is checked or clamped.
 
@@ -261,18 +277,36 @@ class UD2M(Reconstructor):
         :param deepinv.physics.Physics physics: the physics.
         :param torch.Tensor x_s: states at the first level, `[B, C, H, W]`.
         :param torch.Generator, SampleStreams generator: source of the noise.
-        :returns: an iterator over the N levels: the state, and the draw of x from it.
+        :returns: an iterator over the N levels: the level of each state, `[B]`, the states, and the
+            draws of x from them.
         """
-        levels = self.levels.to(x_s.device, x_s.dtype)
         # Once for all levels; operators lose too much in bfloat16.
         with record_function("UD2M initialise"), torch.autocast(x_s.device.type, enabled=False):
             physics = remember_backprojection(physics, y)
+        levels, known = self._levels_of(y, physics, x_s)
         for n in range(self.num_steps):
-            x0 = self.unfolded(y, physics, x_s, levels[n], generator=generator)
-            yield x_s, x0
+            x0 = self.unfolded(
+                y, physics, x_s, levels[n], generator=generator, **(known if n == 0 else {})
+            )
+            yield levels[n].expand(len(x_s), 1, 1, 1).flatten(), x_s, x0
             if n + 1 < self.num_steps:
                 with record_function("UD2M step"):
                     x_s = self.step(x0, x_s, levels[n], levels[n + 1], generator)
+
+    def _levels_of(self, y, physics, x_s) -> tuple[Tensor, dict]:
+        """
+        The levels, `[N]` or `[N, B, 1, 1, 1]`, and what finding them told of the first draw already.
+        """
+        levels = self.levels.to(x_s.device, x_s.dtype)
+        if self.reference_error is None:
+            return levels, {}
+        with record_function("UD2M initialise"):
+            guess = self.unfolded.first_guess(y, physics, x_s, levels[0])
+        # A level is where a draw is made, not something that losses should pull at.
+        scale = guess[1].detach().to(x_s.dtype) / self.reference_error
+        relative = (levels.view(-1, 1, 1, 1, 1) * scale).clamp(levels[-1], levels[0])
+        relative[0], relative[-1] = levels[0], levels[-1]
+        return relative, {"first_guess": guess}
 
     def step(
         self,
@@ -410,7 +444,19 @@ class UD2M(Reconstructor):
             levels = [*levels[:3], "...", *levels[-2:]]
         return (
             f"UD2M({self.unfolded}, N={self.num_steps}, levels=[{', '.join(levels)}], eta={self.eta}, "
-            f"output_range={self.output_range})"
+            f"output_range={self.output_range}, reference_error={self.reference_error})"
+        )
+
+
+def _check_reference_error(reference_error: float | None, unfolded: nn.Module) -> None:
+    if reference_error is None:
+        return
+    if not 0 < reference_error < float("inf"):
+        raise ValueError(f"reference_error must be positive and finite, got {reference_error!r}")
+    if not getattr(unfolded, "states_error", False):
+        raise ValueError(
+            f"reference_error={reference_error!r} needs a first guess that states its error, as that of "
+            "a PosteriorMeanInitializer does; that of this unfolded denoiser states none"
         )
 
 

@@ -161,6 +161,7 @@ class UnfoldedDenoiser(Reconstructor):
         *,
         sigma_y: Scalar | None = None,
         generator: torch.Generator | SampleStreams | None = None,
+        first_guess: tuple[Tensor, Tensor] | None = None,
         return_iterates: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         r"""
@@ -172,6 +173,8 @@ class UnfoldedDenoiser(Reconstructor):
         :param float, torch.Tensor sigma: their level s, a scalar, `[B]` or `[B, 1, 1, 1]`, positive.
         :param float, torch.Tensor sigma_y: noise level of ``y``; that of the physics by default.
         :param torch.Generator, SampleStreams generator: source of the K noise images.
+        :param tuple[torch.Tensor, torch.Tensor] first_guess: what :meth:`first_guess` gave for these
+            arguments, where it is known already; found by default.
         :param bool return_iterates: also return the list of the K iterates.
         :returns: draws, of shape `[B, C, H, W]`.
         """
@@ -179,8 +182,10 @@ class UnfoldedDenoiser(Reconstructor):
         sigma = expand_scalar(sigma, x_s, "sigma")
         with torch.autocast(x_s.device.type, enabled=False):  # operators lose too much in bfloat16
             physics = remember_backprojection(physics, y)
-        with record_function("UD2M initialise"):
-            x, level = self.first_guess(y, physics, x_s, sigma, sigma_y)
+        if first_guess is None:
+            with record_function("UD2M initialise"):
+                first_guess = self.first_guess(y, physics, x_s, sigma, sigma_y)
+        x, level = first_guess
         iterates = []
         for k in range(self.num_iterations):
             with record_function("UD2M noise"):
@@ -195,7 +200,7 @@ class UnfoldedDenoiser(Reconstructor):
         return (x, iterates) if return_iterates else x
 
     def first_guess(
-        self, y: Tensor, physics: Physics, x_s: Tensor, sigma: Tensor, sigma_y: Tensor
+        self, y: Tensor, physics: Physics, x_s: Tensor, sigma: Scalar, sigma_y: Scalar | None = None
     ) -> tuple[Tensor, Tensor]:
         r"""
         The first iterate, and the level h of what is unknown, which the couplings are relative to: that
@@ -204,7 +209,9 @@ class UnfoldedDenoiser(Reconstructor):
         :returns: images `[B, C, H, W]`, and levels that broadcast with them. The arguments are those of
             :meth:`forward`.
         """
-        if hasattr(self.initializer, "estimate"):
+        sigma = expand_scalar(sigma, x_s, "sigma")
+        sigma_y = expand_scalar(noise_level(physics, sigma_y), x_s, "sigma_y")
+        if self.states_error:
             return self.initializer.estimate(y, physics, x_s, sigma, sigma_y)
         with torch.autocast(x_s.device.type, enabled=False):
             x = self.initializer(y, physics, x_s, sigma, sigma_y)
@@ -248,6 +255,11 @@ class UnfoldedDenoiser(Reconstructor):
         return self.denoiser(w.to(dtype), delta.to(dtype)).to(w.dtype)
 
     @property
+    def states_error(self) -> bool:
+        """Whether the initialiser states the error of its first guess."""
+        return hasattr(self.initializer, "estimate")
+
+    @property
     def prior_info(self) -> PriorInfo | None:
         """What the prior was trained for, where it says so."""
         return getattr(self.denoiser, "prior_info", None)
@@ -273,7 +285,7 @@ class UnfoldedDenoiser(Reconstructor):
         if self.prior_info is None:
             return
         self.prior_info.check_images(shape)
-        if hasattr(self.initializer, "estimate"):
+        if self.states_error:
             return  # its levels are only known with its estimate
         sigma_y = sigma_y.to(self.log_delta.device).reshape(1, -1)
         level = joint_level(levels.to(sigma_y.device)[:, None], sigma_y, self.reference_level)

@@ -26,6 +26,7 @@ from deepinv_ud2m.training import sampler_to_train
 parser = argparse.ArgumentParser(description="The mean of the weights of trained samplers.")
 parser.add_argument("samplers", nargs="+", help="names or folders")
 parser.add_argument("--levels", type=float, nargs="+", help="of the mean; those of the first")
+parser.add_argument("--reference-error", type=float, help="of the mean; that of the first, if any")
 parser.add_argument("--prior", help="name or folder of the prior, if it is not where it was")
 parser.add_argument("--out", type=Path, required=True)
 args = parser.parse_args()
@@ -35,7 +36,8 @@ if args.out.resolve() in [Path(name).resolve() for name in args.samplers]:
 # %%
 # All in the place of the first. Samplers that differ in more than what was trained have no mean, nor
 # have adapters, whose factors are multiplied.
-model, *others = (sampler_to_train(name, prior=args.prior, levels=args.levels) for name in args.samplers)
+other = {"prior": args.prior, "levels": args.levels, "reference_error": args.reference_error}
+model, *others = (sampler_to_train(name, **other) for name in args.samplers)
 parameters = dict(model.unfolded.named_parameters())
 if describe(model)["lora"] is not None and others:
     parser.error(

@@ -106,6 +106,12 @@ def parse_arguments(argv=None):
         help="those levels; those of a search for N = 3, else of the linear schedule",
     )
     parser.add_argument(
+        "--reference-error",
+        type=float,
+        help="levels between the first and the last are for measurements of which the first guess "
+        "states this error, and others' in proportion; of --start, which must have a first guess",
+    )
+    parser.add_argument(
         "--task-levels",
         nargs="+",
         default=[],
@@ -161,6 +167,8 @@ def parse_arguments(argv=None):
     args.task_levels = levels_of_tasks(parser, args.task_levels, args.tasks)
     if any(args.task_levels) and not args.end_to_end:
         parser.error("--task-levels are for --end-to-end")
+    if args.reference_error and not args.start:
+        parser.error("--reference-error needs the first guess of a --start")
     for name in ("classifier", "patches"):
         if getattr(args, name) and args.loss != "energy":
             parser.error(f"--{name} is for --loss energy, got --loss {args.loss}")
@@ -260,6 +268,7 @@ def main():
         "batch_size": args.batch_size,
         "loss": describe_loss(args),
         **({"spread": one_if_equal(args.spread)} if args.loss == "energy" else {}),
+        **({"reference_error": args.reference_error} if args.reference_error else {}),
         **({"levels of tasks": args.task_levels} if any(args.task_levels) else {}),
         **({"distorted": args.distort} if args.distort else {}),
         "trained": f"LoRA of rank {adapter['rank']}" if adapter else "all weights",
@@ -282,7 +291,12 @@ def evaluate_untrained(trainer, folder):
 
 def make_model(args):
     if args.start:
-        return sampler_to_train(args.start, all_weights=args.rank == 0, levels=args.levels)
+        return sampler_to_train(
+            args.start,
+            all_weights=args.rank == 0,
+            levels=args.levels,
+            reference_error=args.reference_error,
+        )
     torch.manual_seed(args.seed)
     prior = load_prior("mnist")
     digits, _ = load_mnist("datasets", train=True, npz=args.train)

@@ -1,6 +1,8 @@
 """A first guess that is trained: what it states, what the iterations make of it, how it is stored."""
 
+import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -23,11 +25,13 @@ from deepinv_ud2m.physics import JPEG
 from deepinv_ud2m.priors import build_network
 from deepinv_ud2m.proximal import joint_level
 from deepinv_ud2m.training import (
+    DistillationTrainer,
     EnergyScoreLoss,
     FirstGuessLoss,
     FirstGuessTrainer,
     SamplerLevels,
     parameter_groups,
+    sampler_to_train,
 )
 
 SHAPE = (1, 16, 16)
@@ -195,6 +199,89 @@ def test_it_counts_as_one_evaluation_per_level(initializer, tiny_prior):
     physics = mask()
     model.sample(physics(images()), physics, num_samples=2)
     assert model.nfe == 9
+
+
+def relative(initializer, prior, levels=(9.0, 0.7, 0.3, 0.1), **options):
+    unfolded = UnfoldedDenoiser(prior, 2, initializer)
+    return UD2M(unfolded, levels=levels, **{"reference_error": 0.15} | options)
+
+
+def test_levels_relative_to_the_stated_error_cost_nothing(initializer, tiny_prior):
+    physics = blur(torch.tensor([0.02, 0.1, 0.05]))
+    y = physics(images())
+    model = relative(initializer, tiny_prior)
+    _, trajectory = model.sample(y, physics, 2, return_trajectory=True)
+    assert model.nfe == 12
+    for sample in range(2):
+        start = trajectory.x_s[0, sample]
+        error = initializer.estimate(y, physics, start, 9.0, physics.noise_model.sigma)[1].flatten()
+        torch.testing.assert_close(trajectory.levels[1, sample], 0.7 * error / 0.15)
+        torch.testing.assert_close(trajectory.levels[2, sample], 0.3 * error / 0.15)
+    assert (trajectory.levels[0] == 9).all() and (trajectory.levels[3] == 0.1).all()
+
+
+def test_levels_are_those_given_where_the_reference_error_is_stated(initializer, tiny_prior):
+    torch.nn.init.zeros_(initializer.error[-1].weight)  # it states h of the noise levels alone
+    torch.nn.init.zeros_(initializer.error[-1].bias)
+    physics = mask()
+    y = physics(images())
+    error = joint_level(torch.tensor(9.0), torch.tensor(0.05), 0.2).item()
+    first, second = (
+        relative(initializer, tiny_prior, reference_error=of).sample(
+            y, physics, 2, generator=torch.Generator().manual_seed(0)
+        )
+        for of in (error, None)
+    )
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_levels_of_each_measurement_are_of_its_precision(initializer, tiny_prior, dtype):
+    physics = mask().to(dtype=dtype)
+    y = physics(images().to(dtype))
+    model = relative(initializer, tiny_prior)
+    samples, trajectory = model.sample(y, physics, return_trajectory=True)
+    assert samples.dtype == trajectory.levels.dtype == dtype
+
+
+def test_a_reference_error_comes_back(initializer, prior_folder, tmp_path):
+    model = relative(initializer, load_prior(prior_folder))
+    model.save_pretrained(tmp_path / "sampler")
+    again = UD2M.from_pretrained(tmp_path / "sampler")
+    assert again.reference_error == 0.15 and repr(again) == repr(model)
+    started = sampler_to_train(tmp_path / "sampler", levels=[3.0, 0.5])
+    assert started.reference_error == 0.15 and started.levels.tolist() == [3.0, 0.5]
+    started = sampler_to_train(tmp_path / "sampler", reference_error=0.3)
+    assert started.reference_error == 0.3 and torch.equal(started.levels, model.levels)
+    relative(initializer, load_prior(prior_folder), reference_error=None).save_pretrained(tmp_path / "n")
+    assert UD2M.from_pretrained(tmp_path / "n").reference_error is None
+
+
+def test_training_goes_through_levels_relative_to_the_stated_error(initializer, tiny_prior, tmp_path):
+    model = relative(initializer, tiny_prior, levels=(9.0, 0.7, 0.1)).requires_grad_(True)
+    other = copy.deepcopy(model)
+    other.reference_error = 0.2
+    options = {"physics": mask(), "eval_dataloader": DataLoader(images(4), 4), "save_path": tmp_path}
+    options |= {"losses": EnergyScoreLoss(2), "end_to_end": True, "verbose": False, "device": "cpu"}
+    options |= {"train_dataloader": DataLoader(images(4), 2, drop_last=True)}
+    make = partial(DistillationTrainer, physics_levels=[(9.0, 0.5, 0.1)], **options)
+    trainer = make(model=model, optimizer=torch.optim.Adam(model.parameters(), lr=1e-3), steps=2)
+    visited = []
+    model.unfolded.register_forward_pre_hook(lambda _, arguments: visited.append(arguments[3]))
+    trainer.train()
+    assert visited[1].shape == (4, 1, 1, 1), "a level for each draw"
+    assert not visited[1].requires_grad
+    assert initializer.error[-1].weight.grad.any(), "the noise of the iterations is relative to it"
+    with pytest.raises(ValueError, match="reference_error"):  # another run
+        make(model=other, optimizer=torch.optim.Adam(other.parameters(), lr=1e-3), steps=3).train()
+
+
+def test_what_states_no_error_has_no_reference_error(initializer, tiny_prior):
+    with pytest.raises(ValueError, match=r"reference_error=0.2 needs a first guess that states its err"):
+        UD2M(UnfoldedDenoiser(tiny_prior), reference_error=0.2)
+    for bad in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="reference_error must be positive and finite, got"):
+            relative(initializer, tiny_prior, reference_error=bad)
 
 
 def test_samples_do_not_depend_on_how_they_are_batched(initializer, tiny_prior):

@@ -353,6 +353,8 @@ def test_levels_of_single_tasks(monkeypatch, capsys):
         (["sr4=high"], "--task-levels sr4=high: could not convert"),
     ):
         assert message in refused("train_mnist", *end_to_end, "--task-levels", *given, capsys=capsys)
+    message = refused("train_mnist", "--reference-error", "0.2", capsys=capsys)
+    assert "--reference-error needs the first guess of a --start" in message
     message = refused("train_mnist", "--task-levels", "sr4=9,1", capsys=capsys)
     assert "--task-levels are for --end-to-end" in message
 

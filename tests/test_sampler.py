@@ -13,7 +13,7 @@ from deepinv.physics import Blur, Denoising, Downsampling, GaussianNoise, Inpain
 from scipy.stats import chi2
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser
-from deepinv_ud2m.randomness import SampleStreams
+from deepinv_ud2m.randomness import SampleStreams, randn
 
 FALSE_ALARM = 1e-6
 SHAPE = (1, 4, 4)
@@ -52,6 +52,52 @@ def test_exact_unfolded_gives_the_exact_posterior(make_physics, num_steps):
     samples = model.sample(problem.y, problem.physics, 20_000, generator=generator)
     mean, covariance = problem.posterior()
     assert_gaussian(samples.flatten(1), mean.flatten(), covariance)
+
+
+class StatesItsError(ExactUnfolded):
+    """Exact draws from states of different levels, and an error of the first guess that varies."""
+
+    states_error = True
+
+    def first_guess(self, y, physics, x_s, sigma):
+        return x_s, 0.1 + x_s[:, :1, :1, :1].abs() / sigma
+
+    def forward(self, y, physics, x_s, sigma, *, generator=None, first_guess=None):
+        mean, covariance = self.problem.posterior()
+        precision, of_states = torch.linalg.inv(covariance), sigma.reshape(-1, 1, 1) ** -2
+        covariance = torch.linalg.inv(precision + of_states * torch.eye(self.problem.d).to(x_s))
+        right = (precision @ mean)[:, None] + of_states * x_s.reshape(len(x_s), -1, 1)
+        noise = torch.linalg.cholesky(covariance) @ randn(x_s, generator).reshape(right.shape)
+        return (covariance @ right + noise).reshape(x_s.shape)
+
+
+def test_exact_draws_are_exact_at_levels_that_follow_the_stated_error():
+    problem, levels = GaussianProblem(inpainting(), SHAPE), (50.0, 1.0, 0.3, 0.05)
+    model = UD2M(StatesItsError(problem), levels=levels, reference_error=0.5, output_range=None)
+    samples, trajectory = model.sample(
+        problem.y, problem.physics, 20_000, generator=torch.Generator().manual_seed(0),
+        return_trajectory=True,
+    )  # fmt: skip
+    assert trajectory.levels[1].min() < 0.3 and trajectory.levels[1].max() > 3
+    mean, covariance = problem.posterior()
+    assert_gaussian(samples.flatten(1), mean.flatten(), covariance)
+
+
+def test_levels_follow_the_stated_error_between_the_first_and_the_last():
+    problem, reference = GaussianProblem(inpainting(), SHAPE), 0.02
+    options = {"generator": torch.Generator().manual_seed(0), "return_trajectory": True}
+    for levels in ((50.0,), (50.0, 0.05), (50.0, 1.0, 0.3, 0.05)):
+        model = UD2M(StatesItsError(problem), levels=levels, reference_error=reference)
+        _, trajectory = model.sample(problem.y, problem.physics, 50, **options)
+        _, error = model.unfolded.first_guess(None, None, trajectory.x_s[0, :, 0], levels[0])
+        expected = torch.tensor(levels)[:, None, None] * error.reshape(1, 50, 1) / reference
+        expected = expected.clamp(levels[-1], levels[0])
+        expected[0], expected[-1] = levels[0], levels[-1]
+        torch.testing.assert_close(trajectory.levels, expected)
+        assert (expected == 50).float().mean() < 1 or len(levels) == 1
+    assert (trajectory.levels[1] == 50).any(), "some error must be beyond the bound"
+    same = trajectory.levels[1, :, 0] == trajectory.levels[0, :, 0]
+    torch.testing.assert_close(trajectory.x_s[1, same], trajectory.x_s[0, same])  # no step
 
 
 def test_the_statistics_notice_a_wrong_sampler():

@@ -351,7 +351,8 @@ class DistillationTrainer(AdversarialTrainer):
             )
 
     def _sampler_with(self, levels: Sequence[float]) -> UD2M:
-        shared = {name: getattr(self.model, name) for name in ("eta", "output_range", "sigma_y")}
+        names = ("eta", "output_range", "reference_error", "sigma_y")
+        shared = {name: getattr(self.model, name) for name in names}
         return UD2M(self.unfolded, levels=levels, **shared)
 
     def _check_physics_levels(self) -> None:
@@ -622,9 +623,8 @@ class DistillationTrainer(AdversarialTrainer):
     def _draw_whole(self, x: Tensor, y: Tensor, physics: Physics, sampler: UD2M) -> dict[str, Tensor]:
         """The last states of chains through all levels, their level, and samples."""
         states = sampler.first_state(repeat_batch(x, self.num_draws))
-        *_, (states, samples) = sampler.chain(y, physics, states)
-        sigma = sampler.levels[-1].to(x).expand(len(x))
-        return {"x_s": states[: len(x)], "sigma": sigma, "samples": samples}
+        *_, (sigma, states, samples) = sampler.chain(y, physics, states)
+        return {"x_s": states[: len(x)], "sigma": sigma[: len(x)], "samples": samples}
 
     def _loss(self, loss: Loss, batch: dict) -> Tensor:
         return loss(**batch, model=self.model, D=self.D, epoch=0).mean()
