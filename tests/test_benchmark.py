@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 import deepinv_ud2m
-from deepinv_ud2m import UD2M, UnfoldedDenoiser, add_lora
+from deepinv_ud2m import UD2M, PosteriorMeanInitializer, UnfoldedDenoiser, add_lora
 from deepinv_ud2m.benchmark import paper_scale, profile, profile_training
 from deepinv_ud2m.benchmark.__main__ import main
 from deepinv_ud2m.benchmark.memory import LiveTensors
@@ -153,6 +153,29 @@ def test_a_distilled_sampler_can_have_an_extra_level(tiny_prior, tmp_path):
         torch.testing.assert_close(sampler(y, physics, 3), expected(y, physics, generator=generator))
     with pytest.raises(ValueError, match="strictly decreasing"):
         build(tiny_prior, 0.05, checkpoint=tmp_path / "sampler", extra_level=0.5)
+
+
+def test_a_distilled_sampler_keeps_its_reference_error(tiny_prior, tiny_config, tmp_path):
+    initializer = PosteriorMeanInitializer(tiny_config["network"], 1)
+    unfolded = UnfoldedDenoiser(tiny_prior, 1, initializer)
+    UD2M(unfolded, levels=[80.0, 0.5, 0.1]).save_pretrained(tmp_path / "fixed")
+    UD2M(unfolded, levels=[80.0, 0.5, 0.1], reference_error=0.4).save_pretrained(tmp_path / "relative")
+    physics = make_physics("inpaint-random", (1, 32, 32))
+    y = physics(mnist_digits("test", num=2))
+    fixed, relative, more, of_schedule = (
+        METHODS["ud2m-distilled"].build(tiny_prior, 0.05, checkpoint=tmp_path / name, **options)
+        for name, options in (
+            *(("fixed", {}), ("relative", {}), ("relative", {"extra_level": 0.3})),
+            ("relative", {"num_steps": 2}),
+        )
+    )
+    expected = UD2M(unfolded, levels=[80.0, 0.5, 0.3, 0.1], reference_error=0.4)
+    with torch.no_grad():
+        found = more(y, physics, 3)
+        torch.testing.assert_close(
+            found, expected(y, physics, generator=torch.Generator().manual_seed(3))
+        )
+    assert fixed.weights != relative.weights == more.weights != of_schedule.weights == fixed.weights
 
 
 @pytest.mark.parametrize(

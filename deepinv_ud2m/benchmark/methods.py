@@ -102,8 +102,14 @@ def _ud2m_distilled(
         levels = [second_level if n == 1 else level for n, level in enumerate(levels.tolist())]
     if extra_level is not None:
         levels = sorted([*torch.as_tensor(levels).tolist(), extra_level], reverse=True)
-    sampler = _ud2m_sampler(UD2M(trained.unfolded, levels=levels, eta=eta))
+    # What it was trained with is for its own levels, not for those of the schedule.
+    reference_error = trained.reference_error if num_steps is None else None
+    sampler = _ud2m_sampler(
+        UD2M(trained.unfolded, levels=levels, eta=eta, reference_error=reference_error)
+    )
     sampler.weights = trained_fingerprint(trained.unfolded)
+    if reference_error is not None:  # with levels of another kind it is another sampler
+        sampler.weights += f", reference error {reference_error:g}"
     return sampler
 
 
