@@ -335,7 +335,9 @@ def _buffers(physics) -> list[tuple[Tensor, int]]:
     """The tensors of the operator, and how often each was written to."""
     # Stacks keep their children in a plain list, which named_buffers() does not look into.
     children = [child for module in physics.modules() for child in getattr(module, "physics_list", [])]
-    own = [(b, b._version) for name, b in physics.named_buffers() if "noise_model" not in name]
+    own = [b for name, b in physics.named_buffers() if "noise_model" not in name]
+    # Those made under torch.inference_mode() do not count, and no gradient comes to need it.
+    own = [(b, 0 if b.is_inference() else b._version) for b in own]
     return own + [buffer for child in children for buffer in _buffers(child)]
 
 

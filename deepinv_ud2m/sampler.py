@@ -91,7 +91,7 @@ class UD2M(Reconstructor):
         that of the physics by default. It is what measurements without a Gaussian level need in
         ``deepinv.test`` and other callers that do not know of it; an attribute, which can be set later
         and, being of the measurements, is not stored by :meth:`save_pretrained`.
-    :raises TypeError: if ``unfolded`` is not a module.
+    :raises TypeError: if ``unfolded`` is not a module, or ``reference_error`` not a number.
     :raises ValueError: for N < 1, eta outside [0, 1], levels that do not decrease, or levels together
         with ``num_steps`` or ``schedule``; for a ``reference_error`` that is not positive, or where no
         first guess states its error.
@@ -451,6 +451,8 @@ class UD2M(Reconstructor):
 def _check_reference_error(reference_error: float | None, unfolded: nn.Module) -> None:
     if reference_error is None:
         return
+    if not isinstance(reference_error, int | float):
+        raise TypeError(f"reference_error must be a number or None, got {reference_error!r}")
     if not 0 < reference_error < float("inf"):
         raise ValueError(f"reference_error must be positive and finite, got {reference_error!r}")
     if not getattr(unfolded, "states_error", False):

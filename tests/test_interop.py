@@ -123,6 +123,19 @@ def test_sampling_under_autocast(problem):
     assert 0 < (samples - expected).square().mean().sqrt() < 0.02
 
 
+@pytest.mark.parametrize("num_samples", [1, 2])
+@pytest.mark.parametrize("problem", BENCHMARK)
+def test_sampling_under_inference_mode(problem, num_samples):
+    """What deepinv makes there, as the masks of inpainting, are tensors without version counters."""
+    model, physics = UD2M.from_pretrained("mnist"), BENCHMARK[problem]()
+    y = physics(mnist_digits("test", num=2))
+    noise = {"sigma_y": 0.05} if not isinstance(physics.noise_model, GaussianNoise) else {}
+    expected = model.sample(y, physics, num_samples, generator=_seeded(), **noise)
+    with torch.inference_mode():
+        samples = model.sample(y, physics, num_samples, generator=_seeded(), **noise)
+    torch.testing.assert_close(samples, expected, atol=1e-4, rtol=0)
+
+
 def test_diffusion_sampler(model):
     physics = BENCHMARK["denoising"]()
     y = physics(mnist_digits("test", num=2))

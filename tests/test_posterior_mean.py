@@ -282,6 +282,8 @@ def test_what_states_no_error_has_no_reference_error(initializer, tiny_prior):
     for bad in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="reference_error must be positive and finite, got"):
             relative(initializer, tiny_prior, reference_error=bad)
+    with pytest.raises(TypeError, match=r"reference_error must be a number or None, got '0\.2'"):
+        relative(initializer, tiny_prior, reference_error="0.2")
 
 
 def test_samples_do_not_depend_on_how_they_are_batched(initializer, tiny_prior):
