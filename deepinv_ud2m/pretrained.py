@@ -298,11 +298,7 @@ def describe(model: UD2M, prior: str | Path | None = None) -> dict:
             "levels": model.levels.tolist(),
             "eta": float(model.eta),
             "output_range": None if model.output_range is None else list(map(float, model.output_range)),
-            **(
-                {}
-                if model.reference_error is None
-                else {"reference_error": float(model.reference_error)}
-            ),
+            "reference_error": None if model.reference_error is None else float(model.reference_error),
         },
         "unfolded": {
             "num_iterations": unfolded.num_iterations,
