@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 from pathlib import Path
-
-from scipy.stats import t as student_t
 
 from deepinv_ud2m.benchmark.methods import METHODS
 from deepinv_ud2m.benchmark.report import method_title
@@ -49,33 +46,6 @@ def updated(text: str) -> str:
     return text
 
 
-def _at_a_glance(name: str, methods: dict[str, str], more_digits: int = 0) -> str:
-    """
-    A benchmark in one table: one sample of UD2M, and what the others have less or more.
-
-    Of several settings of a method, its defaults and numbers of steps among them, the best in perceptual
-    distance stands there, for the searched ones are the best in the energy score. What 95 % intervals do
-    not tell from zero is in italics.
-    """
-    summary = _stored(_RESULTS / name / "summary.json")
-    lines, db, unit = summary["lines"], 1 + more_digits, 2 + more_digits
-    titles = ["", "UD2M, 9 evaluations"]
-    for method, title in methods.items():
-        titles.append(f"{title}, {_evaluations(_of_method(lines, method)[0])}")
-    table = [_cells(titles), _cells(["---"] * len(titles))]
-    for task in dict.fromkeys(line["task"] for line in lines):
-        of_task = [line for line in lines if line["task"] == task]
-        own = next(line for line in of_task if line["method"] == "ud2m-distilled")
-        cells = [TASKS[task].title, f"**{own['psnr']:.{db}f} dB, {own['perceptual']:.{unit}f}**"]
-        for method in methods:
-            line = _best(_of_method(of_task, method))
-            cells.append(_gaps(line, db, unit, _of_method(lines, method)[0]) if line else "-")
-        table.append(_cells(cells))
-    times = [_times_slower(method, summary["timings"]["seconds"]) for method in methods]
-    table.append(_cells(["time, over that of UD2M", "1", *times]))
-    return "\n".join(table)
-
-
 def _of_method(lines: list[dict], method: str) -> list[dict]:
     """With any settings and number of steps."""
     return [line for line in lines if line["method"].partition(":")[0] == method]
@@ -83,32 +53,6 @@ def _of_method(lines: list[dict], method: str) -> list[dict]:
 
 def _best(lines: list[dict]) -> dict | None:
     return min(lines, key=lambda line: line["perceptual_gap"], default=None)
-
-
-def _gaps(line: dict, db: int, unit: int, first: dict) -> str:
-    """Both differences, and what differs from the head of the column."""
-    gaps = [
-        (f"{line['psnr_gap']:+.{db}f} dB", "psnr_gap"),
-        (f"{line['perceptual_gap']:+.{unit}f}", "perceptual_gap"),
-    ]
-    cell = ", ".join(text if _is_significant(line, key) else f"*{text}*" for text, key in gaps)
-    return cell if line["nfe"] == first["nfe"] else f"{cell} ({line['nfe']:.0f} steps)"
-
-
-def _is_significant(line: dict, key: str) -> bool:
-    """Whether a 95 % interval excludes zero; those of few images are wider."""
-    return abs(line[key]) > student_t.ppf(0.975, line["images"] - 1) * line[f"{key}_se"]
-
-
-def _times_slower(method: str, seconds: dict[str, dict[str, list[float]]]) -> str:
-    """The range over the tasks; both are medians over the rounds of one run."""
-    ratios = [
-        statistics.median(of_task[label]) / statistics.median(of_task["ud2m-distilled"])
-        for of_task in seconds.values()
-        for label in of_task
-        if label.partition(":")[0] == method
-    ]
-    return f"{min(ratios):.1f} to {max(ratios):.1f}" if ratios else "-"
 
 
 def _digits() -> str:
@@ -465,12 +409,6 @@ def _paper_scale(result: dict) -> str:
 
 #: What stands between ``<!-- name -->`` and ``<!-- /name -->``, by name.
 PARTS = {
-    "glance": lambda: _at_a_glance("photos", {"diffpir": "DiffPIR", "ddrm": "DDRM", "dps": "DPS"}),
-    "glance-digits": lambda: _at_a_glance(
-        "mnist",
-        {"diffpir": "DiffPIR", "ddrm": "DDRM", "pigdm": "PiGDM", "dps": "DPS"},
-        more_digits=1,
-    ),
     "digits": _digits,
     "digits-1000": _more_digits,
     "digits-training": _training_of_digits,
