@@ -2,24 +2,36 @@
 
 from deepinv_ud2m.__about__ import __version__
 from deepinv_ud2m.initializers import (
+    Initializer,
     LinearInitializer,
+    PosteriorMeanInitializer,
     PseudoInverseInitializer,
     RAMInitializer,
+    WienerInitializer,
 )
-from deepinv_ud2m.lora import add_lora, lora_disabled, merge_lora, remove_lora, unmerge_lora
-from deepinv_ud2m.posterior_mean import PosteriorMeanInitializer
-from deepinv_ud2m.priors import PriorInfo, load_prior, save_prior
+from deepinv_ud2m.priors import (
+    PriorInfo,
+    add_lora,
+    load_prior,
+    lora_disabled,
+    merge_lora,
+    remove_lora,
+    save_prior,
+    unmerge_lora,
+)
+from deepinv_ud2m.problem import Problem
 from deepinv_ud2m.proximal import posterior_prox
 from deepinv_ud2m.sampler import UD2M, Trajectory
 from deepinv_ud2m.schedule import VPSchedule
 from deepinv_ud2m.unfolded import UnfoldedDenoiser
-from deepinv_ud2m.wiener import WienerInitializer
 
 __all__ = [
     "UD2M",
+    "Initializer",
     "LinearInitializer",
     "PosteriorMeanInitializer",
     "PriorInfo",
+    "Problem",
     "PseudoInverseInitializer",
     "RAMInitializer",
     "Trajectory",

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from numbers import Integral
+from numbers import Integral, Number, Real
 
+import torch
 from torch import Tensor
+
+Scalar = float | Tensor
+
+#: Bounds of noise levels and couplings. Their squares, and products of these, fit into float32.
+SMALLEST, LARGEST = 1e-6, 1e6
 
 
 def check_count(name: str, value: int) -> int:
@@ -22,13 +29,69 @@ def check_count(name: str, value: int) -> int:
     return int(value)
 
 
+def check_number(
+    name: str, value: float, low: float = -math.inf, high: float = math.inf, *, positive: bool = False
+) -> float:
+    """
+    A finite real number, NumPy's included.
+
+    :param str name: name of the argument, for the message.
+    :param float value: the number.
+    :param float low: smallest value that is accepted (default: any).
+    :param float high: largest value that is accepted (default: any).
+    :param bool positive: accept positive numbers only (default: ``False``).
+    :returns: the value as a Python float.
+    :raises TypeError: if it is not a real number.
+    :raises ValueError: if it is not finite, or not accepted.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if math.isfinite(value) and low <= value <= high and (value > 0 or not positive):
+        return float(value)
+    if positive:
+        accepted = "positive and finite"
+    elif math.isfinite(low):
+        accepted = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"finite and >= {low:g}"
+    else:
+        accepted = "finite"
+    raise ValueError(f"{name} must be {accepted}, got {value!r}")
+
+
+def expand_scalar(value: Scalar, like: Tensor, name: str) -> Tensor:
+    """
+    A scalar, or one scalar per image, in a shape that multiplies images.
+
+    :param float, torch.Tensor value: a float, or a tensor of one element or of B, all in the first
+        dimension: 0-d, `[1]`, `[B]` or `[B, 1, 1, 1]`.
+    :param torch.Tensor like: images of shape `[B, C, H, W]`, which give B, dtype and device.
+    :param str name: name of the argument, for the message.
+    :returns: tensor of shape `[B, 1, 1, 1]`.
+    :raises ValueError: for any other shape, or a number outside of [1e-6, 1e6].
+    :raises TypeError: for what is neither number nor tensor.
+    """
+    if isinstance(value, str):
+        raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
+    if isinstance(value, Number):  # filled on the device: a copy to it would wait
+        if not SMALLEST <= value <= LARGEST:
+            raise ValueError(f"{name} must be positive, in [{SMALLEST:g}, {LARGEST:g}], got {value}")
+        value = torch.full((), value, dtype=like.dtype, device=like.device)
+    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    batch_size, ones = like.shape[0], [1] * (like.ndim - 1)
+    if value.numel() not in (1, batch_size) or any(n != 1 for n in value.shape[1:]):
+        raise ValueError(
+            f"{name} must be a scalar or one value per image, of shape [{batch_size}] or "
+            f"{[batch_size, *ones]}; got shape {list(value.shape)}"
+        )
+    return value.reshape(-1, *ones).expand(batch_size, *ones)
+
+
 def shapes(state: Mapping[str, Tensor]) -> dict[str, str]:
     """The shapes of tensors, as text, which JSON leaves on one line."""
     return {key: str(list(tensor.shape)) for key, tensor in state.items()}
 
 
 def differences(expected: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """What is wrong with the names and shapes found, in words; nothing if they are those expected."""
+    """How the names and shapes found differ from those expected, in words. Empty if they do not."""
     shared = expected.keys() & found.keys()
     complaints = {
         "missing": sorted(expected.keys() - shared),
@@ -43,6 +106,6 @@ def differences(expected: Mapping[str, str], found: Mapping[str, str]) -> str:
 
 
 def shorten(names: Iterable[str], most: int = 12) -> str:
-    """Names for a message, not more than are read."""
+    """The first names, and how many more there are, for a message."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -37,9 +37,7 @@ class SampleStreams:
             shape.
         """
         if like.shape[0] != len(self.generators):
-            raise ValueError(
-                f"there are {len(self.generators)} random streams but {like.shape[0]} images"
-            )
+            raise ValueError(f"there are {len(self.generators)} random streams but {like.shape[0]} images")
         if self._used == self.block:
             self._noise = self._draw_block(like)
             self._used = 0

@@ -22,6 +22,8 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
+from deepinv_ud2m.checks import LARGEST, SMALLEST
+
 
 class VPSchedule(nn.Module):
     r"""
@@ -40,7 +42,7 @@ class VPSchedule(nn.Module):
     :Examples:
 
         >>> from deepinv_ud2m.schedule import VPSchedule
-        >>> VPSchedule().sampling_levels(3)
+        >>> VPSchedule().sampling_sigmas(3)
         tensor([78.7036,  1.2773,  0.1902])
     """
 
@@ -82,7 +84,7 @@ class VPSchedule(nn.Module):
         low, high = self.log_levels[above - 1], self.log_levels[above]
         return (above - 1 + (log_sigma - low) / (high - low)).float()
 
-    def sampling_levels(self, num_steps: int) -> Tensor:
+    def sampling_sigmas(self, num_steps: int) -> Tensor:
         r"""
         The published grid of :math:`N` levels, largest first, dense at small times:
 
@@ -107,7 +109,7 @@ class VPSchedule(nn.Module):
         times = (times - steps).cummax(0).values + steps
         return self.sigma(times.clamp(max=self.num_timesteps - 1)).flip(0)
 
-    def training_levels(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+    def training_sigmas(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         r"""
         Levels for training, :math:`s(t)` with :math:`t` uniform in [1, T - 1], one per image.
 
@@ -142,24 +144,28 @@ def from_vp_state(v: Tensor, sigma: float | Tensor) -> Tensor:
     return (v / _signal_scale(v, sigma) + 1) / 2
 
 
-def check_levels(levels: Sequence[float] | Tensor) -> Tensor:
+def check_sigmas(sigmas: Sequence[float] | Tensor) -> Tensor:
     """
     Levels given by hand, as a tensor.
 
-    :param levels: at least one level, positive, strictly decreasing.
+    :param sigmas: at least one level, in [1e-6, 1e6], strictly decreasing.
     :returns: tensor of shape `[N]`, float32.
     :raises ValueError: if they are not.
     """
-    given = levels.tolist() if isinstance(levels, Tensor) else levels
-    message = f"levels must be a sequence of positive, strictly decreasing noise levels, got {given}"
+    given = sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas
+    message = (
+        "sigmas must be a sequence of positive, strictly decreasing noise levels, in "
+        f"[{SMALLEST:g}, {LARGEST:g}]; got {given!r}"
+    )
     try:
-        levels = torch.as_tensor(levels, dtype=torch.float32)
+        sigmas = torch.as_tensor(sigmas, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(message) from error
-    decreasing = levels.ndim == 1 and len(levels) > 0 and bool((levels.diff() < 0).all())
-    if not decreasing or not bool((levels > 0).all() and levels.isfinite().all()):
+    decreasing = sigmas.ndim == 1 and len(sigmas) > 0 and bool((sigmas.diff() < 0).all())
+    # NaN fails the comparisons. A copy, so that the caller cannot change it.
+    if not decreasing or not bool(((sigmas >= SMALLEST) & (sigmas <= LARGEST)).all()):
         raise ValueError(message)
-    return levels
+    return sigmas.clone()
 
 
 def _signal_scale(x: Tensor, sigma: float | Tensor) -> Tensor:

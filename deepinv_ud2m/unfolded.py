@@ -11,7 +11,7 @@ positive :math:`\rho_k, \lambda_k, \delta_k`:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from deepinv.models import Denoiser, Reconstructor
@@ -20,67 +20,79 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
-from deepinv_ud2m.checks import check_count
-from deepinv_ud2m.lora import freeze_prior, has_lora
-from deepinv_ud2m.priors import PriorInfo
-from deepinv_ud2m.proximal import (
+from deepinv_ud2m.checks import (
+    LARGEST,
+    SMALLEST,
     Scalar,
-    check_has_prox,
+    check_count,
+    check_number,
+    differences,
     expand_scalar,
-    joint_level,
-    noise_level,
-    posterior_prox,
-    remember_backprojection,
+    shapes,
 )
+from deepinv_ud2m.initializers import Initializer, WienerInitializer
+from deepinv_ud2m.priors import (
+    PriorInfo,
+    freeze_prior,
+    has_lora,
+    load_lora_state_dict,
+    lora_parameters,
+    lora_state_dict,
+    prior_parameters,
+    prior_state_dict,
+)
+from deepinv_ud2m.problem import Problem
+from deepinv_ud2m.proximal import posterior_prox
 from deepinv_ud2m.randomness import SampleStreams, randn
-from deepinv_ud2m.wiener import WienerInitializer
 
-#: Untrained multipliers of delta in the first and in the last iteration, and of rho; the level of
-#: detail that the prior works at beyond the noise. The winners, among the exact steps, of the search by
-#: examples/tune_zero_shot.py, stored in benchmark/results/zero_shot.json.
-DELTA_FIRST, DELTA_LAST, RHO, REFERENCE_LEVEL = 4.0, 1.0, 2.0, 0.2
+#: Untrained multipliers of delta in the first and in the last iteration, and of rho: the winners, among
+#: the exact steps, of a search on digits.
+DELTA_FIRST, DELTA_LAST, RHO = 4.0, 1.0, 2.0
+
+_SCALARS = ("rho", "delta", "lambda")
 
 
 class UnfoldedDenoiser(Reconstructor):
     r"""
     Draws from :math:`p(x \mid y, x_s)` by K unfolded LATINO iterations.
 
-    The couplings start from the level of a Gaussian observation of noise
-    :math:`\tilde\sigma = (\sigma_y^2 + \sigma_0^2)^{1/2}` joined with the state,
+    The couplings are multiples of h, the scale of the error of the initial estimate
+    (:class:`deepinv_ud2m.initializers.Initializer`),
 
     .. math::
-        h = \frac{\tilde\sigma s}{\sqrt{\tilde\sigma^2 + s^2}}, \qquad
         \rho_k = r_k e^{\log\hat\rho_k} h, \quad
         \delta_k = d_k e^{\log\hat\delta_k} h, \quad
         \lambda_k = l_k e^{\log\hat\lambda_k} .
 
-    An initialiser that states the error of its first guess gives h in its place
-    (:class:`deepinv_ud2m.PosteriorMeanInitializer`). The logarithms are learned and start at zero, so
-    that an untrained network is zero-shot LATINO with the decreasing schedule :math:`d_k`. Being
-    relative to h, what was learned carries over to other levels. With :math:`\sigma_0 = 0` the starting
-    values are those of the paper; see the README for why the default is not.
+    The logarithms are learned. They start at zero: an untrained network is zero-shot LATINO with the
+    decreasing schedule :math:`d_k`. Learned values carry over to other noise levels, because they are
+    relative to h. An initializer with ``reference_level=0`` gives the starting values of the paper.
 
-    :param deepinv.models.Denoiser denoiser: the prior, :math:`D(w, \delta)`. It is frozen: kept in
-        evaluation mode, without gradients for its parameters but for those of a LoRA on it.
+    :param deepinv.models.Denoiser denoiser: the prior, :math:`D(w, \delta)`. It is kept in evaluation mode,
+        and frozen except for what ``train_prior`` names.
     :param int num_iterations: number K of iterations (default: 3).
-    :param torch.nn.Module initializer: gives the first iterate
+    :param deepinv_ud2m.initializers.Initializer initializer: gives the first iterate
         (default: :class:`deepinv_ud2m.WienerInitializer`).
-    :param float, Sequence[float] rho: untrained multipliers :math:`r_k`, one or K, positive
+    :param float, Sequence[float] rho: untrained multipliers :math:`r_k`, one or K, in [1e-6, 1e6]
         (default: 2).
     :param float, Sequence[float] delta: untrained multipliers :math:`d_k`, likewise (default:
         geometric from 4 in the first to 1 in the last iteration).
-    :param float, Sequence[float] lambda_: untrained :math:`l_k`, likewise (default: 1).
-    :param float reference_level: :math:`\sigma_0`, in units of the image, non-negative
-        (default: 0.2).
+    :param float, Sequence[float] lambda_: untrained multipliers :math:`l_k`, likewise (default: 1).
     :param bool shared: learn one set of scalars for all iterations rather than one per iteration
         (default: ``False``).
-    :param float tol: relative error of the prox where it is iterative (default: 1e-5).
+    :param float tol: root mean square error of a prox that is iterative, in units of the noise
+        :math:`\delta_k` that follows it (default: 0.01, which cannot matter).
     :param int max_iter: most iterations of the prox where it is iterative (default: 1000).
-    :raises TypeError: if ``denoiser`` or ``initializer`` is not a module.
-    :raises ValueError: for K < 1, or multipliers that are not positive or of another number.
+    :param str, Sequence[str] train_prior: what of the prior is trained, and stored in a checkpoint.
+        ``"adapter"`` (default): the factors of its LoRA, if it has one. ``"all"``: all its weights. Names
+        of layers or parameters: these, and the LoRA; the paper trains the output layer so. A LoRA must be
+        on the prior before (:func:`deepinv_ud2m.add_lora`), because adding one freezes all else.
+    :raises TypeError: for an argument of a wrong type.
+    :raises ValueError: for K < 1, multipliers of another number or out of range, a ``tol`` that is not
+        positive, or a ``train_prior`` that the prior does not have.
 
-    Set the attribute ``checkpointing`` to ``True`` to keep only the input of each iteration for the
-    backward pass and compute the rest again: about 1/K of the memory, a third more time.
+    With the attribute ``checkpointing`` set to ``True``, the backward pass keeps only the input of each
+    iteration and computes the rest again: about 1/K of the memory, a third more time.
 
     |sep|
 
@@ -92,8 +104,8 @@ class UnfoldedDenoiser(Reconstructor):
         >>> physics = dinv.physics.Inpainting((1, 32, 32), mask=0.5,
         ...                                   noise_model=dinv.physics.GaussianNoise(0.05))
         >>> x = torch.zeros(1, 1, 32, 32)
-        >>> draw = unfolded(physics(x), physics, x_s=x, sigma=0.5)
-        >>> draw.shape
+        >>> sample = unfolded(physics(x), physics, x_s=x, sigma=0.5)
+        >>> sample.shape
         torch.Size([1, 1, 32, 32])
     """
 
@@ -101,56 +113,58 @@ class UnfoldedDenoiser(Reconstructor):
         self,
         denoiser: Denoiser,
         num_iterations: int = 3,
-        initializer: nn.Module | None = None,
+        initializer: Initializer | None = None,
         *,
         rho: float | Sequence[float] = RHO,
         delta: float | Sequence[float] | None = None,
         lambda_: float | Sequence[float] = 1.0,
-        reference_level: float = REFERENCE_LEVEL,
         shared: bool = False,
-        tol: float = 1e-5,
+        tol: float = 0.01,
         max_iter: int = 1000,
+        train_prior: str | Sequence[str] = "adapter",
     ):
         super().__init__()
         if not isinstance(denoiser, nn.Module):
             raise TypeError(f"denoiser must be a deepinv Denoiser, got {type(denoiser).__name__}")
-        if initializer is not None and not isinstance(initializer, nn.Module):
-            raise TypeError(f"initializer must be a module, got {type(initializer).__name__}")
-        if not 0 <= reference_level < float("inf"):
-            raise ValueError(f"reference_level must be finite and >= 0, got {reference_level}")
-        if not tol > 0:
-            raise ValueError(f"tol must be positive, got {tol}")
-        self.denoiser = denoiser
+        if initializer is None:
+            initializer = WienerInitializer()
+        if not isinstance(initializer, Initializer):
+            raise TypeError(
+                f"initializer must be an Initializer of deepinv_ud2m, got {type(initializer).__name__}"
+            )
+        self.denoiser, self.initializer = denoiser, initializer
         self.num_iterations = check_count("num_iterations", num_iterations)
-        check_count("max_iter", max_iter)
-        self.initializer = initializer if initializer is not None else WienerInitializer()
-        self.reference_level, self.tol, self.max_iter = reference_level, tol, max_iter
+        self.shared, self.tol = bool(shared), check_number("tol", tol, positive=True)
+        self.max_iter = check_count("max_iter", max_iter)
         if delta is None:
             ends = torch.tensor([DELTA_LAST, DELTA_FIRST]).log10()
             delta = torch.logspace(*ends, num_iterations).flip(0)
-        num_learned = 1 if shared else num_iterations
-        for name, start in (("rho", rho), ("delta", delta), ("lambda", lambda_)):
+        for name, start in zip(_SCALARS, (rho, delta, lambda_), strict=True):
             argument = "lambda_" if name == "lambda" else name
-            multipliers = self._multipliers(argument, start)
-            self.register_buffer(f"start_{name}", multipliers)
-            setattr(self, f"log_{name}", nn.Parameter(torch.zeros(num_learned)))
+            self.register_buffer(f"start_{name}", self._multipliers(argument, start))
+            setattr(self, f"log_{name}", nn.Parameter(torch.zeros(1 if shared else num_iterations)))
         self.checkpointing = False
+        self.train_prior = train_prior if isinstance(train_prior, str) else _names(train_prior)
         freeze_prior(denoiser)
+        for parameter in self._prior_parameters().values():
+            parameter.requires_grad_(True)
 
     def _multipliers(self, name: str, values: float | Sequence[float]) -> Tensor:
         try:
             given = torch.as_tensor(values, dtype=torch.float32).reshape(-1)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(
-                f"{name} must be a number or a sequence of numbers, got {values!r}"
-            ) from error
-        positive = bool(((given > 0) & given.isfinite()).all())
-        if len(given) not in (1, self.num_iterations) or not positive:
+            raise TypeError(f"{name} must be a number or a sequence of numbers, got {values!r}") from error
+        # NaN fails the comparisons.
+        in_range = bool(((given >= SMALLEST) & (given <= LARGEST)).all())
+        if len(given) not in (1, self.num_iterations) or not in_range:
             raise ValueError(
-                f"{name} must be one positive number or {self.num_iterations} "
-                f"(num_iterations), finite; got {given.tolist()}"
+                f"{name} must be one positive number or {self.num_iterations} (num_iterations), in "
+                f"[{SMALLEST:g}, {LARGEST:g}]; got {values!r}"
             )
         return given.expand(self.num_iterations).clone()
+
+    # ---------------------------------------------------------------------------------------------
+    # Sampling
 
     def forward(
         self,
@@ -161,9 +175,7 @@ class UnfoldedDenoiser(Reconstructor):
         *,
         sigma_y: Scalar | None = None,
         generator: torch.Generator | SampleStreams | None = None,
-        first_guess: tuple[Tensor, Tensor] | None = None,
-        return_iterates: bool = False,
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+    ) -> Tensor:
         r"""
         Draw x from :math:`p(x \mid y, x_s)`.
 
@@ -173,76 +185,68 @@ class UnfoldedDenoiser(Reconstructor):
         :param float, torch.Tensor sigma: their level s, a scalar, `[B]` or `[B, 1, 1, 1]`, positive.
         :param float, torch.Tensor sigma_y: noise level of ``y``; that of the physics by default.
         :param torch.Generator, SampleStreams generator: source of the K noise images.
-        :param tuple[torch.Tensor, torch.Tensor] first_guess: what :meth:`first_guess` gave for these
-            arguments, where it is known already; found by default.
-        :param bool return_iterates: also return the list of the K iterates.
-        :returns: draws, of shape `[B, C, H, W]`.
+        :returns: samples, of shape `[B, C, H, W]`.
+        :raises TypeError, ValueError: for a problem that :class:`deepinv_ud2m.Problem` refuses.
         """
-        sigma_y = expand_scalar(noise_level(physics, sigma_y), x_s, "sigma_y")
+        return self.draw(Problem(y, physics, sigma_y), x_s, sigma, generator=generator)
+
+    def draw(
+        self,
+        problem: Problem,
+        x_s: Tensor,
+        sigma: Scalar,
+        *,
+        generator: torch.Generator | SampleStreams | None = None,
+        initial: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        r"""
+        Draw x from :math:`p(x \mid y, x_s)` of a problem that was checked before.
+
+        :param deepinv_ud2m.Problem problem: the problem, of as many images as states.
+        :param tuple[torch.Tensor, torch.Tensor] initial: the result of :meth:`initial_estimate` for these
+            arguments, if it is known already.
+
+        The other arguments are those of :meth:`forward`.
+        """
         sigma = expand_scalar(sigma, x_s, "sigma")
-        with torch.autocast(x_s.device.type, enabled=False):  # operators lose too much in bfloat16
-            physics = remember_backprojection(physics, y)
-        if first_guess is None:
-            with record_function("UD2M initialise"):
-                first_guess = self.first_guess(y, physics, x_s, sigma, sigma_y)
-        x, level = first_guess
-        iterates = []
+        x, h = self.initial_estimate(problem, x_s, sigma) if initial is None else initial
         for k in range(self.num_iterations):
             with record_function("UD2M noise"):
                 noise = randn(x_s, generator)
-            arguments = (k, x, y, physics, x_s, sigma, sigma_y, level, noise)
             if self.checkpointing and torch.is_grad_enabled():
-                # The noise is an argument, so nothing random has to be repeated.
+                # The noise is an argument, so the second pass draws nothing.
+                arguments = (k, x, problem, x_s, sigma, h, noise)
                 x = checkpoint(self.iterate, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = self.iterate(*arguments)
-            iterates.append(x)
-        return (x, iterates) if return_iterates else x
+                x = self.iterate(k, x, problem, x_s, sigma, h, noise)
+        return x
 
-    def first_guess(
-        self, y: Tensor, physics: Physics, x_s: Tensor, sigma: Scalar, sigma_y: Scalar | None = None
-    ) -> tuple[Tensor, Tensor]:
-        r"""
-        The first iterate, and the level h of what is unknown, which the couplings are relative to: that
-        of the initialiser, where it states one (:class:`deepinv_ud2m.PosteriorMeanInitializer`).
+    def initial_estimate(self, problem: Problem, x_s: Tensor, sigma: Scalar) -> tuple[Tensor, Tensor]:
+        """The first iterate, `[B, C, H, W]`, and the scale h of its error, `[B, 1, 1, 1]`."""
+        with record_function("UD2M initialise"):
+            return self.initializer(problem, x_s, sigma)
 
-        :returns: images `[B, C, H, W]`, and levels that broadcast with them. The arguments are those of
-            :meth:`forward`.
-        """
-        sigma = expand_scalar(sigma, x_s, "sigma")
-        sigma_y = expand_scalar(noise_level(physics, sigma_y), x_s, "sigma_y")
-        if self.states_error:
-            return self.initializer.estimate(y, physics, x_s, sigma, sigma_y)
-        with torch.autocast(x_s.device.type, enabled=False):
-            x = self.initializer(y, physics, x_s, sigma, sigma_y)
-        return x, joint_level(sigma, sigma_y, self.reference_level)
-
-    def iterate(self, k, x, y, physics, x_s, sigma, sigma_y, level, noise) -> Tensor:
-        """
-        One iteration, prox, noise, denoise; the arguments are those of :meth:`forward`, the level h, and
-        noise.
-        """
-        rho, delta, lambda_ = self.scalars(k, level)
+    def iterate(self, k, x, problem, x_s, sigma, h, noise) -> Tensor:
+        """Iteration k, from 0: prox, noise, denoise."""
+        rho, delta, lambda_ = self.scalars(k, h)
         with record_function("UD2M prox"):
-            z = posterior_prox(
-                x, y, physics, x_s, sigma, rho, lambda_, sigma_y, tol=self.tol, max_iter=self.max_iter
-            )
+            accuracy = {"atol": self.tol * delta.detach(), "max_iter": self.max_iter}
+            z = posterior_prox(problem, x, x_s, sigma, rho, lambda_, **accuracy)
         with record_function("UD2M denoise"):
             return self.denoise(z + delta * noise, delta)
 
-    def scalars(self, k: int, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def scalars(self, k: int, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""
-        :math:`\rho_k, \delta_k, \lambda_k` at a level.
+        :math:`\rho_k, \delta_k, \lambda_k` for a scale h. delta is clamped to the levels of the prior.
 
         :param int k: iteration, from 0.
-        :param torch.Tensor level: level h, see :meth:`first_guess`.
-        :returns: three tensors that broadcast with ``level``; delta stays inside the levels of the
-            prior.
+        :param torch.Tensor h: see :meth:`initial_estimate`.
+        :returns: three tensors that broadcast with ``h``.
         """
-        delta = self._learned("delta", k) * level
+        delta = self._learned("delta", k) * h
         if self.prior_info is not None:
             delta = delta.clamp(self.prior_info.sigma_min, self.prior_info.sigma_max)
-        return self._learned("rho", k) * level, delta, self._learned("lambda", k)
+        return self._learned("rho", k) * h, delta, self._learned("lambda", k)
 
     def _learned(self, name: str, k: int) -> Tensor:
         logarithms = getattr(self, f"log_{name}")
@@ -254,10 +258,121 @@ class UnfoldedDenoiser(Reconstructor):
         delta = delta.expand(w.shape[0], *delta.shape[1:]).reshape(-1)
         return self.denoiser(w.to(dtype), delta.to(dtype)).to(w.dtype)
 
+    # ---------------------------------------------------------------------------------------------
+    # What is trained and stored
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """
+        The parameters that training changes, by name.
+
+        These are ``log_rho``, ``log_delta`` and ``log_lambda``; under ``denoiser.`` the parameters that
+        ``train_prior`` names and the adapter; under ``initializer.`` those that the initializer declares
+        and its adapter.
+        """
+        trained = {f"log_{name}": getattr(self, f"log_{name}") for name in _SCALARS}
+        own = {
+            "denoiser": self._prior_parameters(),
+            "initializer": self.initializer.trained_parameters(),
+        }
+        for prefix, parameters in own.items():
+            trained |= {f"{prefix}.{name}": parameter for name, parameter in parameters.items()}
+            factors = enumerate(lora_parameters(getattr(self, prefix)))
+            trained |= {f"{prefix}.lora.{i}": factor for i, factor in factors}
+        return trained
+
+    def state(self) -> dict[str, Tensor]:
+        """
+        The tensors that a checkpoint stores: the trained ones, whatever their ``requires_grad``.
+
+        - ``scalars.log_rho``, ``scalars.log_delta``, ``scalars.log_lambda``, of shape `[K]` or `[1]`;
+        - ``lora.<key>``: the adapter of the denoiser;
+        - ``denoiser.<name>``: parameters that ``train_prior`` names, by their names without adapter;
+        - ``initializer.lora.<key>`` and ``initializer.<name>``: the same of the initializer.
+
+        They are the same while an adapter is merged.
+
+        :returns: detached tensors that share the memory of the parameters. Clone them to keep their values.
+        """
+        state = {f"scalars.log_{name}": getattr(self, f"log_{name}").detach() for name in _SCALARS}
+        for module, names, prefix, lora_prefix in self._stored():
+            weights = prior_state_dict(module)
+            state |= {prefix + name: weights[name].detach() for name in names}
+            state |= {lora_prefix + key: factor for key, factor in lora_state_dict(module).items()}
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """
+        Load the result of :meth:`state`, to the bit if the types are the same. A merged adapter is merged
+        anew.
+
+        :param Mapping[str, torch.Tensor] state: tensors on any device and of any floating point type.
+        :raises ValueError: if tensors are missing, unexpected, or of another shape; it names them. Nothing
+            is changed then.
+        """
+        complaints = differences(shapes(self.state()), shapes(state))
+        if complaints:
+            raise ValueError(
+                "state does not fit this unfolded denoiser (same K, same adapter, same train_prior?). "
+                f"Tensors {complaints}"
+            )
+        with torch.no_grad():
+            for name in _SCALARS:
+                getattr(self, f"log_{name}").copy_(state[f"scalars.log_{name}"])
+            for module, names, prefix, lora_prefix in self._stored():
+                weights = prior_state_dict(module)
+                for name in names:
+                    weights[name].copy_(state[prefix + name])
+                # The factors last: if they are merged, this merges them into the weights just loaded.
+                factors = lora_state_dict(module)
+                load_lora_state_dict(module, {key: state[lora_prefix + key] for key in factors})
+
+    def config(self) -> dict:
+        """Its arguments, except for the networks, as values of JSON."""
+        return {
+            "num_iterations": self.num_iterations,
+            "shared": self.shared,
+            "rho": self.start_rho.tolist(),
+            "delta": self.start_delta.tolist(),
+            "lambda_": self.start_lambda.tolist(),
+            "tol": self.tol,
+            "max_iter": self.max_iter,
+            "train_prior": self.train_prior,
+        }
+
+    def _stored(self) -> list[tuple[nn.Module, list[str], str, str]]:
+        """Each network with the names of its stored parameters, their prefix, and that of its adapter."""
+        of_initializer = list(self.initializer.trained_parameters())
+        return [
+            (self.denoiser, list(self._prior_parameters()), "denoiser.", "lora."),
+            (self.initializer, of_initializer, "initializer.", "initializer.lora."),
+        ]
+
+    def _prior_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the prior that ``train_prior`` names, without the adapter."""
+        if self.train_prior == "adapter":
+            return {}
+        parameters = dict(prior_parameters(self.denoiser))
+        if self.train_prior == "all":
+            return parameters
+        names = [self.train_prior] if isinstance(self.train_prior, str) else self.train_prior
+        named = {}
+        for name in names:
+            found = {k: p for k, p in parameters.items() if k == name or k.startswith(f"{name}.")}
+            if not found:
+                raise ValueError(
+                    f"train_prior must be 'adapter', 'all', or names of layers of the prior; it has none "
+                    f"of the name {name!r}"
+                )
+            named |= found
+        return {key: parameter for key, parameter in parameters.items() if key in named}
+
+    # ---------------------------------------------------------------------------------------------
+    # What it says of itself
+
     @property
-    def states_error(self) -> bool:
-        """Whether the initialiser states the error of its first guess."""
-        return hasattr(self.initializer, "estimate")
+    def predicts_rmse(self) -> bool:
+        """Whether the initializer predicts the error of its estimate."""
+        return self.initializer.predicts_rmse
 
     @property
     def prior_info(self) -> PriorInfo | None:
@@ -266,42 +381,44 @@ class UnfoldedDenoiser(Reconstructor):
 
     @property
     def networks(self) -> list[nn.Module]:
-        """The networks whose calls count as network evaluations (NFE)."""
-        return [self.denoiser, *getattr(self.initializer, "networks", [])]
+        """The networks whose calls are counted as network evaluations (NFE)."""
+        return [self.denoiser, *self.initializer.networks]
 
-    def check(self, physics: Physics, shape: torch.Size, levels: Tensor, sigma_y: Tensor) -> None:
+    def check(self, problem: Problem, sigmas: Tensor) -> None:
         """
-        Check a problem before any network call.
+        Check before any network call that the prior suits a problem.
 
-        :param deepinv.physics.Physics physics: the physics.
-        :param torch.Size shape: shape of the images, `[B, C, H, W]`.
-        :param torch.Tensor levels: levels of the states to come.
-        :param torch.Tensor sigma_y: noise level of the measurements.
-        :raises TypeError: if the physics has no ``prox_l2``.
-        :raises ValueError: if the prior cannot take the images. It warns if they, or the levels
-            that the prior would be asked to denoise, are outside of what it was trained for.
+        It warns of images of another size, or noise levels of another range, than the prior was trained on.
+
+        :param deepinv_ud2m.Problem problem: the problem.
+        :param torch.Tensor sigmas: levels of the sampler.
+        :raises ValueError: if the prior cannot take the images.
         """
-        check_has_prox(physics)
         if self.prior_info is None:
             return
-        self.prior_info.check_images(shape)
-        if self.states_error:
+        self.prior_info.check_images(problem.shape)
+        if self.predicts_rmse:
             return  # its levels are only known with its estimate
-        sigma_y = sigma_y.to(self.log_delta.device).reshape(1, -1)
-        level = joint_level(levels.to(sigma_y.device)[:, None], sigma_y, self.reference_level)
-        deltas = torch.stack([self._learned("delta", k) * level for k in range(self.num_iterations)])
-        self.prior_info.check_levels(deltas)
+        scales = [self.initializer.rmse_scale(problem.sigma_y, sigma) for sigma in sigmas.to(problem.sigma_y)]
+        multipliers = [self._learned("delta", k).to(problem.sigma_y) for k in range(self.num_iterations)]
+        self.prior_info.check_levels(torch.stack([m * scale for m in multipliers for scale in scales]))
 
     def __repr__(self) -> str:
         prior = self.prior_info.name if self.prior_info else type(self.denoiser).__name__
         if has_lora(self.denoiser):
             prior += " + LoRA"
         multipliers = []
-        for name in ("rho", "delta", "lambda"):
+        for name in _SCALARS:
             values = [self._learned(name, k).item() for k in range(min(self.num_iterations, 4))]
             dots = ", ..." if self.num_iterations > 4 else ""
             multipliers.append(f"{name}=[{', '.join(f'{value:.4g}' for value in values)}{dots}]")
         return (
             f"UnfoldedDenoiser({prior}, K={self.num_iterations}, {self.initializer}, "
-            f"{', '.join(multipliers)}, reference_level={self.reference_level})"
+            f"{', '.join(multipliers)})"
         )
+
+
+def _names(train_prior: Sequence[str]) -> list[str]:
+    if not isinstance(train_prior, Sequence) or not all(isinstance(name, str) for name in train_prior):
+        raise TypeError(f"train_prior must be 'adapter', 'all' or a list of names, got {train_prior!r}")
+    return list(train_prior)

@@ -3,9 +3,20 @@
 import pytest
 import torch
 from deepinv.models import Denoiser
+from deepinv.physics import (
+    Blur,
+    BlurFFT,
+    Denoising,
+    Downsampling,
+    GaussianNoise,
+    Inpainting,
+    StackedLinearPhysics,
+)
+from deepinv.utils import TensorList
 
-from deepinv_ud2m.priors import PriorInfo, build_network
-from deepinv_ud2m.proximal import noise_level
+from deepinv_ud2m import UD2M, LinearInitializer, UnfoldedDenoiser
+from deepinv_ud2m.physics.traits import noise_level
+from deepinv_ud2m.priors import PriorInfo, add_lora, build_network, load_prior, save_prior
 from deepinv_ud2m.randomness import randn
 
 torch.set_num_threads(1)
@@ -70,10 +81,39 @@ class ExactUnfolded(torch.nn.Module):
         super().__init__()
         self.problem = problem
 
-    def forward(self, y, physics, x_s, sigma, *, generator=None):
+    def draw(self, problem, x_s, sigma, *, generator=None):
         mean, covariance = self.problem.posterior(x_s, sigma)
         noise = randn(x_s, generator).flatten(1)
         return (mean + noise @ torch.linalg.cholesky(covariance).T).reshape(x_s.shape)
+
+
+def rand(*shape, seed=0, dtype=torch.float64):
+    """The same numbers in every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def pick(y, images):
+    """Some images of a batch, or of measurements."""
+    return TensorList([part[images] for part in y]) if isinstance(y, TensorList) else y[images]
+
+
+PER_IMAGE = ["BlurFFT", "Blur", "Downsampling", "Inpainting", "stack"]
+
+
+def per_image_physics(name, shape, images=slice(0, 3), dtype=torch.float64):
+    """A physics with an operator of its own for each of three images, or for some of them."""
+    kernels = rand(3, 1, 3, 3, dtype=dtype)[images]
+    kernels = kernels / kernels.sum((-2, -1), keepdim=True)
+    blur = Blur(kernels, padding="valid")
+    inpainting = Inpainting(shape, (rand(3, 1, *shape[1:], seed=1) < 0.5).to(dtype)[images])
+    return {
+        "BlurFFT": lambda: BlurFFT(shape, kernels),
+        "Blur": lambda: blur,
+        "Downsampling": lambda: Downsampling(shape, kernels, 2, padding="circular"),
+        "Inpainting": lambda: inpainting,
+        "stack": lambda: StackedLinearPhysics([blur, inpainting]),
+    }[name]()
 
 
 def dense_matrix(physics, shape, dtype=torch.float64):
@@ -114,6 +154,51 @@ def tiny_prior(tiny_config):
                     parameter.normal_(std=0.02)
     prior.prior_info = PriorInfo(**tiny_config["prior"])
     return prior.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def tiny_folder(tiny_prior, tiny_config, tmp_path):
+    """The folder of that prior."""
+    save_prior(tiny_prior, tiny_config, tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def trained_sampler(prior, num_iterations=2, seed=0, lora=True, **settings):
+    """A sampler with every setting away from its default, and random values for what is trained."""
+    if lora:
+        add_lora(prior, rank=2, alpha=3.0)
+    lambdas = [0.1 * (k + 1) for k in range(num_iterations)]
+    settings = {"initializer": LinearInitializer(0.4, reference_level=1 / 3), **settings}
+    unfolded = UnfoldedDenoiser(
+        prior, num_iterations, rho=1.7, lambda_=lambdas, tol=1e-6, max_iter=77, **settings
+    )
+    scatter(unfolded.state().values(), seed)
+    return UD2M(unfolded, eta=0.8, sigmas=[3.3, 0.7, 0.1], output_range=(-0.25, 1.25))
+
+
+def scatter(tensors, seed=0, std=0.1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.copy_(std * torch.randn(tensor.shape, generator=generator))
+
+
+def sample(model):
+    """Two samples of one seed, which tell samplers of the tiny prior apart."""
+    generator = torch.Generator().manual_seed(1)
+    y = torch.rand(1, 1, 16, 16, generator=generator)
+    return model.sample(y, Denoising(GaussianNoise(0.1)), 2, generator=generator)
+
+
+@pytest.fixture
+def tiny_sampler(tiny_folder):
+    return trained_sampler(load_prior(tiny_folder))
+
+
+@pytest.fixture
+def sampler_folder(tiny_sampler, tiny_folder, tmp_path):
+    tiny_sampler.save_pretrained(tmp_path / "sampler", prior=str(tiny_folder), metadata={"seed": 7})
+    return tmp_path / "sampler"
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,9 @@
-"""What cannot work is refused by name before any network runs; what may not work well warns."""
+"""
+The sampler refuses by name, before any network runs, what cannot work. It warns of what may not work well.
+
+See ``test_problem.py`` for what a problem refuses, ``test_checkpoint_files.py`` for stored samplers, and
+``test_initializers_common.py``.
+"""
 
 import inspect
 import warnings
@@ -21,7 +26,7 @@ from deepinv_ud2m import (
     VPSchedule,
     WienerInitializer,
 )
-from deepinv_ud2m.networks import PixelShuffledDenoiser
+from deepinv_ud2m.priors.networks import PixelShuffledDenoiser
 from deepinv_ud2m.randomness import SampleStreams, draw_seeds, randn
 
 NAN, INF = float("nan"), float("inf")
@@ -47,16 +52,6 @@ class Echo(Untouchable):
         return x.clamp(0, 1)
 
 
-class Squared(dinv.physics.Physics):
-    """Not linear, and without a prox."""
-
-    def __init__(self):
-        super().__init__(noise_model=GaussianNoise(0.1))
-
-    def A(self, x, **kwargs):
-        return x**2
-
-
 @pytest.fixture
 def model():
     return UD2M(UnfoldedDenoiser(Untouchable()))
@@ -64,22 +59,6 @@ def model():
 
 def _denoising(sigma=0.1):
     return dinv.physics.Denoising(GaussianNoise(sigma))
-
-
-def _inpainting(batch=1, size=16):
-    mask = torch.rand(batch, 1, size, size, generator=torch.Generator().manual_seed(0)) > 0.5
-    return dinv.physics.Inpainting((1, size, size), mask=mask.float(), noise_model=GaussianNoise(0.1))
-
-
-def _blur(size=16):
-    kernel = torch.ones(1, 1, 3, 3) / 9
-    return dinv.physics.BlurFFT((1, size, size), kernel, noise_model=GaussianNoise(0.1))
-
-
-def _fourier():
-    return dinv.physics.LinearPhysics(
-        A=torch.fft.fft2, A_adjoint=torch.fft.ifft2, noise_model=GaussianNoise(0.1)
-    )
 
 
 def _poisson():
@@ -90,74 +69,52 @@ def _stack(*levels):
     return dinv.physics.StackedLinearPhysics([_denoising(sigma) for sigma in levels])
 
 
-def _with(value, shape=(1, 1, 16, 16)):
-    y = torch.full(shape, 0.5)
-    y[(0,) * len(shape)] = value
-    return y
+def _masks(batch):
+    return dinv.physics.Inpainting((1, 16, 16), mask=torch.ones(batch, 1, 16, 16))
 
 
 GREY = torch.full((1, 1, 16, 16), 0.5)
+# deepinv's gaussian_blur(sigma=2.0) is one-dimensional; BlurFFT takes it and broadcasts.
+THIN_BLUR = dinv.physics.BlurFFT((1, 16, 16), dinv.physics.functional.gaussian_blur(sigma=2.0))
 
-# name: physics, y, exception, message
+# name: y, physics, exception, message
 PROBLEMS = {
-    "nan": (_denoising(), _with(NAN), ValueError, "y must be finite"),
-    "inf": (_inpainting(), _with(INF), ValueError, "y must be finite"),
-    "nan in a part": (_stack(0.1, 0.1), TensorList([GREY, _with(NAN)]), ValueError, "y must be finite"),
-    "size, mask": (_inpainting(), torch.rand(1, 1, 8, 8), ValueError, r"y of shape \[1, 1, 8, 8\]"),
-    "size, broadcast": (
-        _inpainting(),
-        torch.rand(1, 1, 1, 16),
+    "nan": (GREY * NAN, _denoising(), ValueError, "y must be finite"),
+    "no tensor": (None, _denoising(), TypeError, "y must be a tensor"),
+    "class": (GREY, dinv.physics.Denoising, TypeError, "must be an instance, got the class Denoising"),
+    "batch of one, masks": (GREY, _masks(2), ValueError, "y of shape"),
+    "channels of a mask": (GREY.expand(1, 3, 16, 16), _masks(1), ValueError, r"3 channel\(s\)|y of shape"),
+    "channels of the prior": (GREY.expand(1, 3, 16, 16), _denoising(), ValueError, r"3 channel\(s\)"),
+    "no batch": (GREY[0], _denoising(), ValueError, r"\[B, C, H, W\]"),
+    "multiple": (torch.rand(1, 1, 18, 16), _denoising(), ValueError, "multiples of 4.*18x16"),
+    "poisson": (GREY, _poisson(), ValueError, "noise model.*PoissonNoise.*sigma_y"),
+    "levels of a stack": (TensorList([GREY, GREY]), _stack(0.1, 0.2), ValueError, "stacked.*sigma_y"),
+    "a level of zero": (GREY, _denoising(0.0), ValueError, "sigma_y must be positive"),
+    "filter": (
+        GREY.expand(2, 1, 16, 16),
+        THIN_BLUR,
         ValueError,
-        r"y of shape \[1, 1, 1, 16\]",
-    ),
-    "size, blur": (_blur(), torch.rand(1, 1, 12, 12), ValueError, r"y of shape \[1, 1, 12, 12\]"),
-    "batch, masks": (_inpainting(batch=2), torch.rand(3, 1, 16, 16), ValueError, "y of shape"),
-    "batch of one, masks": (_inpainting(batch=2), GREY, ValueError, "y of shape"),
-    "batch, noise": (
-        _denoising(torch.tensor([0.1, 0.2])),
-        torch.rand(3, 1, 16, 16),
-        ValueError,
-        "sigma_y",
-    ),
-    "channels, prior": (_denoising(), torch.rand(1, 3, 16, 16), ValueError, r"3 channel\(s\)"),
-    "channels, mask": (
-        _inpainting(),
-        torch.rand(1, 3, 16, 16),
-        ValueError,
-        r"3 channel\(s\)|y of shape",
-    ),
-    "no batch": (_denoising(), torch.rand(1, 16, 16), ValueError, r"\[B, C, H, W\]"),
-    "parts": (_stack(0.1, 0.1), TensorList([GREY]), ValueError, "y of shape"),
-    "multiple": (_denoising(), torch.rand(1, 1, 18, 16), ValueError, "multiples of 4.*18x16"),
-    "complex": (_fourier(), torch.fft.fft2(GREY), ValueError, "complex images.*two channels"),
-    "non-linear": (Squared(), GREY, TypeError, "Squared"),
-    "poisson": (_poisson(), GREY, ValueError, "noise model.*PoissonNoise.*sigma_y"),
-    "stack of levels": (_stack(0.1, 0.2), TensorList([GREY, GREY]), ValueError, "stacked.*sigma_y"),
-    "sigma zero": (_denoising(0.0), GREY, ValueError, "sigma_y must be positive"),
-    "a sigma zero": (
-        _denoising(torch.tensor([0.1, 0.0])),
-        GREY.expand(2, -1, -1, -1),
-        ValueError,
-        "sigma_y",
+        r"filters must be \[b, c, h, w\]|y of shape",
     ),
 }
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_problems_it_cannot_take(model, problem):
-    physics, y, exception, message = PROBLEMS[problem]
+    y, physics, exception, message = PROBLEMS[problem]
     for call in (model, model.sample):
         with pytest.raises(exception, match=message):
             call(y, physics)
     assert model.nfe is None
 
 
-@pytest.mark.parametrize(
-    "sigma_y", [0, -0.1, NAN, torch.tensor([0.1, -0.1, 0.1]), torch.full((2,), 0.1), torch.ones(3, 16)]
-)
+@pytest.mark.parametrize("sigma_y", [0, NAN, 1e-30, torch.tensor(1e-30), 1e7, torch.full((2,), 0.1), "x"])
 def test_sigma_y_it_cannot_take(model, sigma_y):
-    with pytest.raises(ValueError, match="sigma_y"):
-        model(GREY.expand(3, -1, -1, -1), _denoising(), sigma_y=sigma_y)
+    y = GREY.expand(3, -1, -1, -1)
+    for call in (lambda: model(y, _denoising(), sigma_y=sigma_y), lambda: model(y, _denoising())):
+        with pytest.raises((ValueError, TypeError), match="sigma_y must be"):
+            call()
+        model.sigma_y = sigma_y
 
 
 def test_sigma_y_stands_in_for_a_noise_model():
@@ -165,46 +122,44 @@ def test_sigma_y_stands_in_for_a_noise_model():
     for physics, y in [(_poisson(), GREY), (_stack(0.1, 0.2), TensorList([GREY, GREY]))]:
         assert model(y, physics, sigma_y=0.1).shape == GREY.shape
         # Where the caller cannot give it, as in deepinv.test, the model has it.
-        with pytest.raises(ValueError, match=r"sigma_y=|sigma_y"):
+        with pytest.raises(ValueError, match="sigma_y"):
             model(y, physics)
         model.sigma_y = 0.1
         assert model(y, physics).shape == GREY.shape
         model.sigma_y = None
-    assert UD2M(UnfoldedDenoiser(Echo()), sigma_y=0.1)(GREY, _poisson()).shape == GREY.shape
+    model = UD2M(UnfoldedDenoiser(Echo()), sigma_y=0.1)
+    assert model(GREY, _poisson()).shape == GREY.shape
+    seeds = [{"generator": torch.Generator().manual_seed(0)} for _ in range(3)]
+    expected = UD2M(UnfoldedDenoiser(Echo()))(GREY, _denoising(), sigma_y=0.5, **seeds[0])
+    assert torch.equal(model(GREY, _denoising(), sigma_y=0.5, **seeds[1]), expected)  # the call's comes first
+    assert not torch.equal(
+        model(GREY, _denoising(0.5), **seeds[2]), expected
+    )  # the model's before the physics'
 
 
-@pytest.mark.parametrize("scale, shift", [(255, 0), (2, -1)])
-def test_measurements_in_another_range_warn(scale, shift):
-    """No sample in [0, 1] explains them: it says so, of one range and of several measurements alike."""
-    model = UD2M(UnfoldedDenoiser(Echo()))
-    x = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    for physics in (_denoising(0.05), _stack(0.05, 0.05)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            model(physics(x), physics)
-        y = physics(scale * x + shift)
-        with pytest.warns(UserWarning, match=r"residuals of .* times the noise level: is y made of im"):
-            model(y, physics)
-
-
-def test_a_noise_level_of_8_bit_images_warns():
-    with pytest.warns(UserWarning, match=r"sigma_y is 25: it is a standard deviation, in the units of"):
-        UD2M(UnfoldedDenoiser(Echo()))(GREY, _denoising(), sigma_y=25.0)
-
-
-@pytest.mark.parametrize("name", ["num_samples", "batch_size"])
-@pytest.mark.parametrize("value", [0, -1, 1.5, "2"])
-def test_counts(model, name, value):
-    with pytest.raises(ValueError, match=f"{name} must be an integer >= 1"):
-        model.sample(GREY, _denoising(), **{name: value})
-
-
-def test_generator_of_another_device(model):
-    # Stands for a generator on a GPU, which not every machine has.
-    generator = SimpleNamespace(device=torch.device("cuda:0"))
-    for call in (model, model.sample):
-        with pytest.raises(ValueError, match="generator must be on the device of y, cpu"):
-            call(GREY, _denoising(), generator=generator)
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        *(
+            ({name: value}, ValueError, f"{name} must be an integer >= 1, got {value!r}")
+            for name in ("num_samples", "batch_size")
+            for value in (0, -1, 1.5, "2")
+        ),
+        ({"generator": 0}, TypeError, "generator must be a torch.Generator, got int"),
+        # Stands for a generator on a GPU, which not every machine has.
+        (
+            {"generator": SimpleNamespace(device=torch.device("cuda:0"))},
+            ValueError,
+            "generator must be on the device of y, cpu",
+        ),
+    ],
+)
+def test_calls_it_cannot_take(model, arguments, error, message):
+    with pytest.raises(error, match=message):
+        model.sample(GREY, _denoising(), **arguments)
+    if "generator" in arguments:
+        with pytest.raises(error, match=message):
+            model(GREY, _denoising(), **arguments)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -220,69 +175,88 @@ def test_measurements_on_another_device(model):
             call(GREY, _denoising())
 
 
-# -- Construction ---------------------------------------------------------------------------------
+# -- Construction --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_steps", [0, -1, 1.5, True])
-def test_num_steps(num_steps):
-    with pytest.raises(ValueError, match="num_steps must be an integer"):
-        UD2M(UnfoldedDenoiser(Untouchable()), num_steps)
+def _unfolded(**arguments):
+    return UnfoldedDenoiser(**{"denoiser": Untouchable(), **arguments})
 
 
-@pytest.mark.parametrize("eta", [-0.1, 1.1, NAN, INF])
-def test_eta(eta):
-    with pytest.raises(ValueError, match="eta must be in"):
-        UD2M(UnfoldedDenoiser(Untouchable()), eta=eta)
+def _sampler(**arguments):
+    return UD2M(**{"unfolded": _unfolded(), **arguments})
 
 
-@pytest.mark.parametrize("levels", [[], [0.1, 1.0], [1.0, 0.0], [NAN]])
-def test_levels(levels):
-    with pytest.raises(ValueError, match="levels must be"):
-        UD2M(UnfoldedDenoiser(Untouchable()), levels=levels)
+def _predicting(**arguments):
+    unfolded = _unfolded()
+    unfolded.initializer.predicts_rmse = True
+    return _sampler(unfolded=unfolded, **arguments)
 
 
-@pytest.mark.parametrize("num_iterations", [0, -1, 1.5, True])
-def test_num_iterations(num_iterations):
-    with pytest.raises(ValueError, match="num_iterations must be an integer >= 1"):
-        UnfoldedDenoiser(Untouchable(), num_iterations)
+NUMBERS = "must be a number or a sequence of numbers"
+COUNT, NO_COUNTS = "must be an integer", [0, -1, 1.5, True, "3"]
+NO_SIGMAS = [
+    [],
+    [0.1, 1.0],
+    [1.0, 1.0],
+    [1.0, 0.0],
+    [NAN],
+    [INF],
+    [1.0, 1e-30],
+    [1e9],
+    1.0,
+    "x",
+    [None],
+    [[1.0]],
+]
+NO_MULTIPLIERS = [0.0, -1.0, NAN, INF, 1e-40, 1e9, [1.0, 2.0], [1.0, -1.0, 1.0], []]
+NO_RANGES = [(1.0, 0.0), (0.5, 0.5), (NAN, 1.0), (0.0, NAN), (0.0, INF)]
+
+# what makes it, argument, values, exception, message
+ARGUMENTS = [
+    (_sampler, "num_steps", [*NO_COUNTS, 501], ValueError, COUNT),
+    (_sampler, "eta", [-0.1, 1.1, NAN, INF], ValueError, r"must be in \[0, 1\]"),
+    (_sampler, "eta", ["1", None, True], TypeError, "must be a number"),
+    (_sampler, "sigmas", NO_SIGMAS, ValueError, r"must be a sequence of positive.*\[1e-06, 1e\+06\]"),
+    (_sampler, "output_range", NO_RANGES, ValueError, "must be"),
+    (_sampler, "output_range", [1.0, (0, 1, 2), "0", ("0", "1"), (0, None)], TypeError, "must be"),
+    (_sampler, "schedule", ["cosine", VPSchedule], TypeError, "must be a VPSchedule"),
+    (_sampler, "nominal_rmse", [0.1, NAN, "x"], ValueError, "needs an initializer that predicts"),
+    (_predicting, "nominal_rmse", [0, -0.1, NAN, INF], ValueError, "must be positive and finite, got"),
+    (_predicting, "nominal_rmse", ["x", True, [0.1]], TypeError, "must be a number"),
+    (_sampler, "unfolded", [print, None, torch.nn.Identity()], TypeError, "must be an unfolded denoiser"),
+    (_sampler, "unfolded", [Untouchable()], TypeError, r"write UD2M\(UnfoldedDenoiser\(D\)\)"),
+    (_unfolded, "denoiser", ["drunet", None], TypeError, "must be a deepinv Denoiser"),
+    (_unfolded, "initializer", ["ram", torch.nn.Identity()], TypeError, "must be an Initializer"),
+    (_unfolded, "num_iterations", NO_COUNTS, ValueError, COUNT),
+    (_unfolded, "max_iter", NO_COUNTS, ValueError, COUNT),
+    (_unfolded, "tol", [0.0, -1.0, NAN, INF], ValueError, "must be positive and finite"),
+    (_unfolded, "tol", ["x", None], TypeError, "must be a number"),
+    *(
+        (_unfolded, name, values, error, message)
+        for name in ("rho", "delta", "lambda_")
+        for values, error, message in [
+            (NO_MULTIPLIERS, ValueError, r"must be one positive number or 3 .*\[1e-06, 1e\+06\]; got"),
+            (["a", ["a"], {}], TypeError, NUMBERS),
+        ]
+    ),
+    (LinearInitializer, "mean", ["x", None], TypeError, "must be a number"),
+    (WienerInitializer, "scale", ["x", None], TypeError, "must be a number"),
+]
 
 
-@pytest.mark.parametrize("name", ["rho", "delta", "lambda_"])
-@pytest.mark.parametrize("value", [0.0, -1.0, NAN, float("inf"), [1.0, 2.0], [1.0, -1.0, 1.0], []])
-def test_multipliers(name, value):
-    with pytest.raises(ValueError, match=rf"{name.rstrip('_')}.* must be one positive number or 3"):
-        UnfoldedDenoiser(Untouchable(), 3, **{name: value})
+@pytest.mark.parametrize(
+    "make, name, value, error, message",
+    [(make, name, value, *rest) for make, name, values, *rest in ARGUMENTS for value in values],
+)
+def test_arguments_that_are_refused(make, name, value, error, message):
+    with pytest.raises(error, match=f"{name}.*{message}"):
+        make(**{name: value})
 
 
-def test_multipliers_that_are_no_numbers():
-    with pytest.raises(TypeError, match="rho must be a number or a sequence of numbers, got 'a'"):
-        UnfoldedDenoiser(Untouchable(), rho="a")
-
-
-def test_other_arguments():
-    with pytest.raises(ValueError, match="reference_level must be"):
-        UnfoldedDenoiser(Untouchable(), reference_level=-0.1)
-    with pytest.raises(TypeError, match="denoiser must be a deepinv Denoiser, got str"):
-        UnfoldedDenoiser("drunet")
-    with pytest.raises(TypeError, match="unfolded must be an unfolded denoiser, got function"):
-        UD2M(lambda y, physics, x_s, sigma: x_s)
-    for std in (0, -1.0, NAN):
-        with pytest.raises(ValueError, match="std must be positive"):
-            LinearInitializer(std=std)
-    with pytest.raises(ValueError, match="mode must be"):
-        PseudoInverseInitializer("dagger")
-    for name, value in (
-        ("scale", 0),
-        ("cutoff", -1.0),
-        ("tol", NAN),
-        ("decay", -0.1),
-        ("correlation", 1),
-    ):
-        with pytest.raises(ValueError, match=f"{name} must be"):
-            WienerInitializer(**{name: value})
-    for images in (torch.rand(3, 32, 32), torch.rand(4, 3, 8, 32), torch.full((4, 3, 32, 32), 0.5)):
-        with pytest.raises(ValueError, match="images must be"):
-            WienerInitializer.fit(images)
+def test_sigmas_exclude_num_steps_and_schedule():
+    for other in ({"num_steps": 2}, {"schedule": VPSchedule()}):
+        with pytest.raises(ValueError, match="sigmas stand in place"):
+            _sampler(sigmas=[1.0, 0.1], **other)
 
 
 def _public_callables():
@@ -290,25 +264,22 @@ def _public_callables():
         value = getattr(deepinv_ud2m, name)
         if callable(value):
             yield pytest.param(value, id=name)
-    unfolded = UnfoldedDenoiser(Untouchable())
-    modules = [UD2M(unfolded), unfolded, unfolded.initializer, PseudoInverseInitializer()]
-    modules += [PixelShuffledDenoiser(Untouchable())]
-    for module in modules:
+    sampler, unfolded, schedule = _sampler(), _unfolded(), VPSchedule()
+    modules = [sampler, unfolded, unfolded.initializer, PseudoInverseInitializer()]
+    for module in [*modules, PixelShuffledDenoiser(Untouchable())]:
         yield pytest.param(module, id=f"{type(module).__name__}.forward")
-    methods = [modules[0].sample, modules[0].step, unfolded.scalars, unfolded.check]
-    methods += [VPSchedule().sampling_levels, VPSchedule().training_levels, VPSchedule().sigma]
-    methods += [PixelShuffledDenoiser, SampleStreams, draw_seeds, randn]
-    for method in methods:
+    methods = [sampler.sample, sampler.step, sampler.chain, sampler.first_state, sampler.save_pretrained]
+    methods += [unfolded.draw, unfolded.scalars, unfolded.check, unfolded.load_state]
+    methods += [schedule.sampling_sigmas, schedule.training_sigmas, schedule.sigma, schedule.timestep]
+    for method in [*methods, PixelShuffledDenoiser, SampleStreams, draw_seeds, randn]:
         yield pytest.param(method, id=method.__qualname__)
 
 
-PUBLIC_CALLABLES = list(_public_callables())
-
-
-@pytest.mark.parametrize("function", PUBLIC_CALLABLES)
-def test_misspelt_keywords(function):
+@pytest.mark.parametrize("function", list(_public_callables()))
+def test_misspelt_keywords(function, tmp_path):
+    arguments = [tmp_path] if "save_pretrained" in getattr(function, "__qualname__", "") else []
     with pytest.raises(TypeError, match="unexpected keyword argument 'num_sampels'"):
-        function(num_sampels=3)
+        function(*arguments, num_sampels=3)
 
 
 @pytest.mark.parametrize("function", [UD2M.forward, UD2M.sample, UnfoldedDenoiser.forward])
@@ -317,7 +288,7 @@ def test_no_argument_is_swallowed(function):
     assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
 
 
-# -- Warnings -------------------------------------------------------------------------------------
+# -- Warnings ------------------------------------------------------------------------------------------
 
 
 def _messages(call):
@@ -325,6 +296,18 @@ def _messages(call):
         warnings.simplefilter("always")
         call()
     return [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+
+
+@pytest.mark.parametrize("scale, shift", [(255, 0), (2, -1)])
+def test_measurements_in_another_range_warn(scale, shift):
+    """No sample in [0, 1] explains them: it says so, of one range and of several measurements alike."""
+    model = UD2M(UnfoldedDenoiser(Echo()))
+    x = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    for physics in (_denoising(0.05), _stack(0.05, 0.05)):
+        assert _messages(lambda physics=physics: model(physics(x), physics)) == []
+        y = physics(scale * x + shift)
+        with pytest.warns(UserWarning, match=r"residuals of .* times the noise level: is y made of im"):
+            model(y, physics)
 
 
 def test_sizes_outside_of_training_warn():
@@ -341,16 +324,15 @@ def test_levels_outside_of_training_warn():
     assert _messages(lambda: model(GREY, _denoising(0.5))) == []
     _, message = _messages(lambda: model(GREY, _denoising(1e3)))  # the first is of sigma_y > 1
     assert "noise levels from 0.01 to 50.0" in message
-    model = UD2M(UnfoldedDenoiser(Echo(), reference_level=0.0))
+    model = UD2M(_unfolded(denoiser=Echo(), initializer=LinearInitializer(reference_level=0.0)))
     assert _messages(lambda: model(GREY, _denoising(0.02))) == []
     (message,) = _messages(lambda: model(GREY, _denoising(1e-3)))
     assert "noise levels from 0.01 to 50.0" in message
 
 
 def test_levels_outside_of_training_are_clamped():
-    unfolded = UnfoldedDenoiser(Echo(), reference_level=0.0)
     for level, delta in [(1e-5, 0.01), (70.0, 50.0)]:
-        assert unfolded.scalars(0, torch.tensor(level))[1].item() == pytest.approx(delta)
+        assert _unfolded().scalars(0, torch.tensor(level))[1].item() == pytest.approx(delta)
 
 
 def test_a_prior_that_says_nothing_is_trusted():
@@ -360,70 +342,3 @@ def test_a_prior_that_says_nothing_is_trusted():
     y = torch.rand(1, 3, 17, 15)
     assert _messages(lambda: model(y, _denoising(1e-4))) == []
     assert model(y, _denoising()).shape == y.shape
-
-
-def test_levels_exclude_num_steps_and_schedule():
-    for other in ({"num_steps": 2}, {"schedule": VPSchedule()}):
-        with pytest.raises(ValueError, match="levels stand in place"):
-            UD2M(torch.nn.Identity(), levels=[1.0, 0.1], **other)
-
-
-@pytest.mark.parametrize(
-    "arguments, error, message",
-    [
-        ({"initializer": "ram"}, TypeError, "initializer"),
-        ({"reference_level": float("nan")}, ValueError, "reference_level"),
-        ({"reference_level": -0.1}, ValueError, "reference_level"),
-        ({"tol": 0.0}, ValueError, "tol"),
-        ({"max_iter": 0}, ValueError, "max_iter"),
-        ({"lambda_": -1.0}, ValueError, "lambda_"),
-    ],
-)
-def test_arguments_of_the_unfolded_denoiser(arguments, error, message):
-    with pytest.raises(error, match=message):
-        UnfoldedDenoiser(torch.nn.Identity(), **arguments)
-
-
-def test_output_range_must_be_ordered():
-    with pytest.raises(ValueError, match="output_range"):
-        UD2M(torch.nn.Identity(), output_range=(1.0, 0.0))
-
-
-@pytest.mark.parametrize("y", [None, [1.0], 3.0])
-def test_y_must_be_a_tensor(y):
-    with pytest.raises(TypeError, match="y must be a tensor"):
-        UD2M(torch.nn.Identity())(y, dinv.physics.Denoising(GaussianNoise(0.1)))
-
-
-def test_y_must_not_be_empty():
-    with pytest.raises(ValueError, match="y is empty"):
-        UD2M(torch.nn.Identity())(torch.zeros(0, 1, 8, 8), dinv.physics.Denoising(GaussianNoise(0.1)))
-
-
-def test_a_prior_in_place_of_an_unfolded_denoiser_is_told():
-    with pytest.raises(TypeError, match=r"UD2M\(UnfoldedDenoiser\(D\)\)"):
-        UD2M(Untouchable())
-
-
-def test_types_of_schedule_generator_and_measurements():
-    with pytest.raises(TypeError, match="schedule"):
-        UD2M(torch.nn.Identity(), schedule="cosine")
-    model, physics = UD2M(torch.nn.Identity()), dinv.physics.Denoising(GaussianNoise(0.1))
-    with pytest.raises(TypeError, match="generator"):
-        model(torch.zeros(1, 1, 8, 8), physics, generator=0)
-    with pytest.raises(TypeError, match="floating type"):
-        model(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), physics)
-
-
-def test_a_filter_of_too_few_dimensions_is_told():
-    """deepinv's gaussian_blur(sigma=2.0) is one-dimensional; BlurFFT takes it and broadcasts."""
-    kernel = dinv.physics.functional.gaussian_blur(sigma=2.0)
-    physics = dinv.physics.BlurFFT((1, 32, 32), kernel, noise_model=GaussianNoise(0.1))
-    y = physics(torch.rand(2, 1, 32, 32))
-    with pytest.raises(ValueError, match=r"filters must be \[b, c, h, w\]"):
-        UD2M(UnfoldedDenoiser(Untouchable()))(y, physics)
-
-
-def test_a_class_in_place_of_a_physics_is_told():
-    with pytest.raises(TypeError, match="physics must be an instance, got the class Denoising"):
-        UD2M(torch.nn.Identity())(torch.zeros(1, 1, 8, 8), dinv.physics.Denoising)

@@ -1,8 +1,9 @@
 """Samples of one seed, for every shipped sampler and eight physics, as they were when they were stored.
 
-``python tests/test_golden.py`` stores them anew, in ``golden.npz``: only after a change that is meant to change samples.
-On the machine that stored them they are equal to the bit. Rounding differs between processors: where the problem is solved in
-closed form it stays near 1e-5; iterations that stop at another step, and the networks after them, make up to 1e-2 of it.
+``python tests/test_golden.py`` stores them anew, in ``golden.npz``: only after a change that is meant to
+change samples. On the machine that stored them they are equal to the bit. Rounding differs between
+processors: where the problem is solved in closed form it stays near 1e-5; iterations that stop elsewhere
+and the networks after them, make up to 1e-2 of it.
 """
 
 import sys
@@ -51,9 +52,7 @@ def masks(channels, batch):
 
 
 def stack(shape):
-    return StackedLinearPhysics(
-        [Blur(kernels(1), padding="valid"), Inpainting(shape, masks(shape[0], 1))]
-    )
+    return StackedLinearPhysics([Blur(kernels(1), padding="valid"), Inpainting(shape, masks(shape[0], 1))])
 
 
 PHYSICS = {

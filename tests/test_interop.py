@@ -65,26 +65,27 @@ def _assert_image(x_hat, shape):
     assert not x_hat.requires_grad
 
 
+def _test(model, physics, num, batch_size, **options):
+    """What ``deepinv.test`` reports, and the samples."""
+    outputs = []
+    hook = model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    loader = DataLoader(Digits(num), batch_size=batch_size)
+    options = {"metrics": [PSNR()], "verbose": False, "show_progress_bar": False, **options}
+    results = dinv.test(model, loader, physics, online_measurements=True, **options)
+    hook.remove()
+    assert len(outputs) == num // batch_size
+    for x_hat in outputs:
+        _assert_image(x_hat, (batch_size, 1, 32, 32))
+    return results, outputs
+
+
 # -- deepinv.test, Trainer, samplers --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_dinv_test(model, batch_size):
-    outputs = []
-    model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    results = dinv.test(
-        model,
-        DataLoader(Digits(6), batch_size=batch_size),
-        BENCHMARK["denoising"](),
-        online_measurements=True,
-        metrics=[PSNR()],
-        verbose=False,
-        show_progress_bar=False,
-    )
+    results, outputs = _test(model, BENCHMARK["denoising"](), 6, batch_size)
     assert all(math.isfinite(results[key]) for key in ("PSNR", "PSNR no learning"))
-    assert len(outputs) == 6 // batch_size
-    for x_hat in outputs:
-        _assert_image(x_hat, (batch_size, 1, 32, 32))
     # What deepinv reports is the PSNR of the samples against the digits.
     expected = PSNR()(torch.cat(outputs), mnist_digits("test", num=6)).mean()
     assert results["PSNR"] == pytest.approx(expected.item(), rel=1e-4)
@@ -110,30 +111,26 @@ def test_trainer_test(model):
     assert model.train(training) is model
 
 
+@pytest.mark.parametrize("context", ["autocast", "inference mode"])
 @pytest.mark.parametrize("problem", BENCHMARK)
-def test_sampling_under_autocast(problem):
-    """The networks in bfloat16, the operators not: the samples are those of single precision, nearly."""
+def test_sampling_in_a_context(problem, context):
+    """
+    Under autocast the networks are in bfloat16 and the operators are not: samples change little. What deepinv
+    makes under inference mode, such as masks, are tensors without version counters.
+    """
     model, physics = UD2M.from_pretrained("mnist"), BENCHMARK[problem]()
-    y = physics(mnist_digits("test", num=2))
+    y = physics(mnist_digits("test", num=1 if context == "autocast" else 2))
     noise = {"sigma_y": 0.05} if not isinstance(physics.noise_model, GaussianNoise) else {}
-    expected = model.sample(y, physics, 2, generator=_seeded(), **noise)
-    with torch.autocast("cpu", torch.bfloat16):
-        samples = model.sample(y, physics, 2, generator=_seeded(), **noise)
-    assert samples.dtype == torch.float32
-    assert 0 < (samples - expected).square().mean().sqrt() < 0.02
-
-
-@pytest.mark.parametrize("num_samples", [1, 2])
-@pytest.mark.parametrize("problem", BENCHMARK)
-def test_sampling_under_inference_mode(problem, num_samples):
-    """What deepinv makes there, as the masks of inpainting, are tensors without version counters."""
-    model, physics = UD2M.from_pretrained("mnist"), BENCHMARK[problem]()
-    y = physics(mnist_digits("test", num=2))
-    noise = {"sigma_y": 0.05} if not isinstance(physics.noise_model, GaussianNoise) else {}
-    expected = model.sample(y, physics, num_samples, generator=_seeded(), **noise)
-    with torch.inference_mode():
-        samples = model.sample(y, physics, num_samples, generator=_seeded(), **noise)
-    torch.testing.assert_close(samples, expected, atol=1e-4, rtol=0)
+    for num_samples in (1,) if context == "autocast" else (1, 2):
+        expected = model.sample(y, physics, num_samples, generator=_seeded(), **noise)
+        half = torch.autocast("cpu", torch.bfloat16)
+        with half if context == "autocast" else torch.inference_mode():
+            samples = model.sample(y, physics, num_samples, generator=_seeded(), **noise)
+        if context == "autocast":
+            assert samples.dtype == torch.float32
+            assert 0 < (samples - expected).square().mean().sqrt() < 0.02
+        else:
+            torch.testing.assert_close(samples, expected, atol=1e-4, rtol=0)
 
 
 def test_diffusion_sampler(model):
@@ -159,26 +156,12 @@ def test_diffusion_sampler(model):
 def test_benchmark_contract(model, problem):
     model.device = torch.device("cpu")
     assert model.device == torch.device("cpu")
-    outputs = []
-    model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", "non_blocking_transfers")
-        results = dinv.test(
-            model,
-            DataLoader(Digits(2), batch_size=1),
-            BENCHMARK[problem](),
-            online_measurements=True,
-            device=model.device,
-            metrics=[PSNR()],
-            compare_no_learning=False,
-            verbose=False,
-            show_progress_bar=False,
-        )
+        options = {"device": model.device, "compare_no_learning": False}
+        results, outputs = _test(model, BENCHMARK[problem](), 2, 1, **options)
     assert math.isfinite(results["PSNR"])
-    assert len(outputs) == 2
-    for x_hat in outputs:
-        _assert_image(x_hat, (1, 1, 32, 32))
     assert not torch.equal(*outputs)
 
 
@@ -231,15 +214,7 @@ def test_state_dict(model, tiny_prior, tmp_path):
 
 
 def test_double_precision(model):
-    physics = BENCHMARK["denoising"]()
-    y = physics(mnist_digits("test", num=2))
-    model.to(torch.float64)
-    x_hat = model(y.double(), physics.to(torch.float64), generator=_seeded())
-    assert x_hat.dtype == torch.float64
-    assert x_hat.isfinite().all() and x_hat.shape == y.shape
-
-
-def test_double_precision_of_the_model_only(model):
+    """Of the model and the problem, or of the model alone."""
     physics = BENCHMARK["denoising"]()
     y = physics(mnist_digits("test", num=2))
     single = model(y, physics, generator=_seeded())
@@ -247,6 +222,9 @@ def test_double_precision_of_the_model_only(model):
     mixed = model(y, physics, generator=_seeded())
     assert mixed.dtype == torch.float32
     torch.testing.assert_close(mixed, single, rtol=0, atol=1e-4)
+    x_hat = model(y.double(), physics.to(torch.float64), generator=_seeded())
+    assert x_hat.dtype == torch.float64
+    assert x_hat.isfinite().all() and x_hat.shape == y.shape
 
 
 def test_gradients_do_not_flow_but_may_be_asked_of_y(model):
@@ -285,7 +263,7 @@ def test_per_sample_operators(model, kind):
         physics = make(operators, 10.0)
     batch = model(y, physics, generator=_seeded(), **override)
     _assert_image(batch, (3, 1, 32, 32))
-    # The first guess from a mask, which is not solved to the end, amplifies rounding.
+    # The initial estimate from a mask, which is not solved to the end, amplifies rounding.
     close = CLOSE if kind == "blur" else {"rtol": 0, "atol": 2e-3}
     # Several samples, in any split, keep each image with its operator.
     samples = model.sample(y, physics, 4, generator=_seeded(1), **override)

@@ -1,16 +1,21 @@
 """Priors: saving and loading, what they say about themselves, and the reordering of pixels."""
 
+import builtins
 import dataclasses
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from deepinv.models import Denoiser
+from safetensors.torch import load_file, save_file
 
 from deepinv_ud2m import UD2M, PriorInfo, load_prior, save_prior
-from deepinv_ud2m.networks import PixelShuffledDenoiser, checkerboard
 from deepinv_ud2m.priors import PRIORS, build_network
+from deepinv_ud2m.priors.files import sha256
+from deepinv_ud2m.priors.networks import PixelShuffledDenoiser, checkerboard
 
 
 @pytest.fixture
@@ -19,13 +24,27 @@ def folder(tiny_prior, tiny_config, tmp_path):
     return tmp_path / "tiny"
 
 
-def _edit_config(folder, edit):
+def edit_config(folder, edit):
     config = json.loads((folder / "config.json").read_text())
     edit(config)
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def replace_weights(folder, **changes):
+    """Other tensors, with a digest that is right; None takes a tensor out."""
+    file = folder / "model.safetensors"
+    state = load_file(file) | changes
+    save_file({name: value for name, value in state.items() if value is not None}, file)
+    edit_config(folder, lambda config: config.update(sha256=sha256(file)))
+
+
 # -- Saving and loading ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_shipped_priors_load(name):
+    prior = load_prior(name)
+    assert prior.prior_info.name == name and not prior.training
 
 
 def test_round_trip(tiny_prior, folder):
@@ -50,9 +69,41 @@ def test_a_loaded_prior_is_frozen_and_says_what_it_is(tiny_config, folder):
 
 
 def test_saving_twice_gives_the_same_file(tiny_prior, tiny_config, folder, tmp_path):
-    save_prior(load_prior(folder), tiny_config, tmp_path / "again")
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+    config = json.loads((folder / "config.json").read_text())
+    assert config == tiny_config | {"sha256": sha256(folder / "model.safetensors")}
+    for again in (tiny_config, config | {"sha256": "that of another"}):
+        save_prior(load_prior(folder), again, tmp_path / "again")
+        for name in ("model.safetensors", "config.json"):
+            assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+    assert len([*folder.iterdir()]) == 2
+
+
+def test_a_full_disk_leaves_the_earlier_prior(tiny_prior, tiny_config, folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with torch.no_grad():
+        next(tiny_prior.parameters()).add_(1)
+    opened = builtins.open
+
+    def open_on_a_full_disk(path, mode="r", **kwargs):
+        if "config.json" in str(path) and "b" in mode:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return opened(path, mode, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", open_on_a_full_disk)
+    with pytest.raises(OSError, match=r"No space left.*config\.json"):
+        save_prior(tiny_prior, tiny_config, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_what_could_not_be_loaded_is_not_saved(tiny_prior, tiny_config, tmp_path):
+    for name, value in (("prior", {"channels": 1}), ("network", {"pixel_shuffle": 0})):
+        with pytest.raises(ValueError, match=r"sigma_max|pixel_shuffle must be .*, got 0"):
+            save_prior(tiny_prior, tiny_config | {name: value}, tmp_path / "tiny")
+    with torch.no_grad():
+        next(tiny_prior.parameters()).fill_(1e6)  # not finite in float16
+    with pytest.raises(ValueError, match="in float16, hold NaN or infinite values"):
+        save_prior(tiny_prior, tiny_config, tmp_path / "tiny")
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_the_network_depends_on_the_level(tiny_prior):
@@ -63,55 +114,6 @@ def test_the_network_depends_on_the_level(tiny_prior):
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
 
 
-def test_unknown_names(tmp_path):
-    for name in ("cifar", str(tmp_path), ""):
-        with pytest.raises(ValueError, match="name must be one of the priors") as error:
-            load_prior(name)
-        assert all(known in str(error.value) for known in PRIORS)
-
-
-def test_damaged_weights(folder):
-    weights = folder / "model.safetensors"
-    content = weights.read_bytes()
-    for damaged in (content[: len(content) // 2], content[:5], b"", b"not a safetensors file"):
-        weights.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"weights of the prior in .* cannot be used"):
-            load_prior(folder)
-    weights.unlink()
-    with pytest.raises(ValueError, match=r"weights of the prior in .* cannot be used"):
-        load_prior(folder)
-
-
-def test_weights_that_do_not_fit_the_config(folder):
-    _edit_config(folder, lambda config: config["network"].update(model_channels=64))
-    with pytest.raises(
-        ValueError, match=r"(?s)weights of the prior in .* cannot be used.*size mismatch"
-    ):
-        load_prior(folder)
-
-
-@pytest.mark.parametrize(
-    "edit, message",
-    [
-        (lambda config: config.pop("prior"), "prior"),
-        (lambda config: config["prior"].update(chanels=1), "chanels"),
-        (lambda config: config["prior"].pop("sigma_max"), "sigma_max"),
-        (lambda config: config["network"].update(pixel_sdt=0.3), "pixel_sdt"),
-        (lambda config: config["network"].pop("pixel_shuffle"), "pixel_shuffle"),
-    ],
-)
-def test_damaged_config(folder, edit, message):
-    _edit_config(folder, edit)
-    with pytest.raises(ValueError, match=rf"config\.json cannot be used.*{message}"):
-        load_prior(folder)
-
-
-def test_config_that_is_not_json(folder):
-    (folder / "config.json").write_text('{"network": ')
-    with pytest.raises(ValueError, match=r"config\.json cannot be used"):
-        load_prior(folder)
-
-
 def test_build_network_draws_weights_from_the_global_generator(tiny_config):
     networks = []
     for seed in (0, 0, 1):
@@ -120,6 +122,135 @@ def test_build_network_draws_weights_from_the_global_generator(tiny_config):
     assert torch.equal(networks[0], networks[1])
     assert not torch.equal(networks[0], networks[2])
     assert "pixel_shuffle" in tiny_config["network"]  # the caller's config is left as it was
+
+
+# -- What is refused ------------------------------------------------------------------------------
+
+
+def test_what_is_no_prior_is_told(tmp_path):
+    for name in ("cifar", str(tmp_path), "", "nul\0", "long" * 1000):
+        with pytest.raises(ValueError, match="name must be one of the priors") as error:
+            load_prior(name)
+        assert all(known in str(error.value) for known in PRIORS)
+    for name in (None, ["mnist"], 3):
+        with pytest.raises(TypeError, match="name must be the name of a prior, or a folder, got"):
+            load_prior(name)
+    UD2M.from_pretrained("mnist").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"folder of a sampler: UD2M.from_pretrained"):
+        load_prior(tmp_path)
+
+
+def test_damaged_weights(folder):
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    flipped = bytearray(content)
+    flipped[-7] ^= 4
+    for damaged in (content[: len(content) // 2], content[:5], b"", b"no weights", bytes(flipped)):
+        weights.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"weights .* are damaged.* {sha256(weights)}, expected"):
+            load_prior(folder)
+        assert weights.read_bytes() == damaged
+    edit_config(folder, lambda config: config.update(sha256=sha256(weights)))
+    load_prior(folder)  # of one flipped bit, only the digest tells
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"weights .* cannot be read"):
+        load_prior(folder)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"denoiser.out_conv.weight": None}, "missing: denoiser.out_conv.weight"),
+        ({"evil": torch.zeros(1)}, "unexpected: evil"),
+        ({"denoiser.out_conv.bias": torch.zeros(5)}, r"of another shape.*\[5\] instead of \[4\]"),
+        ({"denoiser.out_conv.bias": torch.zeros(4).int()}, r"floating point, got .*int32"),
+        ({"denoiser.out_conv.bias": torch.tensor([0, torch.nan, 0, 0])}, "NaN or infinite values in"),
+        ({"denoiser.out_conv.bias": torch.tensor([0, 0, -torch.inf, 0])}, "NaN or infinite values in"),
+    ],
+)
+def test_weights_of_another_network(changes, message, folder):
+    replace_weights(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_prior(folder)
+
+
+REFUSED = {
+    "prior": [
+        ("name", ["mnist"], "name must be a string"),
+        ("channels", 0, "channels must be an integer >= 1"),
+        ("channels", -1, "channels must be an integer >= 1"),
+        ("channels", True, "channels must be an integer >= 1"),
+        ("channels", "1", "channels must be an integer >= 1"),
+        ("sigma_min", float("nan"), "sigma_min and sigma_max"),
+        ("sigma_min", -0.1, "sigma_min and sigma_max"),
+        ("sigma_min", 90.0, "sigma_min and sigma_max"),
+        ("sigma_max", float("nan"), "sigma_min and sigma_max"),
+        ("sigma_max", "80", "sigma_min and sigma_max"),
+        ("sigma_max", None, "sigma_min and sigma_max"),
+        ("size_multiple", 0, "size_multiple must be an integer >= 1"),
+        ("image_size", -32, "image_size must be an integer >= 1"),
+        ("chanels", 1, "'prior' does not fit.*chanels"),
+    ],
+    "network": [
+        ("pixel_shuffle", 0, "pixel_shuffle must be an integer from 1 to 1024"),
+        ("pixel_shuffle", 2.0, "pixel_shuffle must be an integer from 1 to 1024"),
+        ("pixel_shuffle", 10**30, "pixel_shuffle must be an integer from 1 to 1024"),
+        ("pad_to_multiple", 0, "pad_to_multiple must be an integer from 1 to 1024"),
+        ("checkerboard_filter", float("nan"), "checkerboard_filter must be a positive number or none"),
+        ("img_resolution", 0, "img_resolution must be an integer from 1 to 1024"),
+        ("model_channels", -32, "model_channels must be an integer from 1 to 1024"),
+        ("model_channels", 1, "cannot be used"),
+        ("channel_mult", [], "channel_mult must be 1 to 16 integers"),
+        ("channel_mult", [1, 0], "channel_mult must be 1 to 16 integers"),
+        ("channel_mult", "12", "channel_mult must be 1 to 16 integers"),
+        ("channel_mult_emb", None, "channel_mult_emb must be an integer"),
+        ("num_blocks", {}, "num_blocks must be an integer"),
+        ("num_blocks", 10**9, "num_blocks must be an integer from 1 to 1024"),
+        ("attn_resolutions", 4, "attn_resolutions must be up to 16"),
+        ("dropout", 1.0, r"dropout must be a number in \[0, 1\)"),
+        ("pixel_std", float("inf"), "pixel_std must be a positive number"),
+        ("pixel_sdt", 0.3, r"no setting \['pixel_sdt'\], accepted"),
+        ("pretrained", "download", r"no setting \['pretrained'\]"),
+        ("in_channels", 4, r"no setting \['in_channels'\]"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "section, key, value, message",
+    [(section, *case) for section, cases in REFUSED.items() for case in cases],
+)
+def test_settings_that_are_refused(section, key, value, message, folder):
+    edit_config(folder, lambda config: config[section].update({key: value}))
+    with pytest.raises(ValueError, match=rf"config\.json cannot be used.*{message}|{message}") as error:
+        load_prior(folder)
+    assert str(folder / "config.json") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda config: config.pop("prior"), "'prior' must be a dict, got None"),
+        (lambda config: config.update(network=[]), r"'network' must be a dict, got \[\]"),
+        (lambda config: config.update(sha256=7), "'sha256' must be a str, got 7"),
+        (lambda config: config["prior"].pop("sigma_max"), "sigma_max"),
+        (lambda config: config["network"].pop("pixel_shuffle"), "needs pixel_shuffle"),
+        (lambda config: config["network"].update(model_channels=64), "another shape"),
+        (lambda config: config["network"].update(model_channels=1024, channel_mult=[1000]), "shape"),
+        (lambda config: config["prior"].update(channels=10**30), "cannot be used"),
+    ],
+)
+def test_config_of_another_prior(folder, edit, message):
+    edit_config(folder, edit)
+    with pytest.raises(ValueError, match=message):
+        load_prior(folder)
+
+
+@pytest.mark.parametrize("content", ['{"network": ', "", "[1]", "[" * 100_000, "\xff\xfe"])
+def test_config_that_is_not_json(content, folder):
+    (folder / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"config\.json cannot be used"):
+        load_prior(folder)
 
 
 # -- Reordering of pixels -------------------------------------------------------------------------
@@ -192,9 +323,20 @@ def test_the_checkerboard_is_taken_out_and_images_stay():
     torch.testing.assert_close(found, plain(x, 0.1) - checkerboard(plain(x, 0.1), 2.0))
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(denoiser(x, 0.1), found)
-    for options in ({"factor": 4, "checkerboard_filter": 2.0}, {"checkerboard_filter": 0.0}):
-        with pytest.raises(ValueError, match="checkerboard_filter must be positive"):
-            PixelShuffledDenoiser(torch.nn.Identity(), **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"factor": 0}, "factor must be an integer >= 1, got 0"),
+        ({"multiple": -1}, "multiple must be an integer >= 1, got -1"),
+        ({"factor": 4, "checkerboard_filter": 2.0}, "checkerboard_filter must be positive"),
+        ({"checkerboard_filter": 0.0}, "checkerboard_filter must be positive"),
+    ],
+)
+def test_options_of_pixel_shuffle_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        PixelShuffledDenoiser(torch.nn.Identity(), **options)
 
 
 def test_pixel_shuffle_takes_no_further_arguments(tiny_prior):
@@ -210,7 +352,7 @@ INFO = PriorInfo("p", channels=2, sigma_min=0.01, sigma_max=10.0, size_multiple=
 @pytest.mark.parametrize(
     "shape, message",
     [
-        ((1, 1, 32, 32), r"2 channel\(s\).*1 channel\(s\)"),
+        ((1, 1, 32, 32), r"2 channel\(s\), not 1 channel\(s\).*\[1, 1, 32, 32\]"),
         ((1, 2, 30, 32), "multiples of 4.*30x32"),
         ((1, 2, 32, 33), "multiples of 4.*32x33"),
         ((1, 2, 0, 32), "multiples of 4"),
@@ -245,11 +387,3 @@ def test_what_it_was_trained_for_passes_in_silence():
 def test_prior_info_does_not_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         INFO.channels = 1
-
-
-def test_what_is_no_prior_is_told(tmp_path):
-    with pytest.raises(TypeError, match="name must be the name of a prior, or a folder, got None"):
-        load_prior(None)
-    UD2M.from_pretrained("mnist").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"folder of a sampler: UD2M.from_pretrained"):
-        load_prior(tmp_path)

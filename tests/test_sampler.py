@@ -1,9 +1,12 @@
 """The outer sampler against exact posteriors.
 
-With an exact draw from p(x | y, x_s) and eta = 1 the sampler is exact for every number of levels, up
-to the start. The tests compare n samples with the closed form by chi-square statistics; each test
-raises a false alarm with probability 1e-6 (seeds are fixed, so a pass stays a pass).
+With exact draws from p(x | y, x_s) and eta = 1, the sampler is exact for every number of levels, apart from
+its start. The tests compare n samples with the closed form by chi-square statistics. Each test raises a
+false alarm with probability 1e-6; seeds are fixed.
 """
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Thread
 
 import pytest
 import torch
@@ -13,14 +16,19 @@ from deepinv.physics import Blur, Denoising, Downsampling, GaussianNoise, Inpain
 from scipy.stats import chi2
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser
+from deepinv_ud2m.counting import CallCounter
 from deepinv_ud2m.randomness import SampleStreams, randn
 
 FALSE_ALARM = 1e-6
 SHAPE = (1, 4, 4)
 
 
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def inpainting(sigma=0.1):
-    mask = (torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(1)) < 0.5).double()
+    mask = (torch.rand(1, *SHAPE, generator=seeded(1)) < 0.5).double()
     return Inpainting(SHAPE, mask=mask, noise_model=GaussianNoise(sigma))
 
 
@@ -48,21 +56,20 @@ def assert_gaussian(samples, mean, covariance):
 def test_exact_unfolded_gives_the_exact_posterior(make_physics, num_steps):
     problem = GaussianProblem(make_physics(), SHAPE)
     model = UD2M(ExactUnfolded(problem), num_steps=num_steps, eta=1.0, output_range=None)
-    generator = torch.Generator().manual_seed(0)
-    samples = model.sample(problem.y, problem.physics, 20_000, generator=generator)
+    samples = model.sample(problem.y, problem.physics, 20_000, generator=seeded())
     mean, covariance = problem.posterior()
     assert_gaussian(samples.flatten(1), mean.flatten(), covariance)
 
 
-class StatesItsError(ExactUnfolded):
-    """Exact draws from states of different levels, and an error of the first guess that varies."""
+class PredictsItsError(ExactUnfolded):
+    """Exact draws from states of different levels, and an error of the initial estimate that varies."""
 
-    states_error = True
+    predicts_rmse = True
 
-    def first_guess(self, y, physics, x_s, sigma):
+    def initial_estimate(self, problem, x_s, sigma):
         return x_s, 0.1 + x_s[:, :1, :1, :1].abs() / sigma
 
-    def forward(self, y, physics, x_s, sigma, *, generator=None, first_guess=None):
+    def draw(self, problem, x_s, sigma, *, generator=None, initial=None):
         mean, covariance = self.problem.posterior()
         precision, of_states = torch.linalg.inv(covariance), sigma.reshape(-1, 1, 1) ** -2
         covariance = torch.linalg.inv(precision + of_states * torch.eye(self.problem.d).to(x_s))
@@ -71,32 +78,31 @@ class StatesItsError(ExactUnfolded):
         return (covariance @ right + noise).reshape(x_s.shape)
 
 
-def test_exact_draws_are_exact_at_levels_that_follow_the_stated_error():
-    problem, levels = GaussianProblem(inpainting(), SHAPE), (50.0, 1.0, 0.3, 0.05)
-    model = UD2M(StatesItsError(problem), levels=levels, reference_error=0.5, output_range=None)
-    samples, trajectory = model.sample(
-        problem.y, problem.physics, 20_000, generator=torch.Generator().manual_seed(0),
-        return_trajectory=True,
-    )  # fmt: skip
-    assert trajectory.levels[1].min() < 0.3 and trajectory.levels[1].max() > 3
+def test_exact_draws_are_exact_at_levels_that_follow_the_predicted_error():
+    problem, sigmas = GaussianProblem(inpainting(), SHAPE), (50.0, 1.0, 0.3, 0.05)
+    model = UD2M(PredictsItsError(problem), sigmas=sigmas, nominal_rmse=0.5, output_range=None)
+    options = {"generator": seeded(), "return_trajectory": True}
+    samples, trajectory = model.sample(problem.y, problem.physics, 20_000, **options)
+    assert trajectory.sigmas[1].min() < 0.3 and trajectory.sigmas[1].max() > 3
     mean, covariance = problem.posterior()
     assert_gaussian(samples.flatten(1), mean.flatten(), covariance)
 
 
-def test_levels_follow_the_stated_error_between_the_first_and_the_last():
-    problem, reference = GaussianProblem(inpainting(), SHAPE), 0.02
-    options = {"generator": torch.Generator().manual_seed(0), "return_trajectory": True}
-    for levels in ((50.0,), (50.0, 0.05), (50.0, 1.0, 0.3, 0.05)):
-        model = UD2M(StatesItsError(problem), levels=levels, reference_error=reference)
-        _, trajectory = model.sample(problem.y, problem.physics, 50, **options)
-        _, error = model.unfolded.first_guess(None, None, trajectory.x_s[0, :, 0], levels[0])
-        expected = torch.tensor(levels)[:, None, None] * error.reshape(1, 50, 1) / reference
-        expected = expected.clamp(levels[-1], levels[0])
-        expected[0], expected[-1] = levels[0], levels[-1]
-        torch.testing.assert_close(trajectory.levels, expected)
-        assert (expected == 50).float().mean() < 1 or len(levels) == 1
-    assert (trajectory.levels[1] == 50).any(), "some error must be beyond the bound"
-    same = trajectory.levels[1, :, 0] == trajectory.levels[0, :, 0]
+@pytest.mark.parametrize("nominal, bound", [(0.02, 50.0), (5.0, 0.05)])
+def test_levels_follow_the_predicted_error_between_the_first_and_the_last(nominal, bound):
+    """Some samples reach the upper bound, the first level, or the lower one, the last level."""
+    problem, options = GaussianProblem(inpainting(), SHAPE), {"return_trajectory": True}
+    for sigmas in ((50.0,), (50.0, 0.05), (50.0, 1.0, 0.3, 0.05)):
+        model = UD2M(PredictsItsError(problem), sigmas=sigmas, nominal_rmse=nominal)
+        _, trajectory = model.sample(problem.y, problem.physics, 50, generator=seeded(), **options)
+        _, error = model.unfolded.initial_estimate(None, trajectory.x_s[0, :, 0], sigmas[0])
+        expected = torch.tensor(sigmas)[:, None, None] * error.reshape(1, 50, 1) / nominal
+        expected = expected.clamp(sigmas[-1], sigmas[0])
+        expected[0], expected[-1] = sigmas[0], sigmas[-1]
+        torch.testing.assert_close(trajectory.sigmas, expected)
+    assert (trajectory.sigmas[1:-1] == torch.tensor(bound)).any(), "some error must be beyond the bound"
+    assert len(trajectory.sigmas[2].unique()) > 5
+    same = trajectory.sigmas[1, :, 0] == trajectory.sigmas[0, :, 0]
     torch.testing.assert_close(trajectory.x_s[1, same], trajectory.x_s[0, same])  # no step
 
 
@@ -104,8 +110,7 @@ def test_the_statistics_notice_a_wrong_sampler():
     """eta = 0 in place of 1 loses randomness; an error of 5 % in the covariance must show."""
     problem = GaussianProblem(inpainting(), SHAPE)
     mean, covariance = problem.posterior()
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(20_000, problem.d, generator=generator, dtype=torch.float64)
+    noise = torch.randn(20_000, problem.d, generator=seeded(), dtype=torch.float64)
     samples = mean + noise @ torch.linalg.cholesky(covariance).T
     assert_gaussian(samples, mean.flatten(), covariance)
     with pytest.raises(AssertionError, match="covariance"):
@@ -117,8 +122,7 @@ def test_the_statistics_notice_a_wrong_sampler():
 @pytest.mark.parametrize("eta", [0.0, 0.5, 0.8, 1.0])
 def test_step_keeps_the_noise_level(eta):
     """Given the true x, the next state is x + s' n whatever eta; only the correlation differs."""
-    model = UD2M(torch.nn.Identity(), eta=eta)
-    generator = torch.Generator().manual_seed(0)
+    model, generator = UD2M(ExactUnfolded(None), eta=eta), seeded()
     x0 = torch.zeros(200_000, 1, 1, 1, dtype=torch.float64)
     s, s_next = 1.3, 0.4
     x_s = s * torch.randn(x0.shape, generator=generator, dtype=torch.float64)
@@ -143,8 +147,8 @@ class ExactDiscrete(torch.nn.Module):
         misfit = (physics.A(self.images)[None] - y[:, None]).square().flatten(2).sum(2)
         return -misfit / (2 * sigma_y**2)
 
-    def forward(self, y, physics, x_s, sigma, *, generator=None):
-        log_weights = self.log_weights(y, physics, physics.noise_model.sigma)
+    def draw(self, problem, x_s, sigma, *, generator=None):
+        log_weights = self.log_weights(problem.y, problem.physics, problem.sigma_y[0, 0, 0, 0])
         distance = (self.images[None] - x_s[:, None]).square().flatten(2).sum(2)
         log_weights = log_weights - distance / (2 * sigma**2)
         uniform = torch.special.ndtr(generator.randn(x_s).flatten(1)[:, :1])
@@ -155,7 +159,7 @@ class ExactDiscrete(torch.nn.Module):
 
 @pytest.mark.parametrize("num_steps", [1, 3, 10])
 def test_a_finite_set_of_images_is_picked_with_the_posterior_probabilities(num_steps):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     images = torch.rand(6, *SHAPE, generator=generator, dtype=torch.float64)
     physics = Denoising(GaussianNoise(0.8))
     noise = torch.randn(1, *SHAPE, generator=generator, dtype=torch.float64)
@@ -180,46 +184,86 @@ def test_a_finite_set_of_images_is_picked_with_the_posterior_probabilities(num_s
     assert ((samples.mean(0) - mmse[0]).abs() <= 6 * spread + 1e-6).all()
 
 
-def test_trajectory_replays_the_algorithm(gaussian_problem):
-    """x_s at each level follows from x0 and x_s before it, by the formula of the paper."""
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_trajectory_replays_the_algorithm(gaussian_problem, eta):
+    """Each state follows from the draw and state before it: DDIM (eta = 0), or with the noise of DDPM."""
     problem = gaussian_problem(inpainting(), SHAPE)
-    model = UD2M(ExactUnfolded(problem), num_steps=3, eta=0.0, output_range=None)
-    samples, trajectory = model.sample(
-        problem.y, problem.physics, 5, generator=torch.Generator().manual_seed(3),
-        return_trajectory=True,
-    )  # fmt: skip
-    assert trajectory.x0.shape == trajectory.x_s.shape == (3, 5, 1, *SHAPE)
+    model = UD2M(ExactUnfolded(problem), num_steps=3, eta=eta, output_range=None)
+    options = {"generator": seeded(3), "return_trajectory": True}
+    samples, trajectory = model.sample(problem.y, problem.physics, 2000, **options)
+    assert trajectory.x0.shape == trajectory.x_s.shape == (3, 2000, 1, *SHAPE)
     assert torch.equal(trajectory.x0[-1], samples)
-    assert torch.allclose(trajectory.levels, model.levels)
+    assert torch.equal(trajectory.sigmas, model.sigmas) and trajectory.sigmas is not model.sigmas
     for n in range(2):
-        s, s_next = trajectory.levels[n].double(), trajectory.levels[n + 1].double()
-        expected = trajectory.x0[n] + s_next * (trajectory.x_s[n] - trajectory.x0[n]) / s
-        assert torch.allclose(trajectory.x_s[n + 1], expected)
+        s, s_next = trajectory.sigmas[n].double(), trajectory.sigmas[n + 1].double()
+        direction = (trajectory.x_s[n] - trajectory.x0[n]) / s
+        if eta == 0:
+            assert torch.allclose(trajectory.x_s[n + 1], trajectory.x0[n] + s_next * direction)
+        else:
+            rest = trajectory.x_s[n + 1] - trajectory.x0[n] - s_next**2 / s * direction
+            white = (rest / (s_next * (1 - s_next**2 / s**2).sqrt())).flatten()
+            low, high = (chi2.isf(p, len(white)) for p in (1 - FALSE_ALARM / 2, FALSE_ALARM / 2))
+            assert low < white.square().sum() < high
 
 
 def test_output_range_clamps_the_sample_only(gaussian_problem):
     problem = gaussian_problem(inpainting(), SHAPE)
-    options = {"generator": torch.Generator().manual_seed(0), "return_trajectory": True}
-    clamped, trajectory = UD2M(ExactUnfolded(problem), output_range=(0.4, 0.6)).sample(
-        problem.y, problem.physics, 50, **options
-    )
-    assert clamped.min() == 0.4 and clamped.max() == 0.6
-    assert torch.equal(trajectory.x0[-1].clamp(0.4, 0.6), clamped)
-    assert trajectory.x0[-1].max() > 0.6
+    problem.y = problem.y + 0.5  # so that samples leave [0, 1]
+    for kwargs, low, high in [({"output_range": (0.4, 0.6)}, 0.4, 0.6), ({}, 0.0, 1.0)]:
+        options = {"generator": seeded(), "return_trajectory": True}
+        model = UD2M(ExactUnfolded(problem), **kwargs)
+        clamped, trajectory = model.sample(problem.y, problem.physics, 200, **options)
+        assert clamped.min() == low and clamped.max() == high
+        assert torch.equal(trajectory.x0[-1].clamp(low, high), clamped)
+        assert trajectory.x0.min() < low and trajectory.x0.max() > high
 
 
-def test_the_start_is_centred_and_scaled(gaussian_problem):
-    """x_{s_N} ~ N(1/2, s_N^2)."""
+@pytest.mark.parametrize("sigma", [0.01, 78.7])
+def test_the_start_is_centred_and_scaled(gaussian_problem, sigma):
+    """x_{s_N} ~ N(1/2, s_N^2). Only a small level tells its mean from another one."""
     problem = gaussian_problem(inpainting(), SHAPE)
-    model = UD2M(ExactUnfolded(problem), num_steps=1)
-    generator = torch.Generator().manual_seed(0)
-    _, trajectory = model.sample(
-        problem.y, problem.physics, 5000, generator=generator, return_trajectory=True
-    )
-    white = (trajectory.x_s[0].flatten() - 0.5) / model.levels[0].double()
+    model = UD2M(ExactUnfolded(problem), sigmas=[sigma])
+    options = {"generator": seeded(), "return_trajectory": True}
+    _, trajectory = model.sample(problem.y, problem.physics, 5000, **options)
+    white = (trajectory.x_s[0].flatten() - 0.5) / sigma
     n = white.numel()
     assert abs(white.mean().item()) < 5 / n**0.5
     assert chi2.isf(1 - FALSE_ALARM / 2, n) < white.square().sum() < chi2.isf(FALSE_ALARM / 2, n)
+
+
+# -- Counting ------------------------------------------------------------------------------------------
+
+
+def test_calls_of_other_threads_are_not_counted():
+    network, x = torch.nn.Conv2d(1, 1, 1), torch.zeros(3, 1, 2, 2)
+    with CallCounter([network]) as counter:
+        thread = Thread(target=lambda: [network(x) for _ in range(5)])
+        thread.start()
+        thread.join()
+        network(x)
+    network(x)
+    assert counter.images == 3 and not network._forward_hooks
+
+
+def test_threads_that_share_a_model_count_and_sample_by_themselves(tiny_prior):
+    model, physics = UD2M(UnfoldedDenoiser(tiny_prior, 3), num_steps=3), Denoising(GaussianNoise(0.1))
+    y, barrier = torch.rand(2, 1, 16, 16, generator=seeded()), Barrier(4)
+    expected = [model.sample(y, physics, 2, generator=seeded(i)) for i in range(4)]
+    assert model.nfe == 9
+
+    def run(i):
+        barrier.wait()
+        for _ in range(3):
+            samples = model.sample(y, physics, 2, batch_size=2, generator=seeded(i))
+            assert model.nfe == 9
+        return samples
+
+    with ThreadPoolExecutor(4) as threads:
+        for samples, alone in zip(threads.map(run, range(4)), expected, strict=True):
+            torch.testing.assert_close(samples, alone, rtol=0, atol=1e-5)
+
+
+# -- Randomness ----------------------------------------------------------------------------------------
 
 
 def test_streams_are_standard_normal_and_independent():
@@ -231,9 +275,9 @@ def test_streams_are_standard_normal_and_independent():
 
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_the_measurements_are_projected_back_once(num_samples):
-    """A^T y depends on y alone: not at each level and iteration, but once, and once for a check."""
+    """A^T y depends on y alone: it is not computed again at each level and iteration."""
     physics = Downsampling((1, 16, 16), filter="bicubic", factor=4, padding="circular")
-    y = physics(torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
+    y = physics(torch.rand(2, 1, 16, 16, generator=seeded()))
     adjoint, of_y = physics.A_adjoint, []
 
     def counted(measurements, **kwargs):
@@ -243,4 +287,4 @@ def test_the_measurements_are_projected_back_once(num_samples):
     physics.A_adjoint = counted
     model = UD2M(UnfoldedDenoiser(MedianFilter(), num_iterations=3), num_steps=3)
     model.sample(y, physics, num_samples, sigma_y=0.05)
-    assert len(of_y) == 2
+    assert len(of_y) == 1

@@ -1,86 +1,17 @@
-"""Training a prior: the data it is trained on, what a run learns, and that it resumes."""
+"""Training a prior: what a run learns, and that it resumes."""
 
-import numpy as np
+import math
+
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
-from deepinv_ud2m.data import RandomCrops, mnist_digits, photograph
+from deepinv_ud2m.data import mnist_digits
 from deepinv_ud2m.priors import load_prior, save_prior
-from deepinv_ud2m.training import PriorTrainer, denoising_psnr, train_prior
-
-# -- Crops ----------------------------------------------------------------------------------------
-
-
-def save_image(image, file):
-    Image.fromarray((255 * image[0]).round().byte().permute(1, 2, 0).squeeze().numpy()).save(file)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for i in range(2):
-        save_image(photograph("chelsea")[..., : 128 + 32 * i, :160], tmp_path / f"{i}.png")
-    return tmp_path
-
-
-def test_crops_repeat_with_the_global_seed(folder):
-    crops = RandomCrops(folder, 32, num=5)
-    drawn = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        drawn.append(torch.stack(list(crops)))
-    assert drawn[0].shape == (5, 3, 32, 32)
-    assert drawn[0].min() >= 0 and drawn[0].max() <= 1
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    assert RandomCrops(folder, 32, 5, channels=1)[0].shape == (1, 32, 32)
-
-
-def test_without_reduction_a_crop_is_a_part_of_the_photograph_turned(tmp_path):
-    """Every pixel of this image has a value of its own, which tells where a crop was."""
-    values = torch.arange(48 * 64).reshape(48, 64)
-    image = torch.stack([values // 256, values % 256, values * 0]) / 255.0
-    save_image(image[None], tmp_path / "image.png")
-    crops = RandomCrops(tmp_path, 8, num=300, max_scale=1)
-    torch.manual_seed(0)
-    corners, orientations = set(), set()
-    for crop in crops:
-        red, green, _ = (255 * crop).round().long()
-        index = 256 * red + green
-        rows, columns = index // 64, index % 64
-        assert (index.unique().numel(), rows.unique().numel(), columns.unique().numel()) == (64, 8, 8)
-        corners.add((rows.min().item(), columns.min().item()))
-        order = index.argsort(stable=True) if index.ndim == 1 else index.flatten().argsort()
-        orientations.add(tuple(order.tolist()))
-    assert len(orientations) == 8, "four turns, each with its mirror image"
-    rows, columns = zip(*corners, strict=True)
-    assert (min(rows), max(rows)) == (0, 40) and (min(columns), max(columns)) == (0, 56)
-
-
-def test_reduction_averages(tmp_path):
-    """A checkerboard of single pixels becomes grey; without reduction it stays black and white."""
-    board = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
-    Image.fromarray(board).save(tmp_path / "board.png")
-    torch.manual_seed(0)
-    crops = RandomCrops(tmp_path, 32, num=50, channels=1, max_scale=8)
-    assert torch.stack([crop.std() for crop in crops]).max() < 0.15
-    assert RandomCrops(tmp_path, 32, num=1, channels=1, max_scale=1)[0].std() > 0.49
-    assert (torch.stack([crop.mean() for crop in crops]) - 0.5).abs().max() < 0.02
-
-
-def test_bad_folders(folder, tmp_path_factory):
-    with pytest.raises(ValueError, match=r"0\.png is 128x160 pixels, but the crops are 144x144"):
-        RandomCrops(folder, 144, 1)
-    with pytest.raises(ValueError, match="source must be a folder"):
-        RandomCrops(tmp_path_factory.mktemp("empty"), 32, 1)
-    with pytest.raises(ValueError, match="max_scale must be"):
-        RandomCrops(folder, 32, 1, max_scale=0.5)
-    (folder / "broken.png").write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(ValueError, match=r"broken\.png cannot be read"):
-        RandomCrops(folder, 32, 1)
-
-
-# -- Training -------------------------------------------------------------------------------------
+from deepinv_ud2m.training import denoising_psnr, train_prior
+from deepinv_ud2m.training.checkpoints import lock, read_checkpoint
+from deepinv_ud2m.training.prior import edm_loss, training_sigmas
+from deepinv_ud2m.training.updates import Update
 
 
 def train(tiny_config, epochs, file=None, seed=0, workers=0, **options):
@@ -106,17 +37,19 @@ def test_a_prior_learns_to_denoise_and_is_saved(tiny_config, tmp_path):
 def test_a_stopped_run_resumes_to_the_same_bits(tiny_config, tmp_path, monkeypatch, workers):
     whole = train(tiny_config, 3).state_dict()  # workers change nothing
     file = tmp_path / "checkpoint.pt"
-    step = PriorTrainer.step
+    with monkeypatch.context() as patch:
+        update, calls = Update.apply, []
 
-    def killed(self, epoch, *args, **kwargs):
-        if epoch == 1:
-            raise KeyboardInterrupt
-        step(self, epoch, *args, **kwargs)
+        def killed(self):
+            calls.append(1)
+            if len(calls) == 6:  # in the second of three epochs of four batches
+                raise KeyboardInterrupt
+            update(self)
 
-    monkeypatch.setattr(PriorTrainer, "step", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny_config, 3, file, workers=workers)
-    monkeypatch.setattr(PriorTrainer, "step", step)
+        patch.setattr(Update, "apply", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config, 3, file, workers=workers)
+    assert read_checkpoint(file)["epoch"] == 1
     resumed = train(tiny_config, 3, file, workers=workers).state_dict()
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
     with pytest.raises(ValueError, match=r"its lr is 0\.002, here it is 0\.1"):
@@ -127,3 +60,32 @@ def test_a_stopped_run_resumes_to_the_same_bits(tiny_config, tmp_path, monkeypat
     assert file.read_bytes() == content
     other = train(tiny_config, 3, seed=1).state_dict()
     assert not all(torch.equal(value, other[key]) for key, value in whole.items())
+
+
+def test_the_levels_of_training():
+    """Nine in ten about the median, by a factor of exp(1.4) above or below; the others anywhere."""
+    torch.manual_seed(0)
+    sigmas = training_sigmas(40_000, 0.25, 0.002, 80.0)
+    assert sigmas.min() >= 0.002 and sigmas.max() <= 80
+    z, decades = (sigmas / 0.25).log() / 1.4, math.log(80 / 0.002) / 1.4
+    # Shares of the normal law, 0.6827 and 0.4207, and of the uniform one; five standard errors are 0.012.
+    share = (z.abs() < 1).float().mean().item()
+    assert share == pytest.approx(0.9 * 0.6827 + 0.1 * 2 / decades, abs=0.012)
+    above = 0.1 * (math.log(80 / 0.25) / 1.4 - 0.2) / decades
+    assert (z > 0.2).float().mean().item() == pytest.approx(0.9 * 0.4207 + above, abs=0.012)
+
+
+def test_the_loss_weighs_all_levels_alike():
+    """For white pixels, the best denoiser has the same loss at every level."""
+    torch.manual_seed(0)
+    sigma, std = torch.tensor([0.01, 0.3, 10.0]).repeat_interleave(200), 0.5
+    x = std * torch.randn(600, 1, 16, 16)
+    w = x + sigma.reshape(-1, 1, 1, 1) * torch.randn_like(x)
+    best = w * (std**2 / (std**2 + sigma**2)).reshape(-1, 1, 1, 1)
+    losses = edm_loss(best, x, sigma, std).reshape(3, 200).mean(1)
+    torch.testing.assert_close(losses, torch.ones(3), rtol=0.02, atol=0)
+
+
+def test_one_run_per_folder(tiny_config, tmp_path):
+    with lock(tmp_path), pytest.raises(RuntimeError, match="another training run is using the folder"):
+        train(tiny_config, 1, tmp_path / "checkpoint.pt")

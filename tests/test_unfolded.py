@@ -1,5 +1,6 @@
 """The unfolded denoiser against the closed-form law of K LATINO iterations."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -8,29 +9,28 @@ import pytest
 import torch
 from conftest import GaussianProblem
 from deepinv.models import DRUNet
-from deepinv.physics import (
-    Blur,
-    BlurFFT,
-    Denoising,
-    Downsampling,
-    GaussianNoise,
-    Inpainting,
-    StackedLinearPhysics,
-)
-from deepinv.utils import TensorList
-from test_sampler import SHAPE, assert_gaussian, blur, inpainting
+from deepinv.physics import BlurFFT, Denoising, GaussianNoise, Inpainting
+from test_sampler import SHAPE, assert_gaussian, blur, inpainting, seeded
 
-import deepinv_ud2m
 from deepinv_ud2m import (
     UD2M,
     LinearInitializer,
-    PseudoInverseInitializer,
+    Problem,
     UnfoldedDenoiser,
-    WienerInitializer,
+    add_lora,
+    lora_disabled,
+    merge_lora,
     posterior_prox,
+    unmerge_lora,
 )
-from deepinv_ud2m.physics import JPEG
+from deepinv_ud2m.priors import prior_parameters
 from deepinv_ud2m.proximal import joint_level
+from deepinv_ud2m.randomness import SampleStreams
+
+
+class Identity(torch.nn.Module):
+    def forward(self, w, delta):
+        return w
 
 
 def latino_law(problem, unfolded, x_s, s):
@@ -47,7 +47,7 @@ def latino_law(problem, unfolded, x_s, s):
         back_projection + x_s.flatten() * s**-2 + mu0 * tau**-2,
     )
     covariance = torch.zeros_like(identity)
-    level = joint_level(torch.tensor(s), problem.sigma_y, unfolded.reference_level)
+    level = joint_level(torch.tensor(s), problem.sigma_y, unfolded.initializer.reference_level)
     for k in range(unfolded.num_iterations):
         rho, delta, lambda_ = (value.item() for value in unfolded.scalars(k, level))
         hessian = normal / lambda_ + identity * (s**-2 + rho**-2)
@@ -64,22 +64,15 @@ def latino_law(problem, unfolded, x_s, s):
 @pytest.mark.parametrize("make_physics", [inpainting, blur])
 def test_iterations_have_the_law_of_the_recursion(make_physics, s, num_iterations):
     problem = GaussianProblem(make_physics(), SHAPE)
-    unfolded = UnfoldedDenoiser(
-        problem.denoiser, num_iterations, LinearInitializer(), lambda_=0.7, tol=1e-10
-    )
+    unfolded = UnfoldedDenoiser(problem.denoiser, num_iterations, LinearInitializer(), lambda_=0.7, tol=1e-10)
     with torch.no_grad():  # as if trained
         for offset, name in enumerate(("rho", "delta", "lambda")):
-            getattr(unfolded, f"log_{name}").copy_(
-                torch.linspace(-0.3, 0.4, num_iterations) + offset / 9
-            )
-    generator = torch.Generator().manual_seed(0)
+            getattr(unfolded, f"log_{name}").copy_(torch.linspace(-0.3, 0.4, num_iterations) + offset / 9)
+    generator, n = seeded(), 4_000
     x_s = 0.5 + s * torch.randn(1, *SHAPE, generator=generator, dtype=torch.float64)
-    n = 4_000
+    y = problem.y.expand(n, *problem.y.shape[1:])
     with torch.no_grad():
-        draws = unfolded(
-            problem.y.expand(n, *problem.y.shape[1:]), problem.physics, x_s.expand(n, *SHAPE), s,
-            generator=generator,
-        )  # fmt: skip
+        draws = unfolded(y, problem.physics, x_s.expand(n, *SHAPE), s, generator=generator)
     mean, covariance = latino_law(problem, unfolded, x_s, s)
     assert_gaussian(draws.flatten(1), mean, covariance)
 
@@ -87,21 +80,73 @@ def test_iterations_have_the_law_of_the_recursion(make_physics, s, num_iteration
 def test_iterate_is_prox_noise_denoise(gaussian_problem):
     problem = gaussian_problem(inpainting(), SHAPE)
     unfolded = UnfoldedDenoiser(problem.denoiser, 3)
-    x_s = torch.full((1, *SHAPE), 0.4, dtype=torch.float64)
-    level = torch.tensor(0.2)
-    rho, delta, lambda_ = unfolded.scalars(1, level)
-    noise = torch.randn(x_s.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    got = unfolded.iterate(1, x_s, problem.y, problem.physics, x_s, 0.5, 0.1, level, noise)
-    z = posterior_prox(x_s, problem.y, problem.physics, x_s, 0.5, rho, lambda_, 0.1)
+    x_s, h = torch.full((1, *SHAPE), 0.4, dtype=torch.float64), torch.tensor(0.2)
+    rho, delta, lambda_ = unfolded.scalars(1, h)
+    noise = torch.randn(x_s.shape, dtype=torch.float64, generator=seeded())
+    given = Problem(problem.y, problem.physics, 0.1)
+    got = unfolded.iterate(1, x_s, given, x_s, 0.5, h, noise)
+    z = posterior_prox(given, x_s, x_s, 0.5, rho, lambda_)
     assert torch.allclose(got, problem.denoiser(z + delta * noise, delta))
 
 
+def test_tolerance_and_iterations_reach_the_solver(gaussian_problem, monkeypatch):
+    problem, seen, prox = gaussian_problem(blur(), SHAPE), [], Problem.prox
+
+    def watched(self, *arguments, **options):
+        seen.append(options)
+        return prox(self, *arguments, **options)
+
+    monkeypatch.setattr(Problem, "prox", watched)
+    unfolded, x_s = (
+        UnfoldedDenoiser(problem.denoiser, 2, tol=0.25, max_iter=33),
+        torch.zeros(1, *SHAPE).double(),
+    )
+    unfolded(problem.y, problem.physics, x_s, 0.5)
+    _, h = unfolded.initial_estimate(Problem(problem.y, problem.physics), x_s, 0.5)
+    assert len(seen) == 2
+    for k, options in enumerate(seen):
+        assert options["max_iter"] == 33
+        torch.testing.assert_close(options["atol"], 0.25 * unfolded.scalars(k, h)[1])
+
+
+def test_a_known_initial_estimate_is_not_computed_again(gaussian_problem):
+    problem = gaussian_problem(blur(), SHAPE)
+    unfolded, x_s = UnfoldedDenoiser(problem.denoiser, 2), torch.rand(3, *SHAPE).double()
+    given = Problem(problem.y.expand(3, -1, -1, -1), problem.physics)
+    initial = unfolded.initial_estimate(given, x_s, 0.5)
+    expected = unfolded.draw(given, x_s, 0.5, generator=seeded())
+    assert torch.equal(expected, unfolded(given.y, problem.physics, x_s, 0.5, generator=seeded()))
+    unfolded.initializer.forward = None
+    assert torch.equal(expected, unfolded.draw(given, x_s, 0.5, generator=seeded(), initial=initial))
+
+
+def test_checkpointing_computes_again_and_gives_the_same_gradients(gaussian_problem):
+    problem = gaussian_problem(inpainting(), SHAPE)
+    unfolded, calls = UnfoldedDenoiser(problem.denoiser, 3).double(), []
+    problem.denoiser.register_forward_pre_hook(lambda *_: calls.append(0))
+    gradients = []
+    for checkpointing in (False, True):
+        unfolded.checkpointing = checkpointing
+        x_s = torch.full((2, *SHAPE), 0.4, dtype=torch.float64, requires_grad=True)
+        y = problem.y.expand(2, -1, -1, -1)
+        unfolded(y, problem.physics, x_s, 0.5, generator=seeded()).square().sum().backward()
+        trained = [p for p in unfolded.trained_parameters().values() if p.requires_grad]
+        gradients.append([x_s.grad, *(p.grad.clone() for p in trained)])
+        unfolded.zero_grad()
+    torch.testing.assert_close(*gradients)
+    assert len(gradients[0]) == 4 and len(calls) == 3 + 6
+    with torch.no_grad():  # nothing to compute again
+        unfolded(y, problem.physics, x_s, 0.5)
+    assert len(calls) == 9 + 3
+
+
 def test_scalars_start_at_the_documented_values():
-    unfolded = UnfoldedDenoiser(torch.nn.Identity(), 3, delta=[4, 2, 1], rho=0.5, reference_level=0.0)
+    initializer = LinearInitializer(reference_level=0.0)
+    unfolded = UnfoldedDenoiser(torch.nn.Identity(), 3, initializer, delta=[4, 2, 1], rho=0.5)
     s, sigma_y = 2.0, 0.1
     level = sigma_y * s / (sigma_y**2 + s**2) ** 0.5  # the paper's starting value
+    h = initializer.rmse_scale(torch.tensor(sigma_y), torch.tensor(s))
     for k, multiplier in enumerate([4, 2, 1]):
-        h = joint_level(torch.tensor(s), torch.tensor(sigma_y), unfolded.reference_level)
         rho, delta, lambda_ = unfolded.scalars(k, h)
         assert torch.allclose(rho, torch.tensor(0.5 * level))
         assert torch.allclose(delta, torch.tensor(multiplier * level))
@@ -115,8 +160,8 @@ def test_default_delta_decreases_for_any_number_of_iterations():
 
 
 def test_defaults_are_the_winners_of_the_stored_search():
-    """benchmark/results/zero_shot.json, ranked as examples/tune_zero_shot.py does; exact steps only."""
-    results = Path(deepinv_ud2m.__file__).parent / "benchmark" / "results" / "zero_shot.json"
+    """By the sum over tasks of the energy score relative to the best of the task, among the exact steps."""
+    results = Path(__file__).parents[1] / "docs" / "results" / "zero_shot.json"
     rows = json.loads(results.read_text())["rows"]
     rows = [row for row in rows if row["setting"]["eta"] == 1]
     best = {task: min(row["energy_score"][task] for row in rows) for task in rows[0]["energy_score"]}
@@ -126,7 +171,7 @@ def test_defaults_are_the_winners_of_the_stored_search():
         "delta_first": unfolded.start_delta[0].item(),
         "delta_last": unfolded.start_delta[-1].item(),
         "rho": unfolded.start_rho[0].item(),
-        "reference_level": unfolded.reference_level,
+        "reference_level": unfolded.initializer.reference_level,
         "eta": UD2M(unfolded).eta,
     }
 
@@ -140,8 +185,7 @@ def test_learned_scalars_get_true_gradients(gaussian_problem, shared):
     target = torch.linspace(0, 1, 16, dtype=torch.float64).reshape(1, *SHAPE)
 
     def loss():
-        generator = torch.Generator().manual_seed(0)
-        draw = unfolded(problem.y, problem.physics, x_s, 0.5, generator=generator)
+        draw = unfolded(problem.y, problem.physics, x_s, 0.5, generator=seeded())
         return (draw - target).square().sum()
 
     loss().backward()
@@ -161,7 +205,7 @@ def test_learned_scalars_get_true_gradients(gaussian_problem, shared):
 
 
 def test_per_sample_operators_and_levels_equal_each_image_alone(gaussian_problem):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     kernels = torch.rand(3, 1, 3, 3, generator=generator).double()
     sigma_y = torch.tensor([0.05, 0.1, 0.2]).double()
     levels = torch.tensor([0.3, 1.0, 5.0]).double()
@@ -171,40 +215,32 @@ def test_per_sample_operators_and_levels_equal_each_image_alone(gaussian_problem
     x_s = torch.rand(3, 1, 8, 8, generator=generator).double()
     physics = BlurFFT((1, 8, 8), filter=kernels, noise_model=GaussianNoise(sigma_y))
     y = physics.A(x)
-    together = unfolded(y, physics, x_s, levels, generator=_Zeros())
+    together = unfolded(y, physics, x_s, levels, generator=Zeros())
     for i in range(3):
-        alone = BlurFFT(
-            (1, 8, 8), filter=kernels[i : i + 1], noise_model=GaussianNoise(sigma_y[i].item())
-        )
-        expected = unfolded(y[i : i + 1], alone, x_s[i : i + 1], levels[i], generator=_Zeros())
+        alone = BlurFFT((1, 8, 8), filter=kernels[i : i + 1], noise_model=GaussianNoise(sigma_y[i].item()))
+        expected = unfolded(y[i : i + 1], alone, x_s[i : i + 1], levels[i], generator=Zeros())
         assert torch.allclose(together[i : i + 1], expected, atol=1e-7)
 
 
-def _Zeros():
+class Zeros(SampleStreams):
     """A stream that draws nothing, so that batches can be compared."""
-    from deepinv_ud2m.randomness import SampleStreams
 
-    class Zeros(SampleStreams):
-        def __init__(self):
-            pass
+    def __init__(self):
+        pass
 
-        def randn(self, like):
-            return torch.zeros_like(like)
-
-    return Zeros()
+    def randn(self, like):
+        return torch.zeros_like(like)
 
 
 def test_the_prior_is_frozen_and_stays_in_evaluation_mode():
     network = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.Dropout(0.5))
-    unfolded = UnfoldedDenoiser(_IgnoresLevel(network)).train()
-    x = torch.rand(1, 1, 8, 8)
-    delta = torch.full((1, 1, 1, 1), 0.1)
+    unfolded = UnfoldedDenoiser(IgnoresLevel(network)).train()
+    x, delta = torch.rand(1, 1, 8, 8), torch.full((1, 1, 1, 1), 0.1)
     assert torch.equal(unfolded.denoise(x, delta), unfolded.denoise(x, delta))
-    trained = {name for name, parameter in unfolded.named_parameters() if parameter.requires_grad}
-    assert trained == {"log_rho", "log_delta", "log_lambda"}
+    assert _requiring_grad(unfolded) == {"log_rho", "log_delta", "log_lambda"}
 
 
-class _IgnoresLevel(torch.nn.Module):
+class IgnoresLevel(torch.nn.Module):
     def __init__(self, network):
         super().__init__()
         self.network = network
@@ -213,106 +249,78 @@ class _IgnoresLevel(torch.nn.Module):
         return self.network(x)
 
 
-SMALL = (2, 8, 8)
-KERNEL = torch.tensor([[1.0, 2, 0], [2, 4, 1], [0, 1, 1]]).double()[None, None] / 12
+def _requiring_grad(module):
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def _circular_blur():
-    return BlurFFT(SMALL, filter=KERNEL).double()
+# -- What is trained and stored ------------------------------------------------------------------------
 
 
-def _valid_blur():
-    return Blur(filter=KERNEL, padding="valid")
+OUT = "denoiser.out_conv"
+SCALARS = {"scalars.log_rho", "scalars.log_delta", "scalars.log_lambda"}
 
 
-def _super_resolution():
-    return Downsampling(img_size=SMALL, filter=KERNEL, factor=2, padding="circular")
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("train_prior", ["adapter", "all", [OUT], f"{OUT}.weight"])
+def test_what_is_declared_is_trained_and_stored(tiny_prior, train_prior, adapter):
+    """Whatever happens to the flags of the parameters later."""
+    if adapter:
+        add_lora(tiny_prior, rank=2)
+    every = {name for name, _ in prior_parameters(tiny_prior)}
+    declared = {"adapter": set(), "all": every, f"{OUT}.weight": {f"{OUT}.weight"}}
+    declared = declared.get(str(train_prior), {f"{OUT}.weight", f"{OUT}.bias"})
+    unfolded = UnfoldedDenoiser(tiny_prior, train_prior=train_prior)
+    stored, trained = unfolded.state(), unfolded.trained_parameters()
+    own = {name for name in stored if name.startswith("denoiser.")}
+    factors = {name for name in stored if name.startswith("lora.")}
+    assert own == {f"denoiser.{name}" for name in declared} and bool(factors) == adapter
+    assert stored.keys() == SCALARS | own | factors
+    assert not any(tensor.requires_grad for tensor in stored.values())
+    assert {id(p) for p in trained.values()} == {id(p) for p in unfolded.parameters() if p.requires_grad}
+    assert sum(p.numel() for p in trained.values()) == sum(t.numel() for t in stored.values())
+    for flag in (True, False):
+        unfolded.requires_grad_(flag)
+        assert list(unfolded.state()) == list(stored)
+        assert list(unfolded.trained_parameters()) == list(trained)
 
 
-def _channels_of_their_own():
-    return BlurFFT(SMALL, filter=torch.cat([KERNEL, KERNEL.mT.flip(-1)], 1)).double()
+def test_an_output_layer_that_is_named_is_trained(tiny_prior):
+    """Besides the adapter, and it stays so through all that may happen to a model before it is trained."""
+    add_lora(tiny_prior, rank=2)
+    unfolded = UnfoldedDenoiser(tiny_prior, 1, train_prior=[OUT])
+    flags = _requiring_grad(unfolded)
+    merge_lora(tiny_prior)
+    with lora_disabled(tiny_prior):
+        pass
+    unmerge_lora(tiny_prior)
+    unfolded.load_state({name: tensor.clone() for name, tensor in unfolded.state().items()})
+    unfolded = copy.deepcopy(unfolded.train().double()).float()
+    assert _requiring_grad(unfolded) == flags
+    before = {name: p.detach().clone() for name, p in unfolded.named_parameters()}
+    physics, x = Denoising(GaussianNoise(0.1)), torch.rand(1, 1, 16, 16)
+    for _ in range(2):  # in the first step B = 0, and A gets no gradient
+        unfolded(x, physics, x, 0.5).square().sum().backward()
+        torch.optim.SGD([p for p in unfolded.parameters() if p.requires_grad], 0.1).step()
+    changed = {name for name, p in unfolded.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == flags and {f"denoiser.{OUT}.base_layer.{kind}" for kind in ("weight", "bias")} <= flags
 
 
-def _stack():
-    mask = (torch.rand(1, *SMALL, generator=torch.Generator().manual_seed(1)) < 0.5).double()
-    return StackedLinearPhysics([Inpainting(SMALL, mask=mask), _circular_blur()])
+@pytest.mark.parametrize(
+    "train_prior, error",
+    [
+        ("nowhere", ValueError),
+        (OUT[:-1], ValueError),  # the start of a name is no layer
+        ([OUT, "nowhere"], ValueError),
+        ("", ValueError),
+        *((None, TypeError), (True, TypeError), ([["all"]], TypeError), ({OUT}, TypeError)),
+    ],
+)
+def test_names_that_the_prior_does_not_have_are_refused(tiny_prior, train_prior, error):
+    with pytest.raises(error, match="train_prior must be 'adapter', 'all'"):
+        UnfoldedDenoiser(tiny_prior, train_prior=train_prior)
 
 
-WIENER_PROBLEMS = [_circular_blur, _valid_blur, _super_resolution, _channels_of_their_own, _stack]
-
-
-def test_the_linear_initialiser_is_the_gaussian_posterior_mode(gaussian_problem):
-    problem = gaussian_problem(blur(), SHAPE)
-    x_s = torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(0)).double()
-    got = LinearInitializer(mean=0.3, std=0.4)(problem.y, problem.physics, x_s, 0.7, problem.sigma_y)
-    hessian = problem.A.T @ problem.A / problem.sigma_y**2
-    hessian = hessian + (0.7**-2 + 0.4**-2) * torch.eye(problem.d, dtype=torch.float64)
-    right = problem.A.T @ problem.y.flatten() / problem.sigma_y**2
-    right = right + x_s.flatten() / 0.7**2 + 0.3 / 0.4**2
-    assert torch.allclose(got.flatten(), torch.linalg.solve(hessian, right), atol=1e-4)
-
-
-@pytest.mark.parametrize("make_physics", WIENER_PROBLEMS)
-@pytest.mark.parametrize("sigma", [0.1, 2.0])
-def test_the_wiener_initialiser_is_the_gaussian_posterior_mean(make_physics, sigma):
-    """In closed form and by conjugate gradients, against dense matrices."""
-    physics, initializer = make_physics(), WienerInitializer(0.4, 1e-2, 2.0, 0.1, 0.7, 1e-6, 500)
-    generator = torch.Generator().manual_seed(0)
-    x_s = torch.rand(1, *SMALL, generator=generator).double()
-    y = physics.A(torch.rand(1, *SMALL, generator=generator).double())
-    d = x_s.numel()
-    basis = torch.eye(d, dtype=torch.float64).reshape(d, *SMALL)
-
-    def flat(y):
-        return (
-            torch.cat([part.flatten(1) for part in y], 1) if isinstance(y, TensorList) else y.flatten(1)
-        )
-
-    A = flat(physics.A(basis)).T
-    # A stationary covariance, of two channels that correlate: circular convolutions of impulses.
-    of_mean, of_deviation = (
-        torch.fft.irfft2(power * torch.fft.rfft2(basis), s=SMALL[1:]).flatten(1)
-        for power in initializer.powers(x_s)
-    )
-    averages = basis.mean(1, keepdim=True).expand_as(basis).flatten(1)
-    covariance = averages @ of_mean + (torch.eye(d) - averages) @ of_deviation
-    precision = torch.linalg.inv(covariance)
-    hessian = A.T @ A / 0.05**2 + torch.eye(d) / sigma**2 + precision
-    right = (
-        A.T @ flat(y)[0] / 0.05**2
-        + x_s.flatten() / sigma**2
-        + precision @ torch.full((d,), 0.4).double()
-    )
-    got = initializer(y, physics, x_s, sigma, 0.05)
-    torch.testing.assert_close(got.flatten(), torch.linalg.solve(hessian, right), atol=1e-4, rtol=0)
-
-
-def test_the_wiener_initialiser_fits_the_spectrum_of_images():
-    """Of 2000 images of a known spectrum, each parameter comes back within 10 %."""
-    true = WienerInitializer(0.4, 1e-3, 2.0, 0.03, 0.8)
-    noise = torch.randn(2000, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    amplitudes = [power.sqrt() for power in true.powers(noise)]
-    spectrum = torch.fft.rfft2(noise)
-    mean = spectrum.mean(1, keepdim=True)
-    images = torch.fft.irfft2(amplitudes[1] * (spectrum - mean) + amplitudes[0] * mean)
-    found = WienerInitializer.fit(0.4 + images, max_iter=7)
-    assert found.max_iter == 7
-    for name in ("mean", "scale", "decay", "cutoff", "correlation"):
-        assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.1)
-
-
-def test_without_a_linear_operator_the_wiener_initialiser_is_the_linear_one():
-    x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    physics = JPEG((3, 16, 16), quality=10)
-    arguments = (physics(x), physics, x, 0.5, 0.01)
-    assert torch.equal(WienerInitializer()(*arguments), LinearInitializer()(*arguments))
-
-
-def test_the_pseudo_inverse_initialiser_blends_by_precision():
-    physics = Inpainting((1, 2, 2), mask=torch.tensor([[[[1.0, 0], [0, 1]]]]))
-    x_s, y = torch.full((1, 1, 2, 2), 3.0), torch.tensor([[[[1.0, 0], [0, 1]]]])
-    got = PseudoInverseInitializer()(y, physics, x_s, 2.0, 1.0)
-    assert torch.allclose(got, (4 * y + x_s) / 5)
+# -- The prior in other precisions ---------------------------------------------------------------------
 
 
 def test_a_denoiser_that_takes_maps_of_levels_works():
@@ -321,11 +329,6 @@ def test_a_denoiser_that_takes_maps_of_levels_works():
     physics = Inpainting((1, 32, 32), mask=0.5, noise_model=GaussianNoise(0.05))
     x = torch.rand(2, 1, 32, 32)
     assert UnfoldedDenoiser(denoiser)(physics(x), physics, x, 0.5).shape == x.shape
-
-
-class Identity(torch.nn.Module):
-    def forward(self, w, delta):
-        return w
 
 
 @pytest.mark.parametrize("operator", ["blur", "super-resolution"])
@@ -339,11 +342,11 @@ def test_operators_keep_their_precision_under_autocast(operator):
         ),
     }[operator]
     physics.set_noise_model(dinv.physics.GaussianNoise(0.02))
-    x = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(2, 1, 32, 32, generator=seeded())
     y = physics.A(x)
     unfolded = UnfoldedDenoiser(Identity(), 2)
     draws = []
     for enabled in (False, True):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            draws.append(unfolded(y, physics, x, 0.5, generator=torch.Generator().manual_seed(1)))
+            draws.append(unfolded(y, physics, x, 0.5, generator=seeded(1)))
     assert torch.equal(*draws)

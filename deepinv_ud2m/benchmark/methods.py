@@ -1,39 +1,40 @@
-"""Samplers by name: UD2M, deepinv's posterior samplers on the same prior, and two references.
+"""Samplers by name: UD2M, deepinv's posterior samplers on the same prior, and two reference points.
 
-A method turns a prior, the settings and the noise level into a sampler, a function
-``(y, physics, seed) -> images`` that draws one sample per measurement. Evaluations are counted on
-the prior, or on the ``networks`` of a sampler that names them. A new method is one entry in
-``METHODS``, with the grid of settings that tuning searches.
+A sampler is a function ``(y, physics, seed) -> images`` that draws one sample per measurement. Network
+evaluations are counted on the prior, or on the ``networks`` of a sampler that names them. A new method is one
+entry in ``METHODS``, or a Python file of one's own, given as ``--method-file``::
+
+    from deepinv_ud2m.benchmark.methods import Method
+
+    def build(prior, sigma_y, scale=1.0):
+        return lambda y, physics, seed: scale * physics.A_dagger(y)
+
+    METHODS = {"mine": Method(build, grid={"scale": [0.9, 1.0]}, random=False)}
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+import json
+import runpy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import deepinv as dinv
 import numpy as np
 import torch
-from deepinv.models import RAM, Denoiser
-from deepinv.optim import DPIR, L2
-from deepinv.physics import DecomposablePhysics, LinearPhysics, Physics
-from deepinv.sampling import (
-    DDRM,
-    DPS,
-    DDPMSolver,
-    DiffPIR,
-    PiGDMDataFidelity,
-    PosteriorDiffusion,
-    VariancePreservingDiffusion,
-)
+import yaml
+from deepinv.physics import Physics
 from torch import Tensor
 
+from deepinv_ud2m.benchmark.rows import check_setup
+from deepinv_ud2m.fingerprints import trained_fingerprint
 from deepinv_ud2m.initializers import RAMInitializer
-from deepinv_ud2m.pretrained import trained_fingerprint
 from deepinv_ud2m.sampler import UD2M
-from deepinv_ud2m.schedule import VPSchedule
-from deepinv_ud2m.unfolded import REFERENCE_LEVEL, UnfoldedDenoiser
+from deepinv_ud2m.unfolded import UnfoldedDenoiser
 
 Sampler = Callable[[Tensor, Physics, int], Tensor]
 
@@ -43,77 +44,130 @@ class Method:
     """
     A sampler that the benchmark can run.
 
-    :param str title: what a reader calls it.
-    :param Callable build: ``build(prior, sigma_y, **settings)`` gives the sampler.
-    :param Mapping grid: values that tuning tries, per setting.
-    :param Mapping defaults: settings used where nothing was tuned: the author's own.
-    :param Callable applies: whether it can run on a physics.
-    :param bool random: whether different seeds give different images.
+    ``build(prior, sigma_y, **settings)`` returns it; each setting has a default, and the type of that.
     """
 
-    title: str
     build: Callable[..., Sampler]
-    grid: Mapping[str, Sequence] = field(default_factory=dict)
-    defaults: Mapping[str, object] = field(default_factory=dict)
-    applies: Callable[[Physics], bool] = lambda physics: True
-    random: bool = True
+    grid: Mapping[str, Sequence] = field(default_factory=dict)  #: values that a search tries, per setting
+    physics: type[Physics] = Physics  #: what it can run on
+    random: bool = True  #: whether different seeds give different images
 
-    def settings(
-        self, fixed: Collection[str] = (), values: Mapping[str, Sequence] | None = None
-    ) -> list[dict]:
-        """All settings of the grid, without those that are ``fixed``; ``values`` replace the grid's."""
-        grid = {name: tried for name, tried in self.grid.items() if name not in fixed}
-        grid |= {name: tried for name, tried in (values or {}).items() if name in grid}
-        return [dict(zip(grid, chosen, strict=True)) for chosen in itertools.product(*grid.values())]
+    @property
+    def defaults(self) -> dict:
+        _, _, *settings = inspect.signature(self.build).parameters.values()
+        return {parameter.name: parameter.default for parameter in settings}
 
 
-def _ud2m(
-    prior: Denoiser,
-    sigma_y: float,
-    num_steps=3,
-    num_iterations=3,
-    eta=1.0,
-    reference_level=REFERENCE_LEVEL,
-) -> Sampler:
-    unfolded = UnfoldedDenoiser(prior, num_iterations, reference_level=reference_level)
+@dataclass(frozen=True)
+class Entry:
+    """A method in a run: an item of a YAML file of methods. Names, settings and types are checked."""
+
+    name: str  #: one of ``METHODS``
+    label: str = ""  #: what its rows are called; the name by default
+    settings: dict = field(default_factory=dict)  #: they win over searched settings and defaults
+    grid: dict = field(default_factory=dict)  #: values that a search tries in place of the method's own
+
+    def __post_init__(self):
+        if self.name not in METHODS:
+            raise ValueError(f"method must be one of {sorted(METHODS)}, got {self.name!r}")
+        object.__setattr__(self, "label", str(self.label or self.name))
+        known = self.method.defaults
+        for name, value in [*self.settings.items(), *((n, v) for n, vs in self.grid.items() for v in vs)]:
+            if name not in known:
+                raise ValueError(f"settings of {self.name!r} must be of {list(known)}, got {name!r}")
+            kind = type(known[name])
+            if kind in (int, float, str) and type(value) not in {kind, int if kind is float else kind}:
+                raise ValueError(f"{name} of {self.name!r} must be of type {kind.__name__}, got {value!r}")
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.name]
+
+    def resolve(self, searched: Mapping) -> dict:
+        """All settings: its own win over the ``searched`` ones, those over the defaults."""
+        return {**self.method.defaults, **searched, **self.settings}
+
+    def candidates(self) -> list[dict]:
+        """Settings that a search tries: all combinations of the grid, with what is set already."""
+        grid = {n: vs for n, vs in {**self.method.grid, **self.grid}.items() if n not in self.settings}
+        found = [dict(zip(grid, chosen, strict=True)) for chosen in itertools.product(*grid.values())]
+        return [self.settings | one for one in found if one]
+
+
+def read_methods(given: Sequence[str]) -> list[Entry]:
+    """Methods by name, or from YAML files (``*.yaml``) that list entries ``{name: ..., settings: {...}}``."""
+    entries = []
+    for item in given:
+        is_file = item.endswith(".yaml")
+        listed = yaml.safe_load(Path(item).read_text()) if is_file else [{"name": item}]
+        for one in listed if isinstance(listed, list) else [listed]:
+            try:
+                entries.append(Entry(**one))
+            except (TypeError, AttributeError) as error:
+                wanted = "a name, and of label, settings (value by name) and grid (list of values by name)"
+                raise ValueError(f"entries of {item} must have {wanted}, got {one}") from error
+    labels = [entry.label for entry in entries]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ValueError(f"labels of methods must differ, but {twice} come twice: set label")
+    return entries
+
+
+def load_file(file: str | Path, name: str, registry: dict, kind: type) -> None:
+    """
+    Run a Python file of the user and add its dictionary ``name`` to a registry, whose entries it replaces.
+
+    :raises ValueError: if the file does not define such a dictionary, with values of a ``kind``.
+    """
+    found = runpy.run_path(str(file)).get(name)
+    if not isinstance(found, dict) or not all(isinstance(value, kind) for value in found.values()):
+        raise ValueError(f"{file} must define {name}, a dictionary with values of type {kind.__name__}")
+    registry.update(found)
+
+
+class Search:
+    """Settings that were searched for a criterion, from files of ``tune``. Earlier files win."""
+
+    def __init__(self, files: Sequence[str | Path] = (), criterion: str = "energy"):
+        self.criterion, self.results = criterion, []
+        for file in files:
+            result = json.loads(Path(file).read_text())
+            if not isinstance(result, dict) or criterion not in result.get("winners", {}):
+                raise ValueError(f"--settings: {file} has no settings that were searched for {criterion!r}")
+            self.results.append(result)
+
+    def best(self, task: str, entry: Entry) -> tuple[dict, str, int]:
+        """Winner for a task and label, criterion, number of validation images; or ``({}, "", 0)``."""
+        for result in self.results:
+            if winner := result["winners"][self.criterion].get(task, {}).get(entry.label):
+                check_setup(f"the search of {entry.label!r}", entry.settings, winner)
+                return winner, self.criterion, result["setup"]["images"]
+        return {}, "", 0
+
+
+def _ud2m(prior, sigma_y, num_steps=3, num_iterations=3, eta=1.0, reference_level=0.2):
+    unfolded = UnfoldedDenoiser(prior, num_iterations)
+    unfolded.initializer.reference_level = reference_level
     return _ud2m_sampler(UD2M(unfolded, num_steps, eta))
 
 
-def _ud2m_distilled(
-    prior: Denoiser,
-    sigma_y: float,
-    checkpoint=None,
-    num_steps: int | None = None,
-    eta: float | None = None,
-    second_level: float | None = None,
-    extra_level: float | None = None,
-    ram=None,
-) -> Sampler:
-    if checkpoint is None:  # the shipped sampler of the prior has its name
-        checkpoint = prior.prior_info.name
-    # The adapter goes on a copy, for the other methods share the prior.
-    initializer = RAMInitializer(RAM(pretrained=ram, device=_device(prior))) if ram else None
-    trained = UD2M.from_pretrained(checkpoint, prior=copy.deepcopy(prior), initializer=initializer)
+def _ud2m_distilled(prior, sigma_y, checkpoint=None, num_steps=None, eta=None, ram=None):
+    checkpoint = checkpoint or prior.prior_info.name  # the shipped sampler of a shipped prior has its name
+    initializer = RAMInitializer(dinv.models.RAM(pretrained=ram, device=_device(prior))) if ram else None
+    # A copy, for the adapter goes on it, and the other methods share the prior.
+    options = {"prior": copy.deepcopy(prior), "initializer": initializer, "device": _device(prior)}
+    trained = UD2M.from_pretrained(checkpoint, **options)
     eta = trained.eta if eta is None else eta
-    levels = trained.levels if num_steps is None else VPSchedule().sampling_levels(num_steps)
-    if second_level is not None:
-        if len(levels) < 2:
-            raise ValueError("second_level is of samplers with two levels or more, this one has one")
-        levels = [second_level if n == 1 else level for n, level in enumerate(levels.tolist())]
-    if extra_level is not None:
-        levels = sorted([*torch.as_tensor(levels).tolist(), extra_level], reverse=True)
-    # What it was trained with is for its own levels, not for those of the schedule.
-    reference_error = trained.reference_error if num_steps is None else None
-    sampler = _ud2m_sampler(
-        UD2M(trained.unfolded, levels=levels, eta=eta, reference_error=reference_error)
-    )
+    levels = {"sigmas": trained.sigmas, "nominal_rmse": trained.nominal_rmse}
+    model = UD2M(trained.unfolded, num_steps, eta, **({} if num_steps else levels))
+    sampler = _ud2m_sampler(model)
     sampler.weights = trained_fingerprint(trained.unfolded)
-    if reference_error is not None:  # with levels of another kind it is another sampler
-        sampler.weights += f", reference error {reference_error:g}"
+    # With other sigmas or another nominal RMSE it is another sampler.
+    levels = {"sigmas": [float(f"{sigma:.4g}") for sigma in model.sigmas], "nominal_rmse": model.nominal_rmse}
+    sampler.settings = {"checkpoint": checkpoint, "eta": eta, **levels}
     return sampler
 
 
-def _ud2m_sampler(model: UD2M) -> Sampler:
+def _ud2m_sampler(model):
     def sample(y, physics, seed):
         return model(y, physics, generator=torch.Generator(y.device).manual_seed(seed))
 
@@ -121,77 +175,54 @@ def _ud2m_sampler(model: UD2M) -> Sampler:
     return sample
 
 
-def _diffpir(prior: Denoiser, sigma_y: float, num_steps=100, zeta=0.1, lambda_=7.0) -> Sampler:
+def _diffpir(prior, sigma_y, num_steps=100, zeta=0.1, lambda_=7.0):
     options = {"max_iter": num_steps, "zeta": zeta, "lambda_": lambda_, "device": _device(prior)}
-    model = DiffPIR(prior, L2(), sigma=sigma_y, **options)
-    return _seeded_globally(lambda y, physics: model(y, physics))
+    return _seeded(dinv.sampling.DiffPIR(prior, dinv.optim.L2(), sigma=sigma_y, **options))
 
 
-def _ddrm(
-    prior: Denoiser,
-    sigma_y: float,
-    num_steps=20,
-    eta=0.85,
-    etab=1.0,
-    sigma_max=1.0,
-    spacing="linear",
-) -> Sampler:
-    # Even levels, deepinv's own, leave large gaps near zero when they start high.
+def _ddrm(prior, sigma_y, num_steps=20, eta=0.85, sigma_max=1.0, spacing="linear"):
+    # deepinv spaces its sigmas evenly. That leaves large gaps near zero where they start high.
     spaced = {"linear": np.linspace, "geometric": np.geomspace}
     if spacing not in spaced:
-        raise ValueError(f"spacing of DDRM's levels must be one of {list(spaced)}, got {spacing!r}")
-    # deepinv ends at level 0, where an EDM-preconditioned network is not defined.
-    sigmas = spaced[spacing](sigma_max, _LAST_LEVEL, num_steps)
-    model = DDRM(prior, sigmas=sigmas, eta=eta, etab=etab)
+        raise ValueError(f"spacing of DDRM's sigmas must be one of {list(spaced)}, got {spacing!r}")
+    # deepinv ends at 0, where a network with EDM's preconditioning is not defined.
+    sigmas = spaced[spacing](sigma_max, 0.002, num_steps)
+    model = dinv.sampling.DDRM(prior, sigmas=sigmas, eta=eta)
     # deepinv's DDRM writes into y where the left singular vectors are the identity.
-    return _seeded_globally(lambda y, physics: model(y.clone(), physics))
+    return _seeded(lambda y, physics: model(y.clone(), physics))
 
 
-def _dps(prior: Denoiser, sigma_y: float, num_steps=1000, weight=1.0, guidance="norm") -> Sampler:
-    def make(rng):
-        return DPS(
-            prior,
-            num_steps=num_steps + 1,  # time points, one more than evaluations
-            weight=weight,
-            guidance=guidance,
-            device=rng.device,
-            dtype=torch.float32,
-            rng=rng,
-        )
-
-    return _seeded_by_generator(prior, make)
+def _dps(prior, sigma_y, num_steps=1000, weight=1.0, guidance="norm"):
+    # deepinv's steps are time points, one more than evaluations.
+    options = {"num_steps": num_steps + 1, "weight": weight, "guidance": guidance}
+    return _seeded(dinv.sampling.DPS(prior, **options, device=_device(prior), dtype=torch.float32))
 
 
-def _pigdm(prior: Denoiser, sigma_y: float, num_steps=100, weight=1.0) -> Sampler:
-    def make(rng):
-        times = torch.linspace(1, 0, num_steps + 1, device=rng.device)
-        return PosteriorDiffusion(
-            data_fidelity=PiGDMDataFidelity(prior, weight=weight),
-            denoiser=prior,
-            sde=VariancePreservingDiffusion(alpha=1.0, device=rng.device, dtype=torch.float32),
-            solver=DDPMSolver(timesteps=times, rng=rng),
-            device=rng.device,
-            dtype=torch.float32,
-        )
-
-    return _seeded_by_generator(prior, make)
+def _pigdm(prior, sigma_y, num_steps=100, weight=1.0):
+    return _posterior_diffusion(prior, dinv.sampling.PiGDMDataFidelity(prior, weight), num_steps)
 
 
-def _dpir(prior: Denoiser, sigma_y: float) -> Sampler:
-    model = DPIR(sigma=sigma_y, denoiser=prior, device=_device(prior))
-    return lambda y, physics, seed: model(y, physics)
+def _moment_matching(prior, sigma_y, num_steps=100, weight=1.0):
+    return _posterior_diffusion(prior, dinv.sampling.MomentMatchingDataFidelity(prior, weight), num_steps)
 
 
-def _pseudo_inverse(prior: Denoiser, sigma_y: float) -> Sampler:
-    return lambda y, physics, seed: physics.A_dagger(y)
+def _posterior_diffusion(prior, fidelity, num_steps):
+    options = {"device": _device(prior), "dtype": torch.float32}
+    sde = dinv.sampling.VariancePreservingDiffusion(alpha=1.0, **options)
+    solver = dinv.sampling.DDPMSolver(timesteps=torch.linspace(1, 0, num_steps + 1, device=_device(prior)))
+    return _seeded(dinv.sampling.PosteriorDiffusion(fidelity, prior, sde, solver, **options))
 
 
-def _device(prior: Denoiser) -> torch.device:
+def _dpir(prior, sigma_y):
+    return _seeded(dinv.optim.DPIR(sigma=sigma_y, denoiser=prior, device=_device(prior)))
+
+
+def _device(prior):
     return next(prior.parameters()).device
 
 
-def _seeded_globally(restore: Callable[[Tensor, Physics], Tensor]) -> Sampler:
-    """For samplers that draw from PyTorch's own generator (and ignore ``seed=0``)."""
+def _seeded(restore: Callable[[Tensor, Physics], Tensor]) -> Sampler:
+    """A model of deepinv as a sampler. Seeded globally, for some of them ignore ``seed=0``."""
 
     def sample(y, physics, seed):
         with torch.random.fork_rng(devices=[y.device] if y.is_cuda else []):
@@ -201,60 +232,26 @@ def _seeded_globally(restore: Callable[[Tensor, Physics], Tensor]) -> Sampler:
     return sample
 
 
-def _seeded_by_generator(
-    prior: Denoiser, make: Callable[[torch.Generator], PosteriorDiffusion]
-) -> Sampler:
-    """For samplers that take their generator when they are made."""
-
-    def sample(y, physics, seed):
-        return make(torch.Generator(_device(prior)).manual_seed(seed))(y, physics)
-
-    return sample
-
-
-_LAST_LEVEL = 0.002
-
+_LINEAR, _DECOMPOSABLE = dinv.physics.LinearPhysics, dinv.physics.DecomposablePhysics
+_ETAS, _WEIGHTS = [0.0, 0.5, 0.8, 1.0], [0.1, 0.3, 0.6, 1.0, 1.5, 2.5, 4.0, 6.0, 10.0, 15.0, 25.0]
 METHODS = {
-    "ud2m": Method(
-        "UD2M, untrained",
-        _ud2m,
-        grid={"eta": [0.0, 0.5, 0.8, 1.0], "reference_level": [0.1, 0.2, 0.4]},
-        defaults={"eta": 1.0, "reference_level": REFERENCE_LEVEL},
-    ),
-    "ud2m-distilled": Method("UD2M", _ud2m_distilled, grid={"eta": [0.0, 0.5, 0.8, 1.0]}),
+    "ud2m-distilled": Method(_ud2m_distilled, {"eta": _ETAS}),
+    "ud2m": Method(_ud2m, {"eta": _ETAS, "reference_level": [0.1, 0.2, 0.4]}),
     "diffpir": Method(
-        "DiffPIR",
-        _diffpir,
-        grid={"zeta": [0.03, 0.1, 0.3, 0.6, 1.0], "lambda_": [0.1, 0.3, 1.0, 3.0, 7.0, 15.0]},
-        defaults={"zeta": 0.1, "lambda_": 7.0},
+        _diffpir, {"zeta": [0.03, 0.1, 0.3, 0.6, 1.0], "lambda_": [0.1, 0.3, 1.0, 3.0, 7.0, 15.0]}
     ),
     "dps": Method(
-        "DPS",
         _dps,
-        grid={
-            "guidance": ["norm", "annealed"],
-            "weight": [0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0],
-        },
-        defaults={"guidance": "norm", "weight": 1.0},
+        {"guidance": ["norm", "annealed"], "weight": [0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0]},
     ),
-    "pigdm": Method(
-        "PiGDM",
-        _pigdm,
-        grid={"weight": [0.1, 0.3, 0.6, 1.0, 1.5, 2.5, 4.0, 6.0, 10.0, 15.0, 25.0]},
-        defaults={"weight": 1.0},
-        applies=lambda physics: isinstance(physics, LinearPhysics),
-    ),
+    "pigdm": Method(_pigdm, {"weight": _WEIGHTS}, _LINEAR),
+    "moment-matching": Method(_moment_matching, {"weight": [0.3, 0.6, 1.0, 1.5, 2.5, 4.0]}, _LINEAR),
     "ddrm": Method(
-        "DDRM",
         _ddrm,
-        grid={
-            "eta": [0.3, 0.6, 0.85, 1.0],
-            "sigma_max": [0.25, 0.5, 1.0, 3.0, 10.0, 80.0],
-            "spacing": ["linear", "geometric"],
-        },
-        defaults={"eta": 0.85, "sigma_max": 1.0, "spacing": "linear"},
-        applies=lambda physics: isinstance(physics, DecomposablePhysics),
+        {"eta": [0.3, 0.6, 0.85, 1.0], "sigma_max": [0.25, 0.5, 1.0, 3.0, 10.0, 80.0]}
+        | {"spacing": ["linear", "geometric"]},
+        _DECOMPOSABLE,
     ),
-    "dpir": Method("DPIR (not a sampler)", _dpir, random=False),
-    "pinv": Method("pseudo-inverse", _pseudo_inverse, random=False),
+    "dpir": Method(_dpir, random=False),
+    "pinv": Method(lambda prior, sigma_y: _seeded(lambda y, physics: physics.A_dagger(y)), random=False),
 }

@@ -2,543 +2,285 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
-import re
-import shutil
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import deepinv as dinv
 import numpy as np
+import pandas as pd
 import torch
-from matplotlib.ticker import LogLocator, NullFormatter
-from PIL import Image
+from matplotlib.figure import Figure  # not pyplot, which would take over a notebook's figures
 from torch import Tensor
 
+from deepinv_ud2m import metrics
 from deepinv_ud2m.benchmark.methods import METHODS
-from deepinv_ud2m.benchmark.run import MEAN_OF, PACKED_ROWS, file_name, measure, read_rows, rows_text
-from deepinv_ud2m.benchmark.tasks import TASKS, make_physics
-from deepinv_ud2m.metrics import (
-    coverage_curve,
-    coverage_error,
-    coverage_error_quantile,
-    frechet_influence,
-    gaussian_frechet,
-)
+from deepinv_ud2m.benchmark.rows import batch_folder, read_rows, read_setup, write_file
+from deepinv_ud2m.benchmark.run import MEAN_OF
+from deepinv_ud2m.physics.tasks import TASKS
 
-#: Metrics averaged over images: key, heading, digits.
-METRICS = [
-    ("psnr", "PSNR of a sample", 2),
-    ("psnr_mean", "PSNR of the mean", 2),
-    ("ssim", "SSIM", 3),
-    ("perceptual", "perceptual", 4),
-    ("energy_score", "energy score", 3),
-    ("crps", "CRPS", 4),
-    ("consistency", "consistency", 2),
-]
-
-#: Those that need several samples of an image.
-METRICS_OF_SEVERAL = {"psnr_mean", "energy_score", "crps"}
-
-#: Those of which the report states the difference to a sampler on the same images, which varies far less
-#: than either: key, heading, digits.
-GAPS = [
-    ("psnr", "PSNR less UD2M's", 2),
-    ("psnr_mean", "PSNR of the mean less UD2M's", 2),
-    ("perceptual", "perceptual less UD2M's", 3),
-    ("energy_score", "energy score less UD2M's", 2),
-]
-
-#: Of the sets of samples, one of each image: only where there are more images than features.
-FRECHET = [("frechet", "Frechet", 2), ("frechet_gap", "Frechet less UD2M's", 2)]
-#: That sampler.
-REFERENCE = "ud2m-distilled"
-
-#: One for each method, the same in all figures.
-_COLORS = {name: f"C{i}" for i, name in enumerate(METHODS)}
+#: Columns that are averaged over images: heading, digits, the criterion that ranks by it, and whether it
+#: needs several samples of an image.
+METRICS = {
+    "energy_score": ("energy score", 2, "energy", True),
+    "crps": ("CRPS", 4, "crps", True),
+    "psnr_mean": ("PSNR of the mean", 2, "psnr", True),
+    "perceptual": ("perceptual distance", 3, "perceptual", False),
+    "psnr": ("PSNR of a sample", 2, "", False),
+    "reduced_chi_square": ("reduced chi-square", 2, "", False),
+}
 
 _LEGEND = """\
-Mean over images ± standard error. NFE: forward (+ backward) evaluations of the prior per sample,
-counted by hooks. Seconds: per sample and image. PSNR of the mean (of 16 samples where there are more),
-energy score, CRPS and coverage: over the images with several samples (images; images x samples).
-Coverage error: largest deviation of the coverage of norm balls from nominal, in pixels / features, with
-the 95 % quantile of an exact sampler in brackets; with S samples it is S / (S + 1) at most. Error /
-spread: root mean square error of the mean of samples over what their variance leads one to expect, 1
-for an exact sampler, more for an over-confident one. Less UD2M's: mean difference to the distilled UD2M
-on the same images ± its standard error. Frechet: distance of one sample per image to the reference
-images, in features of the network that gives the perceptual distance, with standard errors by the delta
-method; only where there are more images than features."""
+Means over images ± standard errors. *Searched for*: the criterion that the settings of a method were
+searched for, and the number of validation images. A method ranks in the column of that criterion only.
+*Less*: mean difference to {reference} on the same images; * marks more than two standard errors, in the
+column that ranks the method. The PSNR of a sample ranks nobody: a draw of the posterior lies up to 3 dB below
+its mean. The PSNR of the mean is of at most {mean_of} samples. *Images*: their number; number x samples.
+*NFE*: forward (+ backward) network evaluations per sample. *Seconds*: per sample and image. The Fréchet
+distance depends on the number of images. *Coverage error*: largest deviation of the coverage of norm balls,
+in pixels / features, and its 95 % quantile for an exact sampler. *Spread-skill ratio*: RMSE of the mean over
+what the spread predicts; above 1 for an over-confident sampler, 1 for an exact one, as the *reduced
+chi-square* of the measurement. Perceptual and Fréchet distances, of one sample per image, by {network}."""
 
 
-def report(folder: Path, x: Tensor, x_reference: Tensor | None = None, features=None) -> list[dict]:
+def report(folder: str | Path) -> pd.DataFrame:
     """
-    Write ``summary.json``, ``table.csv``, ``report.md`` and the figures of a folder of results.
+    Write ``summary.csv``, ``frechet.csv``, ``report.md`` and the figures of a folder of results.
 
-    :param pathlib.Path folder: folder of results.
-    :param torch.Tensor x: the images of the run, for the sheets.
-    :param torch.Tensor x_reference: images to which the Frechet distance is taken.
-    :param Callable features: their features, the ones stored in the rows.
-    :returns: the lines of the summary.
-    :raises ValueError: if the folder has no results, or rows of several runs that do not go together.
+    :returns: the summary, see :func:`summarise`.
+    :raises ValueError: if the folder has no results, or rows of several settings under one label.
     """
     folder = Path(folder)
-    rows = read_rows(folder)
-    if not rows:
+    setup, rows = read_setup(folder), read_rows(folder)
+    if not len(rows):
         raise ValueError(f"{folder} has no results")
-    _check_settings(folder, rows)
-    reference = None
-    if x_reference is not None and features is not None:
-        reference = torch.cat([features(part) for part in x_reference.split(256)]).double()
-    lines = summarise(rows, reference)
-    about = json.loads((folder / "setup.json").read_text())
-    if (folder / "timings.json").is_file():
-        about["timings"] = json.loads((folder / "timings.json").read_text())
-        _take_timings(lines, about["timings"])
-    (folder / "summary.json").write_text(json.dumps(about | {"lines": lines}, indent=1) + "\n")
-    _write_csv(folder / "table.csv", lines)
-    (folder / "report.md").write_text(_markdown(about, lines))
-    _plot_calibration(folder / "calibration.png", rows)
-    _plot_quality_against_time(folder / "quality_time.png", lines)
-    for task in dict.fromkeys(row["task"] for row in rows):
-        _plot_sheet(folder, task, rows, x, about["setup"])
+    for key, group in rows.groupby(["task", "method"]):
+        if len(kinds := group[["settings", "weights"]].drop_duplicates()) > 1:
+            raise ValueError(f"{folder} has rows of {key} with several settings or weights: {kinds}")
+    reference, frechet = reference_of(rows), frechet_table(folder, rows)
+    lines = summarise(rows, frechet)
+    for name, frame in (("summary", lines), ("frechet", frechet)):
+        if len(frame):
+            write_file(folder / f"{name}.csv", frame.to_csv(index=False, float_format="%.5g"))
+    network = setup.get("perceptual") or "none"
+    legend = _LEGEND.format(reference=reference, mean_of=MEAN_OF, network=network)
+    parts = [f"# Benchmark\n\nSetup: {setup}.\n\n{legend}\n"]
+    titles = {"energy_score_less": f"Energy score, less {reference}", "spread_skill": "Spread-skill ratio"}
+    parts += [f"\n## {titles[key]}\n\n{overview(lines, key)}\n" for key in titles if key in lines]
+    for task, of_task in lines.groupby("task", sort=False):
+        table = task_table(of_task, reference, network.partition(" ")[0])
+        parts.append(f"\n## {TASKS[task].title if task in TASKS else task}\n\n{table}\n")
+        _plot_sheet(folder, task, of_task["method"], reference)
+    write_file(folder / "report.md", "".join(parts))
+    plot_calibration(folder / "calibration.webp", rows)
     return lines
 
 
-def _check_settings(folder: Path, rows: list[dict]) -> None:
-    """A line of a table is of one sampler: a run refuses to mix them, joining files of rows does not."""
-    made_with = {}
-    for row in rows:
-        line, settings = (row["task"], row["method"]), (row["settings"], row.get("weights"))
-        if made_with.setdefault(line, settings) != settings:
-            found = " and ".join(map(str, (made_with[line], settings)))
-            raise ValueError(
-                f"{folder} has rows of {row['method']!r} on {row['task']} with several settings or "
-                f"weights, {found}: keep those of one"
-            )
+def reference_of(rows: pd.DataFrame) -> str:
+    """The method that others are compared to: the first distilled sampler, or else the first."""
+    distilled = rows[rows["name"] == "ud2m-distilled"]
+    return (distilled if len(distilled) else rows)["method"].iloc[0]
 
 
-def store(folder: Path, destination: Path) -> None:
+def summarise(rows: pd.DataFrame, frechet: pd.DataFrame | None = None) -> pd.DataFrame:
     """
-    Copy what a report consists of, and the rows, packed, into a folder of its own.
+    One line per task and method, from rows and :func:`frechet_table`.
 
-    A copy of that folder is one of results again, which ``run --out`` extends by methods, tasks or
-    images; only the pictures of the samples are not in it.
-
-    :param pathlib.Path folder: folder of results, with its report.
-    :param pathlib.Path destination: where to; made if it does not exist, its files are replaced.
+    Metrics of one sample are averaged over all images, those of several over the images with the most
+    samples. Columns ``<metric>_se`` are standard errors, ``<metric>_less`` and ``<metric>_less_se`` the
+    mean difference to :func:`reference_of` on the same images and its standard error.
     """
-    folder, destination = Path(folder), Path(destination)
-    destination.mkdir(parents=True, exist_ok=True)
-    for file in sorted(folder.iterdir()):
-        if file.suffix == ".png" and file.stat().st_size > _LARGE_PICTURE:
-            with Image.open(file) as picture:  # a palette: a third of the size
-                picture.convert("RGB").quantize(256).save(destination / file.name, optimize=True)
-        elif file.suffix in (".json", ".csv", ".md", ".png"):
-            shutil.copy(file, destination)
-    # Without a time in the head, equal rows give equal files.
-    packed = gzip.compress(rows_text(folder).encode(), mtime=0)
-    (destination / PACKED_ROWS).write_bytes(packed)
-
-
-_LARGE_PICTURE = 2**20
-
-
-def summarise(rows: list[dict], reference: Tensor | None = None) -> list[dict]:
-    """
-    One line per task and method.
-
-    Metrics of one sample are averaged over all images, those of a distribution over the images that
-    have the most samples.
-
-    :param list[dict] rows: rows of :func:`deepinv_ud2m.benchmark.run.read_rows`.
-    :param torch.Tensor reference: features `[N, D]` for the Frechet distance of the first samples.
-    :returns: lines with the mean over images and its standard error for each metric, the coverage
-        error, counts of network evaluations, and seconds per sample and image.
-    """
-    lines = []
-    groups = _groups(rows)
+    lines, groups, reference = [], _groups(rows), reference_of(rows)
     for (task, method), group in groups.items():
-        several = _with_most_samples(group)
-        line = {"task": task, "method": method, "settings": group[0]["settings"]}
-        line |= {"images": len(group), "samples": several[0]["num_samples"]}
-        line["images_with_samples"] = len(several)
-        line["nfe"] = float(np.mean([row["nfe"] for row in group]))
-        line["nfe_backward"] = float(np.mean([row["nfe_backward"] for row in group]))
-        line["seconds"] = float(np.median([row["seconds"] for row in group]))
-        line["peak_memory_gb"] = max(row["peak_memory_gb"] for row in group)
-        for key, _, _ in METRICS:
-            of = several if key in METRICS_OF_SEVERAL else group
-            if key in METRICS_OF_SEVERAL and line["samples"] == 1:
-                continue
-            values = np.array([row[key] for row in of if key in row])
-            if len(values):
-                line[key] = float(values.mean())
-                line[f"{key}_se"] = float(values.std(ddof=min(1, len(values) - 1)) / len(values) ** 0.5)
-        for key, _, _ in GAPS if method != REFERENCE else ():
-            of, others = group, groups.get((task, REFERENCE), [])
-            if key in METRICS_OF_SEVERAL:
-                of, others = (
-                    [row for row in part if row["num_samples"] > 1] for part in (several, others)
-                )
-            if key == "psnr_mean" and len({_samples_of_mean(row) for row in (*of, *others)}) > 1:
-                continue  # the mean of fewer samples is further from the truth
-            line |= _gap(of, others, key)
-        for key in ("credible_level", "credible_level_features"):
-            if key in several[0]:
-                error = coverage_error(*_curve(several, key)).item()
-                line[key.replace("credible_level", "coverage_error")] = error
-                line["coverage_noise"] = coverage_error_quantile(len(several), line["samples"])
-        if "variance" in several[0]:
-            line["error_over_spread"] = _error_over_spread(several)
-        if reference is not None:
-            line |= _frechet(group, reference)
-            if method != REFERENCE and (task, REFERENCE) in groups:
-                line |= _frechet_gap(group, groups[task, REFERENCE], reference)
+        most = int(group["num_samples"].max())
+        several = group[group["num_samples"] == most]
+        kept = ["task", "method", "name", "settings", "criterion", "searched_on", "weights"]
+        line = group.iloc[0][kept].to_dict()
+        line |= {"images": len(group), "samples": most, "images_with_samples": len(several)}
+        line |= {key: group[key].mean() for key in ("nfe", "nfe_backward")}
+        line["seconds"] = group["seconds"].median()
+        for key, (_, _, _, of_several) in METRICS.items():
+            values = (several if of_several else group)[key].dropna()
+            if len(values) and not (of_several and most == 1):
+                line |= {key: values.mean(), f"{key}_se": values.sem()}
+                if method != reference and (task, reference) in groups:
+                    line |= _difference(group, groups[task, reference], key, of_several)
+        for key in ("mean_error", "std_ratio"):  # of a known posterior, squared
+            if group[key].notna().any():
+                line[key] = max(group[key].mean(), 0) ** 0.5
+        if most > 1:
+            for key in ("rank", "rank_features"):
+                if several[key].notna().all():
+                    error = metrics.coverage_error(*_coverage(several, key)).item()
+                    line[key.replace("rank", "coverage_error")] = error
+            line["coverage_noise"] = metrics.coverage_error_quantile(len(several), most)
+            # The mean of S exact samples errs by 1 + 1 / S variances.
+            predicted = (1 + 1 / min(most, MEAN_OF)) * several["variance"].mean()
+            line["spread_skill"] = (several["squared_error"].mean() / (predicted or math.nan)) ** 0.5
         lines.append(line)
-    return lines
+    lines = pd.DataFrame(lines)
+    return lines if frechet is None or not len(frechet) else lines.merge(frechet, "left", ["task", "method"])
 
 
-def _samples_of_mean(row: dict) -> int:
-    return min(row["num_samples"], MEAN_OF)
+def _groups(rows: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
+    """Rows per task and method in the order of TASKS and METHODS, indexed by image."""
+    order = {name: i for i, name in enumerate([*TASKS, *METHODS])}
+    keys = rows[["task", "name", "method"]].drop_duplicates().itertuples(index=False)
+    keys = sorted(keys, key=lambda key: (order.get(key[0], 99), order.get(key[1], 99)))
+    groups = dict(list(rows.groupby(["task", "method"])))
+    return {(t, m): groups[t, m].set_index("image", drop=False).sort_index() for t, _, m in keys}
 
 
-def _error_over_spread(group: list[dict]) -> float:
-    """The error of the mean of S exact samples has 1 + 1 / S times their variance."""
-    errors = [10 ** (-row["psnr_mean"] / 10) for row in group]
-    variances = [(1 + 1 / _samples_of_mean(row)) * row["variance"] for row in group]
-    return float((np.mean(errors) / np.mean(variances)) ** 0.5)
-
-
-def _gap(group: list[dict], reference: list[dict], key: str) -> dict:
-    """Mean difference to another method on the images that both have, and its standard error."""
-    values = {row["image"]: row[key] for row in reference if key in row}
-    gaps = [row[key] - values[row["image"]] for row in group if key in row and row["image"] in values]
-    if len(gaps) < 2:
+def _difference(group: pd.DataFrame, other: pd.DataFrame, key: str, of_several: bool) -> dict:
+    """Mean difference on the images that both have."""
+    if of_several:
+        group, other = (part[part["num_samples"] > 1] for part in (group, other))
+    numbers = pd.concat([group, other])["num_samples"].clip(upper=MEAN_OF)
+    gaps = (group[key] - other[key]).dropna()
+    # The mean of fewer samples is further from the truth.
+    if len(gaps) < 2 or (key == "psnr_mean" and numbers.nunique() > 1):
         return {}
-    error = float(np.std(gaps, ddof=1)) / len(gaps) ** 0.5
-    return {f"{key}_gap": float(np.mean(gaps)), f"{key}_gap_se": error}
+    return {f"{key}_less": gaps.mean(), f"{key}_less_se": gaps.sem()}
 
 
-def _take_timings(lines: list[dict], timings: dict) -> None:
-    """Times measured side by side in place of those of the run."""
-    for line in lines:
-        seconds = timings["seconds"].get(line["task"], {}).get(line["method"])
-        if seconds:
-            line["seconds"] = float(np.median(seconds))
-            line["peak_memory_gb"] = timings["peak_memory_gb"][line["task"]][line["method"]]
+def _coverage(group: pd.DataFrame, key: str) -> tuple[Tensor, Tensor]:
+    samples = int(group["num_samples"].iloc[0])
+    levels = torch.arange(1, samples + 1, dtype=torch.float64) / (samples + 1)
+    return levels, metrics.coverage_curve(torch.tensor(group[[key, f"{key}_end"]].to_numpy()), levels)
 
 
-def _groups(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """Rows per task and method, in the order of those, of each image the one with the most samples."""
-    groups = defaultdict(dict)
-    for row in rows:
-        group = groups[row["task"], row["method"]]
-        there = group.get(row["image"])
-        if there is None or there["num_samples"] < row["num_samples"]:
-            group[row["image"]] = row
-    return {
-        key: [group[image] for image in sorted(group)]
-        for key, group in sorted(groups.items(), key=lambda item: _order(*item[0]))
-    }
+def frechet_table(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
+    """
+    Fréchet distance of the first samples of each task and method to the images, with standard error by
+    the delta method. Read from ``frechet.csv`` where the features are not at hand.
+    """
+    if not (folder / "reference.npz").is_file():
+        file = folder / "frechet.csv"
+        return pd.read_csv(file) if file.is_file() else pd.DataFrame()
+    with np.load(folder / "reference.npz") as arrays:
+        z = torch.from_numpy(arrays["features"]).double()
+    fit, lines = (z.mean(0), torch.cov(z.T)), []
+    for (task, method), group in _groups(rows).items():
+        features = _arrays(folder, task, method, "features")
+        z = [features[i] for i in group["image"] if i in features]
+        if len(z) > len(fit[0]):
+            z = torch.from_numpy(np.stack(z)).double()
+            distance = metrics.gaussian_frechet(z.mean(0), torch.cov(z.T), *fit).item()
+            error = metrics.frechet_influence(z, *fit).std().item() / len(z) ** 0.5
+            lines.append({"task": task, "method": method, "frechet": distance, "frechet_se": error})
+    return pd.DataFrame(lines)
 
 
-def _order(task: str, method: str) -> tuple:
-    name = method.partition(":")[0]
-    return list(TASKS).index(task), [*METHODS, name].index(name), method
+def _arrays(folder: Path, task: str, method: str, key: str) -> dict[int, np.ndarray]:
+    """What is stored of each image."""
+    found = {}
+    for file in sorted(batch_folder(folder, task, method).glob("*.npz")):
+        with np.load(file) as arrays:
+            if key in arrays:  # pictures are those of the first images only
+                found |= dict(zip(arrays["image"].tolist(), arrays[key], strict=False))
+    return found
 
 
-def _with_most_samples(group: list[dict]) -> list[dict]:
-    most = max(row["num_samples"] for row in group)
-    return [row for row in group if row["num_samples"] == most]
+def task_table(lines: pd.DataFrame, reference: str, network: str) -> str:
+    """All numbers of one task, as markdown."""
 
+    def evaluations(line):
+        return f"{line['nfe']:.0f}" + f" + {line['nfe_backward']:.0f}" * (line["nfe_backward"] > 0)
 
-def _curve(group: list[dict], key: str) -> tuple[Tensor, Tensor]:
-    num_samples = group[0]["num_samples"]
-    levels = torch.arange(1, num_samples + 1, dtype=torch.float64) / (num_samples + 1)
-    return levels, coverage_curve(torch.tensor([row[key] for row in group]), levels)
+    def images(line):
+        several = f"; {line['images_with_samples']} x {line['samples']}"
+        return f"{line['images']}" + several * (line["samples"] > 1)
 
+    def coverage(line):
+        errors = [line.get(f"coverage_error{kind}", math.nan) for kind in ("", "_features")]
+        shown = " / ".join(f"{error:.2f}" for error in errors if not math.isnan(error))
+        return shown and f"{shown} [{line['coverage_noise']:.2f}]"
 
-def _frechet(group: list[dict], reference: Tensor) -> dict:
-    """Distance of the first samples to the reference, and its standard error."""
-    features = _features(group)
-    if not 0 < features.shape[-1] < len(features):
-        return {}
-    fit = reference.mean(0), torch.cov(reference.T)
-    distance = gaussian_frechet(features.mean(0), torch.cov(features.T), *fit)
-    error = frechet_influence(features, *fit).std() / len(features) ** 0.5
-    return {"frechet": distance.item(), "frechet_se": error.item()}
-
-
-def _frechet_gap(group: list[dict], others: list[dict], reference: Tensor) -> dict:
-    """Difference of two distances on the images that both have, and its standard error."""
-    both = {row["image"] for row in group} & {row["image"] for row in others}
-    pair = [[row for row in part if row["image"] in both] for part in (group, others)]
-    distances = [_frechet(part, reference) for part in pair]
-    if not all(distances):
-        return {}
-    fit = reference.mean(0), torch.cov(reference.T)
-    own, other = (frechet_influence(_features(part), *fit) for part in pair)
-    error = (own - other).std() / len(both) ** 0.5
-    gap = distances[0]["frechet"] - distances[1]["frechet"]
-    return {"frechet_gap": gap, "frechet_gap_se": error.item()}
-
-
-def _features(group: list[dict]) -> Tensor:
-    return torch.tensor([row.get("features", []) for row in group], dtype=torch.float64)
-
-
-def _write_csv(file: Path, lines: list[dict]) -> None:
-    columns = list(dict.fromkeys(key for line in lines for key in line))
-    with open(file, "w", newline="") as stream:
-        writer = csv.DictWriter(stream, columns)
-        writer.writeheader()
-        writer.writerows(lines)
-
-
-def _markdown(about: dict, lines: list[dict]) -> str:
-    setup, machine = about["setup"], about["machine"]
-    where = ", ".join(f"{name} {machine[name]}" for name in ("torch", "deepinv", "commit"))
-    parts = [
-        "# Benchmark",
-        "",
-        f"Prior `{setup['prior']}`, images `{setup['data']}`, noise {setup['sigma_y']}, seed "
-        f"{setup['seed']}, {setup['batch_size']} images sampled together; {machine['device']}, "
-        f"{machine['threads']} thread(s), {where}.",
-        "",
-        _LEGEND,
-    ]
-    if "timings" in about:
-        timings = about["timings"]
-        parts += [
-            "",
-            f"Seconds and memory (without those of defaults, and of methods that were not timed) were "
-            f"measured side by side in one run: {timings['images']} images, the methods in turn, "
-            f"{timings['rounds']} times, medians; {timings['machine']['device']}, "
-            f"{timings['machine']['threads']} thread(s). Memory is that of the process, libraries and "
-            "prior included, at its peak.",
-        ]
-    for task in dict.fromkeys(line["task"] for line in lines):
-        of_task = [line for line in lines if line["task"] == task]
-        metrics = [*METRICS, *((f"{key}_gap", *rest) for key, *rest in GAPS)]
-        shown, distances = (
-            [metric for metric in some if any(metric[0] in line for line in of_task)]
-            for some in (metrics, FRECHET)
+    def settings(line):
+        return ", ".join(
+            f"{name} {value}" for name, value in json.loads(line["settings"]).items() if value is not None
         )
-        head = [
-            "method",
-            "settings",
-            "images",
-            "NFE",
-            "seconds",
-            "memory (GB)",
-            *(heading for _, heading, _ in shown),
-        ]
-        head += ["coverage error", "error / spread", *(heading for _, heading, _ in distances)]
-        parts += ["", f"## {TASKS[task].title}", "", _row(head), _row(["---"] * len(head))]
-        parts += [_row(_cells(line, shown, distances)) for line in of_task]
-    return "\n".join(parts) + "\n"
+
+    columns = {"NFE": evaluations, "seconds": number("seconds", 3), "images": images}
+    for key, (heading, digits, criterion, _) in METRICS.items():
+        heading += f", {network}" * (key == "perceptual")
+        columns[heading] = number(key, digits)
+        if criterion:
+            columns[f"{heading}, less {reference}"] = number(f"{key}_less", digits, criterion)
+    columns |= {f"Fréchet distance, {network}": number("frechet", 2), "coverage error": coverage}
+    columns |= {"spread-skill ratio": number("spread_skill", 2), "error of the mean": number("mean_error", 2)}
+    return markdown(lines, columns | {"ratio of std": number("std_ratio", 2), "settings": settings})
 
 
-def _cells(line: dict, shown: list[tuple], distances: list[tuple]) -> list[str]:
-    backward = f" + {line['nfe_backward']:.0f}" if line["nfe_backward"] else ""
-    images = str(line["images"])
-    if line["samples"] > 1:
-        images += f"; {line['images_with_samples']} x {line['samples']}"
-    cells = [
-        line["method"],
-        ", ".join(f"{name} {value}" for name, value in line["settings"].items()) or "-",
-        images,
-        f"{line['nfe']:.0f}{backward}",
-        f"{line['seconds']:.4f}",
-        f"{line['peak_memory_gb']:.2f}",
-    ]
-    cells += [_with_error(line, *metric) for metric in shown]
-    cells.append(
-        f"{line['coverage_error']:.3f} / {line.get('coverage_error_features', float('nan')):.3f} "
-        f"[{line['coverage_noise']:.3f}]"
-        if "coverage_error" in line
-        else "-"
-    )
-    cells.append(f"{line['error_over_spread']:.2f}" if "error_over_spread" in line else "-")
-    return cells + [_with_error(line, *metric) for metric in distances]
+def overview(lines: pd.DataFrame, key: str) -> str:
+    """One number of all methods (rows) and tasks (columns), as markdown."""
+    lines = lines[lines[key].notna()]
+    columns, of = {}, {(line["task"], line["method"]): line for line in lines.to_dict("records")}
+    cell = number(key, 2, "energy" if key == "energy_score_less" else None)
+    for task in dict.fromkeys(lines["task"]):
+        columns[task] = lambda line, task=task: cell(of.get((task, line["method"]), {}))
+    methods = lines.sort_values("searched_on", ascending=False, kind="stable").drop_duplicates("method")
+    kinds = lines.groupby("method")["criterion"].nunique()
+    methods["criterion"] += [" in part" if kinds[method] > 1 else "" for method in methods["method"]]
+    return markdown(methods.sort_index(), columns)
 
 
-def _with_error(line: dict, key: str, _: str, digits: int) -> str:
-    if key not in line:
-        return "-"
-    sign = "+" if key.endswith("_gap") else ""
-    return f"{line[key]:{sign}.{digits}f} ± {line[f'{key}_se']:.{digits}f}"
+def number(key: str, digits: int, criterion: str | None = None) -> Callable[[Mapping], str]:
+    """Formats a number with its standard error, and a difference also with its sign and mark."""
+
+    def cell(line: Mapping) -> str:
+        value, error = line.get(key, math.nan), line.get(f"{key}_se", math.nan)
+        text = "" if math.isnan(value) else f"{value:{'+' if criterion else ''}.{digits}f}"
+        text += "" if math.isnan(error) else f" ± {error:.{digits}f}"
+        is_ranked = criterion and criterion == line.get("criterion") and abs(value) > 2 * error
+        return f"{text} *" if is_ranked else text
+
+    return cell
 
 
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def markdown(lines: pd.DataFrame, columns: Mapping[str, Callable[[Mapping], str]]) -> str:
+    """A table with the methods and what they were searched for; empty columns are left out."""
+    records = lines.to_dict("records")
+    searched = [f"{r['criterion']}, {r['searched_on']} images" if r["criterion"] else "" for r in records]
+    cells = {"method": [record["method"] for record in records], "searched for": searched}
+    cells |= {heading: [cell(record) for record in records] for heading, cell in columns.items()}
+    cells = {heading: column for heading, column in cells.items() if any(column)}
+    rows = [list(cells), ["---"] * len(cells), *zip(*cells.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _plot_calibration(file: Path, rows: list[dict]) -> None:
-    groups = {key: _with_most_samples(group) for key, group in _groups(rows).items()}
-    groups = {key: group for key, group in groups.items() if "credible_level" in group[0]}
-    styles = _line_styles(method for _, method in groups)
-    with _panels(file, [task for task, _ in groups]) as panels:
-        for task, axis in panels.items():
-            axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-            axis.set(xlabel="nominal level", ylabel="coverage", aspect="equal")
-            for (_, method), group in ((key, group) for key, group in groups.items() if key[0] == task):
-                levels, shares = _curve(group, "credible_level")
-                looks = {"linestyle": styles[method], **_label(method)}
-                axis.plot([0, *levels, 1], [0, *shares, 1], **looks)
-
-
-def _plot_quality_against_time(file: Path, lines: list[dict]) -> None:
-    """
-    One curve per method and settings, over the numbers of steps, without defaults and the
-    pseudo-inverse. Points of fewer images than others of the task have are hollow.
-    """
-    lines = [line for line in lines if line["nfe"] and "defaults" not in line["method"]]
-    key, title = ("perceptual", "perceptual distance (better: lower)")
-    if any(key not in line for line in lines):
-        key, title = ("psnr", "PSNR in dB (better: higher)")
-    markers = _markers(_curve_name(line["method"]) for line in lines)
-    with _panels(file, [line["task"] for line in lines]) as panels:
-        for task, axis in panels.items():
-            axis.set(xscale="log", xlabel="seconds per sample", ylabel=title)
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # 3x10^0, 4x10^0, ... overlap
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.xaxis.set_minor_formatter(NullFormatter())
-            axis.tick_params(axis="x", labelsize=8)
-            curves, of_task = defaultdict(list), [line for line in lines if line["task"] == task]
-            for line in of_task:
-                point = line["seconds"], line[key], line["images"]
-                curves[_curve_name(line["method"])].append(point)
-            most = max(line["images"] for line in of_task)
-            for method, points in curves.items():
-                marker = markers[method]
-                seconds, values, images = zip(*sorted(points), strict=True)
-                axis.plot(seconds, values, marker=marker, **_label(method))
-                fewer = [i for i, number in enumerate(images) if number < most]
-                axis.plot(
-                    seconds, values, marker, mfc="w", color=_label(method)["color"], markevery=fewer
-                )
-
-
-def _curve_name(method: str) -> str:
-    """A method and its settings, but for the number of steps, along which its curve goes."""
-    name, _, settings = method.partition(":")
-    others = [pair for pair in settings.split(",") if not pair.startswith("num_steps=")]
-    return f"{name}:{','.join(others)}" if any(others) else name
-
-
-def _markers(curves: Iterable[str]) -> dict[str, str]:
-    """A marker for each curve, the same in all panels; those of a colour differ."""
-    trained, others = (defaultdict(lambda kinds=kinds: iter(kinds)) for kinds in ("^v<>", "sDPX"))
-    markers = {}
-    for curve in dict.fromkeys(curves):
-        name, _, settings = curve.partition(":")
-        variants = trained if "checkpoint=" in settings else others
-        markers[curve] = next(variants[name], "*") if settings else "o"
-    return markers
-
-
-def _line_styles(methods: Iterable[str]) -> dict[str, object]:
-    """A line style for each label, the same in all panels; those of a colour differ, while they last."""
-    dashes = ["--", "-.", ":", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3))]
-    variants, styles = defaultdict(lambda: iter(dashes)), {}
-    for method in dict.fromkeys(methods):
-        name, _, settings = method.partition(":")
-        styles[method] = next(variants[name], ":") if settings else "-"
-    return styles
-
-
-@contextmanager
-def _panels(file: Path, tasks: Iterable[str], columns: int = 4) -> Iterator[dict[str, plt.Axes]]:
-    """A panel for each task, drawn into by the caller, then saved with one legend for all of them."""
-    tasks = list(dict.fromkeys(tasks))
-    if not tasks:
-        yield {}
+def plot_calibration(file: Path, rows: pd.DataFrame) -> None:
+    """Coverage curves, one panel for each task."""
+    groups = _groups(rows[rows["rank"].notna()])
+    if not groups:
         return
-    height = -(-len(tasks) // columns)
-    columns = -(-len(tasks) // height)
-    size = (3.4 * columns, 3.4 * height)
-    fig, axes = plt.subplots(height, columns, figsize=size, squeeze=False, layout="constrained")
-    panels = dict(zip(tasks, axes.flat, strict=False))
-    yield panels
-    for task, axis in panels.items():
-        axis.set_title(TASKS[task].title, fontsize=10)
-    for axis in axes.flat[len(tasks) :]:
-        axis.set_axis_off()
-    labelled = {}
-    for axis in panels.values():
-        labelled |= dict(reversed(pair) for pair in zip(*axis.get_legend_handles_labels(), strict=True))
-    fig.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=4, fontsize=9)
-    fig.savefig(file, dpi=110)
-    plt.close(fig)
+    tasks, methods = (list(dict.fromkeys(key[i] for key in groups)) for i in (0, 1))
+    figure = Figure(figsize=(3.4 * len(tasks), 3.6), layout="constrained")
+    axes = dict(zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True))
+    for (task, method), group in groups.items():
+        levels, shares = _coverage(group[group["num_samples"] == group["num_samples"].max()], "rank")
+        look = {"color": f"C{(i := methods.index(method)) % 10}", "ls": ("-", "--", ":")[i // 10 % 3]}
+        axes[task].plot([0, *levels, 1], [0, *shares, 1], label=method, **look)
+    for task, axis in axes.items():
+        axis.axline((0, 0), slope=1, color="grey", linewidth=0.8)
+        axis.set(title=task, xlabel="nominal level", ylabel="coverage", aspect="equal")
+        axis.legend(fontsize=6)
+    figure.savefig(file, dpi=100)
 
 
-def _label(method: str) -> dict:
-    """Name and colour of a method's curve, the same in all panels."""
-    return {"label": method_title(method), "color": _COLORS[method.partition(":")[0]]}
-
-
-def method_title(label: str, quote: str = "") -> str:
-    """
-    What a reader calls a method with settings.
-
-    :param str label: of the method, see :func:`deepinv_ud2m.benchmark.run.parse_method`.
-    :param str quote: put around the name of a checkpoint.
-    """
-    name, _, settings = label.partition(":")
-    found = dict(re.findall(r"(\w+)=([^,]+)", settings))
-    title = METHODS[name].title
-    if "checkpoint" in found:
-        title += f" {quote}{Path(found['checkpoint']).name}{quote}"
-    if "num_steps" in found:
-        title += f", {found['num_steps']} steps"
-    if "spacing" in found:
-        title += f", {found['spacing']} levels"
-    if "defaults" in settings.split(","):
-        title += ", defaults"
-    for setting in ("second_level", "extra_level", "weight"):
-        if setting in found:
-            title += f", {setting.replace('_', ' ')} {float(found[setting]):g}"
-    return title
-
-
-def _plot_sheet(
-    folder: Path, task: str, rows: list[dict], x: Tensor, setup: dict, shown: int = 6
-) -> None:
-    """Truth, measurement, a sample of each method; of UD2M also mean and standard deviation."""
-    shown = min(shown, setup["batch_size"])  # the pictures of one batch
-    x = x[:shown].cpu().float()
-    physics = make_physics(task, tuple(x.shape[1:]), setup["sigma_y"])
-    y = measure(physics, x, range(len(x)), setup["seed"])
-    columns = {"truth": x.numpy(), "measurement": y.numpy()}
-    groups = {method: group for (name, method), group in _groups(rows).items() if name == task}
-    for method, group in groups.items():
-        num_samples = group[0]["num_samples"]
-        batch = folder / "images" / f"{task}__{file_name(method)}__{num_samples}__00000.npz"
-        if not batch.is_file():
-            continue
-        with np.load(batch) as images:
-            columns[method] = images["sample"][:shown].astype(np.float32)
-            if num_samples > 1 and method.startswith("ud2m"):
-                columns[f"{method}, mean"] = images["mean"][:shown].astype(np.float32)
-                columns[f"{method}, 2 std"] = 2 * images["std"][:shown].astype(np.float32)
-    height = len(next(iter(columns.values())))
-    fig, axes = plt.subplots(
-        height, len(columns), figsize=(1.5 * len(columns), 1.5 * height + 0.4), squeeze=False
-    )
-    for column, (name, images) in zip(axes.T, columns.items(), strict=True):
-        column[0].set_title(re.sub("[:,] ?", "\n", name), fontsize=7)
-        for axis in column:
-            axis.set_axis_off()
-        for axis, image in zip(column, images, strict=False):
-            axis.imshow(image.transpose(1, 2, 0).squeeze().clip(0, 1), vmin=0, vmax=1, cmap="gray")
-    fig.tight_layout(pad=0.3)
-    fig.savefig(folder / f"sheet_{task}.png", dpi=110)
-    plt.close(fig)
+def _plot_sheet(folder: Path, task: str, methods: Iterable[str], reference: str) -> None:
+    """Truth, measurement, a sample of each method; of the reference also mean and standard deviation."""
+    columns = {}
+    for method in methods:
+        kinds = {"truth": "truth", "measurement": "measurement", method: "sample"}
+        kinds |= {"mean": "mean", "2 std": "2 std"} if method == reference else {}
+        for title, kind in kinds.items():
+            columns.setdefault(title, _arrays(folder, task, method, kind))
+    columns = {title: images for title, images in columns.items() if images}
+    if shown := sorted(set.intersection(*map(set, columns.values()))) if columns else []:
+        images = {title: np.stack([of[i] for i in shown]) for title, of in columns.items()}
+        images = {title: torch.from_numpy(stack).float() for title, stack in images.items()}
+        options = {"rescale_mode": "clip", "show": False, "close": True, "fontsize": 7, "dpi": 100}
+        size = (1.5 * len(images), 1.6 * len(shown))
+        dinv.utils.plot(images, save_fn=folder / f"sheet_{task}.webp", figsize=size, **options)

@@ -1,162 +1,70 @@
-"""Search the settings of the methods, each on the same validation images.
+"""Search the settings of methods on validation images.
 
-Every method is searched over the grid it declares. The criterion is the energy score of a few samples
-(mean squared error for a method that is not random): proper, so that neither a blurred mean nor an
-over-dispersed sampler wins. All scores and the winners are stored in one JSON file that runs read.
+Every setting of a method's grid is scored by every criterion, so one search serves all columns of a table:
+``energy`` (energy score), ``crps``, ``psnr`` (of the mean of the samples), ``perceptual`` (of one sample).
+A method is only comparable in the column whose criterion its settings were searched for.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 
-from deepinv.models import Denoiser
+import numpy as np
+from deepinv.physics import Physics
 from torch import Tensor
 from tqdm import tqdm
 
-from deepinv_ud2m.benchmark.run import draw, measure, parse_method
-from deepinv_ud2m.benchmark.tasks import make_physics
-from deepinv_ud2m.metrics import energy_score
-from deepinv_ud2m.pretrained import fingerprint
+from deepinv_ud2m.benchmark.rows import check_setup, write_file
+from deepinv_ud2m.benchmark.run import Study, draw, evaluate, measure
+
+#: Column of a row by criterion, and the sign of what is to be small.
+CRITERIA = {"energy": ("energy_score", 1), "crps": ("crps", 1), "psnr": ("psnr_mean", -1)}
+CRITERIA |= {"perceptual": ("perceptual", 1)}
 
 
-def tune(
-    prior: Denoiser,
-    x: Tensor,
-    tasks: list[str],
-    methods: list[str],
-    file: Path,
-    sigma_y: float = 0.05,
-    num_samples: int = 2,
-    seed: int = 1000,
-    data: str = "",
-    progress: bool = True,
-    grid: dict[str, list] | None = None,
-) -> dict:
+def tune(file: Path, study: Study) -> dict:
     """
-    Search every method on every task and store the result.
+    Search every method on every task of a study, whose images are validation images.
 
-    The file is written after each setting, and settings that are in it are not tried again.
+    The PSNR of the mean favours a small spread where samples are few, so take as many as in the table.
 
-    :param deepinv.models.Denoiser prior: the prior.
-    :param torch.Tensor x: validation images, `[N, C, H, W]`.
-    :param list[str] tasks: names of tasks.
-    :param list[str] methods: labels of methods, see :func:`deepinv_ud2m.benchmark.run.parse_method`.
-    :param pathlib.Path file: JSON file of the result.
-    :param float sigma_y: noise level.
-    :param int num_samples: samples per image, at least 2.
-    :param int seed: of measurements and samples.
-    :param str data: name of the images, kept with the result.
-    :param bool progress: show a progress bar.
-    :param dict grid: values to try, by name of the setting, in place of those the methods declare.
-    :raises ValueError: if no method searches a setting of ``grid``, or a value there is of another type,
-        or the file holds a search of another setup; it is not touched.
-    :returns: ``{"criterion": ..., "scores": {task: {method: [{"settings", "score"}, ...]}}}``.
+    :param pathlib.Path file: JSON file of the result, written after each setting: all scores, and the
+        winner of each criterion. Settings that are in it are not tried again.
+    :raises ValueError: if the file holds a search of another setup.
     """
-    stated = {
-        "criterion": "energy score (mean squared error where not random), smaller is better",
-        "prior": getattr(getattr(prior, "prior_info", None), "name", type(prior).__name__),
-        "prior_weights": fingerprint(prior),
-        "data": data,
-        "validation_images": len(x),
-        "shape": list(x.shape[1:]),
-        "samples": num_samples,
-        "sigma_y": sigma_y,
-        "seed": seed,
-    }
-    _check_grid(grid or {}, methods)
-    result = json.loads(file.read_text()) if file.is_file() else stated | {"scores": {}}
-    for name, value in stated.items():
-        if result.get(name) != value:
-            raise ValueError(
-                f"{file} holds a search of another setup, its {name} is {result.get(name)!r}, "
-                f"here it is {value!r}: choose another file"
-            )
-    for task in tasks:
-        physics = make_physics(task, tuple(x.shape[1:]), sigma_y, x.device)
-        y = measure(physics, x, range(len(x)), seed)
-        for method in methods:
-            entry, overrides = parse_method(method)
-            if not entry.applies(physics):
-                continue
-            scores = result["scores"].setdefault(task, {}).setdefault(method, [])
-            tried = [score["settings"] for score in scores]
-            for settings in tqdm(
-                entry.settings(overrides, grid), desc=f"{task}, {method}", disable=not progress
-            ):
-                if settings in tried:
-                    continue
-                sampler = entry.build(prior, sigma_y, **{**entry.defaults, **settings, **overrides})
-                samples, _ = draw(sampler, prior, y, physics, num_samples if entry.random else 1, seed)
-                scores.append({"settings": settings, "score": _criterion(samples, x)})
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(result, indent=1) + "\n")
+    setup = {**study.setup, "images": len(study.x), "num_samples": study.num_samples}
+    result = {"setup": setup, "winners": {}, "scores": {}}
+    if file.is_file():
+        result = json.loads(file.read_text())
+        check_setup(file, setup, result["setup"])
+    for task, physics, entry in study:
+        y = measure(physics, study.x, range(len(study.x)), study.seed)
+        tried = result["scores"].setdefault(task, {}).setdefault(entry.label, [])
+        known = [one["settings"] for one in tried]
+        new = [settings for settings in entry.candidates() if settings not in known]
+        for settings in tqdm(new, desc=f"{task}, {entry.label}", disable=None):
+            sampler = entry.method.build(study.prior, study.sigma_y, **entry.resolve(settings))
+            number = study.num_samples if entry.method.random else 1
+            samples, _ = draw(sampler, study.prior, y, physics, number, study.seed)
+            tried.append({"settings": settings, **_scores(samples, y, physics, study)})
+            for criterion, (_, sign) in CRITERIA.items():
+                scores = {i: sign * s for i, one in enumerate(tried) if (s := one[criterion]) is not None}
+                if scores:
+                    winners = result["winners"].setdefault(criterion, {}).setdefault(task, {})
+                    winners[entry.label] = tried[min(scores, key=scores.get)]["settings"]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_file(file, json.dumps(result, indent=1) + "\n")
     return result
 
 
-def best_settings(result: dict, task: str, method: str) -> dict:
-    """
-    The winner of a search, or no settings where a method was not searched on a task.
-
-    :param dict result: what :func:`tune` returns or stored.
-    :param str task: name of the task.
-    :param str method: label of the method; where the label was not searched, another number of steps,
-        say, the first search of the same method counts.
-    """
-    searches = result["scores"].get(task, {})
-    same = [label for label in searches if label.partition(":")[0] == method.partition(":")[0]]
-    scores = searches.get(method) or (searches[same[0]] if same else [])
-    finite = [score for score in scores if score["score"] is not None]
-    return min(finite, key=lambda score: score["score"])["settings"] if finite else {}
-
-
-def shipped_settings(prior: str, task: str, method: str) -> dict:
-    """
-    The winner of the search that ships with the package.
-
-    :param str prior: ``"mnist"`` or ``"photos"``.
-    :param str task: name of the task.
-    :param str method: label of the method.
-    :returns: its settings; none where it was not searched.
-    """
-    file = Path(__file__).parent / "results" / f"settings_{prior}.json"
-    return best_settings(json.loads(file.read_text()), task, method)
-
-
-def merge_searches(files: list[Path]) -> dict:
-    """
-    Several results of :func:`tune` as one.
-
-    :param list[pathlib.Path] files: their files.
-    :raises ValueError: if a file does not exist or is no result of :func:`tune`.
-    """
-    scores = {}
-    for file in files:
-        try:
-            found = json.loads(Path(file).read_text())["scores"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"--settings: {file} is not a result of tune: {error!r}") from error
-        for task, searches in found.items():
-            scores[task] = scores.get(task, {}) | searches
-    return {"scores": scores}
-
-
-def _check_grid(grid: dict[str, list], methods: list[str]) -> None:
-    searched = {method: set(parse_method(method)[0].grid) for method in methods}
-    for name, values in grid.items():
-        labels = [method for method, names in searched.items() if name in names]
-        if not labels:
-            names = sorted(set().union(*searched.values()))
-            raise ValueError(f"grid: settings searched for these methods are {names}, got {name!r}")
-        for label, value in itertools.product(labels, values):
-            parse_method(f"{label}{',' if ':' in label else ':'}{name}={value}")  # its type
-
-
-def _criterion(samples: Tensor, x: Tensor) -> float | None:
-    """The score; ``None`` for a sampler that diverged."""
+def _scores(samples: Tensor, y: Tensor, physics: Physics, study: Study) -> dict[str, float | None]:
+    """Mean over the images by criterion. None for a sampler that diverged."""
     if not samples.isfinite().all():
-        return None
-    if len(samples) == 1:
-        return (samples[0] - x).square().mean().item()
-    return energy_score(samples, x).mean().item()
+        return dict.fromkeys(CRITERIA)
+    columns, _ = evaluate(samples, study.x, y, physics, study.metric)
+    error = (samples[0] - study.x).flatten(1)
+    if len(samples) == 1:  # the scores without spread
+        columns |= {"energy_score": error.norm(dim=1).tolist(), "crps": error.abs().mean(1).tolist()}
+    means = {name: columns.get(column) for name, (column, _) in CRITERIA.items()}
+    return {name: values and float(np.mean(values)) for name, values in means.items()}

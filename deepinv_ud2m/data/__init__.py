@@ -1,26 +1,21 @@
-r"""MNIST digits as deepinv images: float tensors ``[N, 1, 32, 32]`` in ``[0, 1]``.
+r"""Images: MNIST digits, two photographs, and readers for any others (:func:`load_images`).
 
-The original :math:`28 \times 28` digits are zero-padded by 2 pixels on each side, so that networks
-that halve the image several times need no padding of their own; the MNIST background is exactly
-black, so no edge appears.
+Digits are float tensors `[N, 1, 32, 32]` in [0, 1]. The original :math:`28 \times 28` digits are
+zero-padded by 2 pixels on each side, so that networks can halve them five times. Their background is
+exactly black, so no edge appears.
 
-A few digits are shipped with the package (see ``LICENSES.md`` next to this file) and are enough for
-tests, demonstrations and benchmarks without a network; training needs the whole of MNIST, from a
-file (:func:`mnist_arrays`) or from the internet (:func:`load_mnist`).
-
-Two photographs ship as well (:func:`photograph`). Images of any other origin are read by
-:func:`load_images`.
+Some digits ship with the package (see ``LICENSES.md`` next to this file), enough for tests, examples and
+benchmarks without the internet. Training needs all of MNIST, from a file (:func:`mnist_arrays`) or from
+the internet (:func:`load_mnist`).
 """
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from deepinv_ud2m.data.crops import RandomCrops
@@ -47,15 +42,15 @@ def mnist_digits(
     r"""
     The MNIST digits shipped with the package; nothing is downloaded.
 
-    Both splits come from the 10 000 digits of the MNIST *test* set, so neither was seen by a
-    network trained on the MNIST training set: ``"test"`` holds its first 1000 digits,
-    ``"validation"`` its last 256.
+    Both splits come from the 10 000 digits of the MNIST *test* set, so no network trained on the MNIST
+    training set has seen them. ``"test"`` holds the first 1000 digits, ``"validation"`` the last 256.
 
-    :param str split: ``"test"`` or ``"validation"``.
-    :param int num: how many digits, from the first; all of the split if ``None``.
-    :param bool labels: if ``True``, also return the labels.
-    :return: images ``[N, 1, 32, 32]``, float32 in ``[0, 1]``; with ``labels=True`` a tuple of the
-        images and the labels ``[N]`` (int64, 0 to 9).
+    :param str split: ``"test"`` or ``"validation"`` (default: ``"test"``).
+    :param int, None num: how many digits, from the first (default: all of the split).
+    :param bool labels: also return the labels (default: ``False``).
+    :return: images `[N, 1, 32, 32]`, float32 in [0, 1]; with ``labels=True`` a tuple of the images and
+        the labels `[N]` (int64, 0 to 9).
+    :raises ValueError: for another split, or more digits than it has.
 
     :Examples:
 
@@ -64,13 +59,13 @@ def mnist_digits(
     torch.Size([4, 1, 32, 32])
     """
     if split not in _SPLITS:
-        raise ValueError(f"split must be one of {_SPLITS}, got {split!r}.")
+        raise ValueError(f"split must be one of {_SPLITS}, got {split!r}")
     with np.load(_SHIPPED, allow_pickle=False) as arrays:
         x, y = arrays[f"{split}_x"], arrays[f"{split}_y"]
     if num is not None:
         # Fewer digits than asked for would silently change an experiment.
         if not 0 < num <= len(x):
-            raise ValueError(f"num must be between 1 and {len(x)} for split {split!r}, got {num}.")
+            raise ValueError(f"num must be between 1 and {len(x)} for split {split!r}, got {num}")
         x, y = x[:num], y[:num]
     images, targets = _to_tensors(x, y)
     return (images, targets) if labels else images
@@ -81,15 +76,13 @@ def photograph(name: str) -> Tensor:
     A colour photograph shipped with the package.
 
     :param str name: ``"astronaut"`` or ``"chelsea"``.
-    :return: image ``[1, 3, 256, 256]``, float32 in ``[0, 1]``.
+    :return: image `[1, 3, 256, 256]`, float32 in [0, 1].
     :raises ValueError: for another name.
     """
     names = sorted(file.stem for file in _PHOTOGRAPHS.glob("*.png"))
     if name not in names:
-        raise ValueError(f"name must be one of {names}, got {name!r}.")
-    with Image.open(_PHOTOGRAPHS / f"{name}.png") as image:
-        pixels = np.array(image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+        raise ValueError(f"name must be one of {names}, got {name!r}")
+    return load_image(_PHOTOGRAPHS / f"{name}.png", 3)
 
 
 def mnist_arrays(path: str | Path) -> tuple[Tensor, Tensor]:
@@ -98,38 +91,27 @@ def mnist_arrays(path: str | Path) -> tuple[Tensor, Tensor]:
 
     :param str, pathlib.Path path: file with the arrays ``x``, uint8 ``(N, 28, 28)``, and ``y``, the
         N integer labels.
-    :return: images ``[N, 1, 32, 32]``, float32 in ``[0, 1]``, and labels ``[N]`` (int64, 0 to 9).
+    :return: images `[N, 1, 32, 32]`, float32 in [0, 1], and labels `[N]` (int64, 0 to 9).
     :raises FileNotFoundError: if there is no such file.
     :raises ValueError: if the file does not hold these arrays.
     """
     path = Path(path)
     expected = "expected an .npz file with the arrays x, uint8 (N, 28, 28), and y, integer (N,)"
     if not path.is_file():
-        raise FileNotFoundError(f"No MNIST file at {path}: {expected}.")
+        raise FileNotFoundError(f"there is no MNIST file {path}: {expected}")
     try:
-        arrays = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"Cannot read {path}: {expected}.") from error
-    # A plain .npy file loads as an array, without keys.
-    if not isinstance(arrays, np.lib.npyio.NpzFile):
-        raise ValueError(f"{path} holds a single array: {expected}.")
-    with arrays:
-        missing = {"x", "y"} - set(arrays.files)
-        if missing:
-            raise ValueError(
-                f"{path} has the arrays {sorted(arrays.files)} but not {sorted(missing)}: {expected}."
-            )
-        try:
+        # Object arrays would need pickle.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             x, y = arrays["x"], arrays["y"]
-        # Damaged members surface only when they are decompressed; object arrays would need pickle.
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-            raise ValueError(f"Cannot read the arrays of {path}: {expected}.") from error
+    # NumPy raises errors of many types for what is no archive, or a damaged one.
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read ({error}): {expected}") from error
     if x.dtype != np.uint8 or x.ndim != 3 or x.shape[1:] != (28, 28):
-        raise ValueError(f"x in {path} is {x.dtype} {x.shape}: {expected}.")
+        raise ValueError(f"x in {path} is {x.dtype} {x.shape}: {expected}")
     if not np.issubdtype(y.dtype, np.integer) or y.shape != (len(x),):
-        raise ValueError(f"y in {path} is {y.dtype} {y.shape} for {len(x)} digits: {expected}.")
+        raise ValueError(f"y in {path} is {y.dtype} {y.shape} for {len(x)} digits: {expected}")
     if len(x) == 0 or y.min() < 0 or y.max() > 9:
-        raise ValueError(f"{path} must hold at least one digit, and labels from 0 to 9.")
+        raise ValueError(f"{path} must hold at least one digit, and labels from 0 to 9")
     return _to_tensors(x, y)
 
 
@@ -137,16 +119,16 @@ def load_mnist(root: str | Path, train: bool, *, npz: str | Path | None = None) 
     r"""
     All of MNIST: the 60 000 training digits or the 10 000 test digits.
 
-    Without ``npz``, this is :class:`torchvision.datasets.MNIST` with ``download=True``: unless they
-    are already in ``root/MNIST/raw``, the four files of MNIST (both splits, 11.6 MB compressed,
-    66 MB on disk) are **downloaded** from ``https://ossci-datasets.s3.amazonaws.com/mnist/`` or,
-    failing that, ``http://yann.lecun.com/exdb/mnist/``, and checked against their MD5 sums. With
-    ``npz`` nothing is downloaded.
+    Without ``npz``, this is :class:`torchvision.datasets.MNIST` with ``download=True``. Unless they are
+    already in ``root/MNIST/raw``, torchvision **downloads** the four files of MNIST (both splits, 11.6 MB
+    compressed, 66 MB on disk) from ``https://ossci-datasets.s3.amazonaws.com/mnist/`` or, failing that,
+    ``http://yann.lecun.com/exdb/mnist/``, and checks their MD5 sums. With ``npz`` nothing is downloaded.
 
     :param str, pathlib.Path root: folder of the dataset, as in torchvision; not used with ``npz``.
     :param bool train: training digits if ``True``, test digits if ``False``; not used with ``npz``.
     :param str, pathlib.Path npz: read this file instead, see :func:`mnist_arrays`.
-    :return: images ``[N, 1, 32, 32]``, float32 in ``[0, 1]``, and labels ``[N]`` (int64, 0 to 9).
+    :return: images `[N, 1, 32, 32]`, float32 in [0, 1], and labels `[N]` (int64, 0 to 9).
+    :raises RuntimeError: if MNIST is not there and cannot be downloaded.
     """
     if npz is not None:
         return mnist_arrays(npz)
@@ -158,7 +140,7 @@ def load_mnist(root: str | Path, train: bool, *, npz: str | Path | None = None) 
     except (OSError, RuntimeError) as error:
         raise RuntimeError(
             f"MNIST is not in {root} and could not be downloaded. Put its four raw files in "
-            f"{Path(root) / 'MNIST' / 'raw'}, or give an .npz file with `npz=`."
+            f"{Path(root) / 'MNIST' / 'raw'}, or give an .npz file with npz=..."
         ) from error
     return _to_tensors(dataset.data.numpy(), dataset.targets.numpy())
 

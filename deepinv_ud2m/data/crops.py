@@ -12,20 +12,20 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from deepinv_ud2m.checks import check_count
-from deepinv_ud2m.data.images import _from_pil, _image_of, _open, _with_channels
+from deepinv_ud2m.data.images import check_channels, open_images
 
 
 class RandomCrops(Dataset):
     r"""
     Endless crops of photographs, drawn anew each time an item is asked for.
 
-    A photograph is drawn in proportion to its area (to the power 1/2, so that large ones do not crowd
-    out small ones), then a scale r, log-uniform from 1 to ``max_scale`` or to what the photograph has
-    room for, and a square of r times ``size``, which is reduced to ``size`` with antialiasing, mirrored
-    and turned by a random multiple of 90 degrees.
+    A photograph is drawn with a probability proportional to the square root of its area. Then a scale r
+    is drawn, log-uniform from 1 to ``max_scale``, or to the largest for which the photograph has room. A
+    random square of side ``r * size`` is reduced to ``size`` with antialiasing, mirrored or not, and
+    turned by a random multiple of 90 degrees.
 
-    The index of an item says nothing: everything is drawn from PyTorch's global generator, so a seeded
-    run repeats. The photographs are kept in memory, as bytes.
+    The index of an item has no effect. All is drawn from PyTorch's global generator, so a seeded run
+    repeats. The photographs are kept in memory, as bytes.
 
     :param str, pathlib.Path folder: folder of images.
     :param int size: side of the crops.
@@ -47,29 +47,19 @@ class RandomCrops(Dataset):
         verbose: bool = False,
     ):
         self.size, self.num = check_count("size", size), check_count("num", num)
-        if channels not in (1, 3):
-            raise ValueError(f"channels must be 1 or 3, got {channels!r}")
+        check_channels(channels)
         if not 1 <= max_scale < math.inf:
             raise ValueError(f"max_scale must be at least 1, got {max_scale}")
         self.max_scale = max_scale
-        files = _open(folder, None)
-        bar = tqdm(files.labels, desc="photographs", disable=not verbose)
-        self.photographs = [self._read(files.read, i, label, channels) for i, label in enumerate(bar)]
+        files, self.photographs = open_images(folder), []
+        for i, label in enumerate(tqdm(files.labels, desc="photographs", disable=not verbose)):
+            image = files.image(i, channels)
+            height, width = image.shape[-2:]
+            if min(height, width) < size:
+                raise ValueError(f"{label} is {height}x{width} pixels, but the crops are {size}x{size}")
+            self.photographs.append((255 * image).round().byte().contiguous())
         areas = [photograph[0].numel() for photograph in self.photographs]
         self.weights = torch.tensor(areas, dtype=torch.float32).sqrt()
-
-    def _read(self, read, index: int, label: str, channels: int) -> Tensor:
-        try:
-            image = _with_channels(_from_pil(_image_of(read(index))), channels)
-        # A damaged file raises whatever PIL's decoder happens to meet.
-        except Exception as error:
-            raise ValueError(f"{label} cannot be read as an image: {error}") from error
-        height, width = image.shape[-2:]
-        if min(height, width) < self.size:
-            raise ValueError(
-                f"{label} is {height}x{width} pixels, but the crops are {self.size}x{self.size}"
-            )
-        return (255 * image).round().byte().contiguous()
 
     def __len__(self) -> int:
         return self.num

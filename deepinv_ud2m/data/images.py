@@ -1,7 +1,7 @@
-r"""Images of any origin as one tensor: a folder, a file, or a dataset of deepinv or of one's own.
+r"""Images from a folder, a file, or a dataset of deepinv or of one's own, as one tensor.
 
-What cannot be used is refused, with its name: an image that is skipped, stretched or padded in silence
-would change an experiment.
+An image that cannot be used is an error that names it: to skip, stretch or pad it in silence would change
+an experiment.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from deepinv_ud2m.checks import check_count
 
-#: Endings of the files that are taken for images in a folder, in lower case.
+#: Files of a folder with these endings, in any case, are images.
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -35,32 +35,31 @@ def load_images(
     skip_small: bool = False,
 ) -> Tensor:
     r"""
-    Images as one tensor: centre crops of one size, with one number of channels, in ``[0, 1]``.
+    Images as one tensor: centre crops of one size, with one number of channels, in [0, 1].
 
-    RGB is turned to grey as by PIL's mode "L" (luma of ITU-R 601-2, without the rounding to bytes), grey
-    to RGB by repetition; alpha is dropped, the EXIF orientation is applied, and 16-bit grey images keep
-    their 16 bits.
+    RGB becomes grey as by PIL's mode "L" (luma of ITU-R 601-2), without the rounding to bytes. Grey
+    becomes RGB by repetition. Alpha is dropped, the EXIF orientation is applied, and 16-bit grey images
+    keep their 16 bits.
 
     :param str, pathlib.Path, torch.utils.data.Dataset source: one of
 
-        - a folder: its images in the order of their names, those of subfolders not included. Which files
-          are images is told by their ending, one of :data:`EXTENSIONS`;
+        - a folder: its images in the order of their names, without those of subfolders. Images are the
+          files with an ending of :data:`EXTENSIONS`;
         - an image file;
-        - the name of a dataset of :mod:`deepinv.datasets`, such as ``"Set14HR"``; unless it is in
-          ``root`` already, it is **downloaded** by deepinv, from where and how large its documentation
-          says. A folder or file of that name comes first;
+        - the name of a dataset of :mod:`deepinv.datasets`, such as ``"Set14HR"``. Unless it is in
+          ``root`` already, deepinv **downloads** it; its documentation says from where, and how large it
+          is. A folder or file of that name comes first;
         - a dataset whose items are images, tuples that begin with one, or dictionaries with one under
-          ``"x"``. An image is of PIL, or a tensor ``[C, H, W]`` or ``[H, W]``, uint8 or floating
-          in ``[0, 1]``.
+          ``"x"``. An image is of PIL, or a tensor `[C, H, W]` or `[H, W]`, uint8 or floating in [0, 1].
     :param int channels: channels C of the result, 1 or 3.
     :param int size: side of the centre crop.
-    :param int, None num: how many images, from the first; all if ``None``.
-    :param int multiple: the side must be a multiple of it, the ``size_multiple`` of a prior, say.
-    :param str, pathlib.Path, None root: folder of a dataset given by name; that of deepinv's cache by
-        default.
+    :param int, None num: how many images, from the first (default: all).
+    :param int multiple: the side must be a multiple of it, such as the ``size_multiple`` of a prior
+        (default: 1).
+    :param str, pathlib.Path, None root: folder of a dataset given by name (default: deepinv's cache).
     :param bool skip_small: leave out images that are smaller than the crop, instead of an error; ``num``
         counts those that are left (default: ``False``).
-    :return: images ``[N, C, size, size]``, float32.
+    :return: images `[N, C, size, size]`, float32.
     :raises ValueError: for a source that does not exist or has no images, fewer images than ``num``,
         an image that is unreadable or smaller than the crop, or arguments that are out of range.
     :raises TypeError: for a source of another type.
@@ -72,22 +71,21 @@ def load_images(
     >>> load_images(torch.utils.data.StackDataset(torch.rand(4, 3, 40, 48)), channels=1, size=32).shape
     torch.Size([4, 1, 32, 32])
     """
-    if channels not in (1, 3):
-        raise ValueError(f"channels must be 1 or 3, got {channels!r}")
+    check_channels(channels)
     check_count("size", size)
     if size % check_count("multiple", multiple):
         raise ValueError(f"size must be a multiple of {multiple}, got {size}")
     if num is not None:
         check_count("num", num)
-    images = _open(source, root)
+    images = open_images(source, root)
     if num is not None and num > len(images.labels):
         raise ValueError(f"num must be at most {len(images.labels)}, the images of {images}, got {num}")
     crops = []
-    for i, label in enumerate(images.labels):
+    for i in range(len(images.labels)):
         if len(crops) == num:
             break
         try:
-            crops.append(_prepare(images, i, label, channels, size))
+            crops.append(images.image(i, channels, size))
         except _TooSmall:
             if not skip_small:
                 raise
@@ -104,15 +102,22 @@ def load_image(file: str | Path, channels: int) -> Tensor:
 
     :param str, pathlib.Path file: the file.
     :param int channels: channels C of the result, 1 or 3.
-    :return: the image `[1, C, H, W]` in ``[0, 1]``, float32.
+    :return: the image `[1, C, H, W]` in [0, 1], float32.
     :raises ValueError: if it does not exist or cannot be read as an image.
+    """
+    check_channels(channels)
+    if not Path(file).is_file():
+        raise ValueError(f"file must be an image file, but there is no {str(file)!r}")
+    return _open_files(str(file), [Path(file)]).image(0, channels)[None]
+
+
+def check_channels(channels: int) -> None:
+    """
+    :param int channels: number of channels.
+    :raises ValueError: if it is neither 1 nor 3.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels!r}")
-    if not Path(file).is_file():
-        raise ValueError(f"file must be an image file, but there is no {str(file)!r}")
-    images = _open_files(str(file), [Path(file)])
-    return _prepare(images, 0, str(file), channels, None)[None]
 
 
 class _TooSmall(ValueError):
@@ -120,8 +125,14 @@ class _TooSmall(ValueError):
 
 
 @dataclass(frozen=True)
-class _Images:
-    """What :func:`load_images` reads from; the names are for messages."""
+class Images:
+    """
+    A source of images.
+
+    :param str name: name of the source, for messages.
+    :param Sequence[str] labels: name of each image, for messages.
+    :param Callable read: gives the item of an index.
+    """
 
     name: str
     labels: Sequence[str]
@@ -130,8 +141,46 @@ class _Images:
     def __str__(self) -> str:
         return self.name
 
+    def image(self, index: int, channels: int, size: int | None = None) -> Tensor:
+        """
+        One image `[C, H, W]` in [0, 1], as :func:`load_images` converts it.
 
-def _open(source: str | Path | Dataset, root: str | Path | None) -> _Images:
+        :param int index: which.
+        :param int channels: channels C, 1 or 3.
+        :param int, None size: side of its centre crop (default: the whole image).
+        :raises ValueError: if it cannot be read, is smaller than the crop, or has other values.
+        """
+        label = self.labels[index]
+        try:
+            image = _image_of(self.read(index))
+        # Of a damaged file, PIL raises what its decoder happens to meet (SyntaxError, struct.error, ...).
+        except Exception as error:
+            raise ValueError(f"{label} cannot be read as an image: {error}") from error
+        height, width = image.shape[-2:] if isinstance(image, Tensor) else (image.height, image.width)
+        if size is not None and min(height, width) < size:
+            raise _TooSmall(f"{label} is {height}x{width} pixels, but the crops are {size}x{size}")
+        rows, columns = (height, width) if size is None else (size, size)
+        top, left = (height - rows) // 2, (width - columns) // 2
+        try:
+            if isinstance(image, Tensor):
+                values = _from_tensor(image[..., top : top + rows, left : left + columns])
+            else:
+                values = _from_pil(image.crop((left, top, left + columns, top + rows)))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{label} cannot be used: {error}") from error
+        if len(values) == channels:
+            return values
+        if channels == 3:
+            return values.expand(3, -1, -1)
+        return (_LUMA[:, None, None] * values).sum(0, keepdim=True)
+
+
+def open_images(source: str | Path | Dataset, root: str | Path | None = None) -> Images:
+    """
+    :param str, pathlib.Path, torch.utils.data.Dataset source: see :func:`load_images`.
+    :param str, pathlib.Path, None root: see :func:`load_images`.
+    :raises ValueError, TypeError: see :func:`load_images`.
+    """
     if not isinstance(source, str | Path):
         return _open_dataset(source, type(source).__name__)
     path = Path(source)
@@ -148,11 +197,12 @@ def _open(source: str | Path | Dataset, root: str | Path | None) -> _Images:
     )
 
 
-def _open_folder(folder: Path) -> _Images:
+def _open_folder(folder: Path) -> Images:
     # Not through deepinv's ImageFolder: it descends into subfolders, in the order of the file system,
     # knows lower-case endings only, and reads 16 bits as 8 and photographs without their orientation.
-    files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
-    files = sorted(file for file in files if file.suffix.lower() in EXTENSIONS)
+    files = [file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS]
+    # A link to a file that is missing stays: it is an error when it is read.
+    files = sorted(file for file in files if not file.name.startswith(".") and not file.is_dir())
     if not files:
         raise ValueError(
             f"source must be a folder of images, but {folder} itself has no file that ends with one of "
@@ -161,8 +211,8 @@ def _open_folder(folder: Path) -> _Images:
     return _open_files(str(folder), files)
 
 
-def _open_files(name: str, files: list[Path]) -> _Images:
-    return _Images(name, [str(file) for file in files], lambda i: _read_file(files[i]))
+def _open_files(name: str, files: list[Path]) -> Images:
+    return Images(name, [str(file) for file in files], lambda i: _read_file(files[i]))
 
 
 def _read_file(file: Path) -> Image.Image:
@@ -177,12 +227,11 @@ def _deepinv_datasets() -> dict[str, type]:
     return {
         name: kind
         for name, kind in classes
-        if issubclass(kind, Dataset)
-        and {"root", "download"} <= inspect.signature(kind).parameters.keys()
+        if issubclass(kind, Dataset) and {"root", "download"} <= inspect.signature(kind).parameters.keys()
     }
 
 
-def _download(kind: type, root: str | Path | None) -> _Images:
+def _download(kind: type, root: str | Path | None) -> Images:
     where = "deepinv's cache" if root is None else str(root)
     try:
         dataset = kind(root=None if root is None else str(root), download=True)
@@ -197,7 +246,7 @@ def _download(kind: type, root: str | Path | None) -> _Images:
     return _open_dataset(dataset, kind.__name__)
 
 
-def _open_dataset(dataset: Dataset, name: str) -> _Images:
+def _open_dataset(dataset: Dataset, name: str) -> Images:
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise TypeError(
             "source must be a path, the name of a deepinv dataset, or a dataset with a length whose "
@@ -208,30 +257,7 @@ def _open_dataset(dataset: Dataset, name: str) -> _Images:
     labels = [f"item {i} of {name}" for i in range(len(dataset))]
     if isinstance(dataset, dinv.datasets.ImageFolder) and dataset.x_paths is not None:
         labels = [str(path) for path in dataset.x_paths]
-    return _Images(name, labels, dataset.__getitem__)
-
-
-def _prepare(images: _Images, index: int, label: str, channels: int, size: int | None) -> Tensor:
-    """One image, its centre crop if there is a size."""
-    try:
-        image = _image_of(images.read(index))
-    # Of a damaged file, PIL raises what its decoder happens to meet (SyntaxError, struct.error, ...).
-    except Exception as error:
-        raise ValueError(f"{label} cannot be read as an image: {error}") from error
-    height, width = image.shape[-2:] if isinstance(image, Tensor) else (image.height, image.width)
-    of_crop = (height, width) if size is None else (size, size)
-    if min(height, width) < min(of_crop):
-        raise _TooSmall(f"{label} is {height}x{width} pixels, but the crops are {size}x{size}")
-    top, left = (height - of_crop[0]) // 2, (width - of_crop[1]) // 2
-    bottom, right = top + of_crop[0], left + of_crop[1]
-    try:
-        if isinstance(image, Tensor):
-            values = _from_tensor(image[..., top:bottom, left:right])
-        else:
-            values = _from_pil(image.crop((left, top, right, bottom)))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{label} cannot be used: {error}") from error
-    return _with_channels(values, channels)
+    return Images(name, labels, dataset.__getitem__)
 
 
 def _image_of(item: Any) -> Tensor | Image.Image:
@@ -290,15 +316,7 @@ def _from_tensor(image: Tensor) -> Tensor:
     return image.float().clamp(0, 1)
 
 
-def _with_channels(image: Tensor, channels: int) -> Tensor:
-    if len(image) == channels:
-        return image
-    if channels == 3:
-        return image.expand(3, -1, -1)
-    return (_LUMA[:, None, None] * image).sum(0, keepdim=True)
-
-
 _LUMA = torch.tensor([0.299, 0.587, 0.114])
 
-#: By how much rounding may take floating images out of [0, 1].
+#: Floating values may leave [0, 1] by this much, by rounding.
 _ROUNDING = 1e-5

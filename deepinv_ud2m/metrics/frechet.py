@@ -1,8 +1,7 @@
 r"""Fréchet distance between two sets of images.
 
-It compares the *distribution* of a set of images to that of a reference set: features of both are
-fitted by Gaussians :math:`\mathcal{N}(m_1, C_1)` and :math:`\mathcal{N}(m_2, C_2)`, whose squared
-2-Wasserstein distance is
+It compares the *distributions* of two sets of images. The features of each set are fitted by a Gaussian,
+:math:`\mathcal{N}(m_1, C_1)` and :math:`\mathcal{N}(m_2, C_2)`. Their squared 2-Wasserstein distance is
 
 .. math::
 
@@ -10,12 +9,14 @@ fitted by Gaussians :math:`\mathcal{N}(m_1, C_1)` and :math:`\mathcal{N}(m_2, C_
         + \operatorname{tr}\left(C_1 + C_2 - 2 \left(C_1^{1/2} C_2 C_1^{1/2}\right)^{1/2}\right).
 
 With features of the Inception network this is the FID (`Heusel et al., 2017
-<https://arxiv.org/abs/1706.08500>`_). For digits, :class:`~deepinv_ud2m.metrics.DigitClassifier` gives
-features that know what a digit is, in few enough dimensions that a few thousand images determine the
-covariances; for colour images there is :class:`~deepinv_ud2m.metrics.EfficientNetLite`.
+<https://arxiv.org/abs/1706.08500>`_). For digits, take :class:`~deepinv_ud2m.metrics.DigitClassifier`: a
+few thousand images determine the covariances of its 64 features. For colour images, take
+:class:`~deepinv_ud2m.metrics.EfficientNetLite`.
 
-The distance alone says nothing about whether a sample is consistent with its measurement: report it
-next to a metric that does.
+torchmetrics' ``FrechetInceptionDistance`` needs the images of both sets, and gives neither the distance
+of stored features nor a standard error.
+
+The distance does not say whether a sample fits its measurement: report it next to a metric that does.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ def gaussian_frechet(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
         d^2 = \|m_1 - m_2\|_2^2 + \operatorname{tr}\left(
             C_1 + C_2 - 2 \left(C_1^{1/2} C_2 C_1^{1/2}\right)^{1/2}\right)
 
-    (`Dowson and Landau, 1982 <https://doi.org/10.1016/0047-259X(82)90077-X>`_). The trace of the
-    last square root is the nuclear norm of :math:`C_1^{1/2} C_2^{1/2}`. It is computed as such, in
-    double precision, with both roots from eigendecompositions: nothing is inverted and no square is
-    formed, so singular covariances are fine.
+    (`Dowson and Landau, 1982 <https://doi.org/10.1016/0047-259X(82)90077-X>`_). The trace of the last
+    square root is the nuclear norm of :math:`C_1^{1/2} C_2^{1/2}`, which we compute in double precision
+    with roots from eigendecompositions. Nothing is inverted, so the covariances may be singular.
 
-    :param torch.Tensor mean1: mean :math:`m_1`, ``[D]``.
-    :param torch.Tensor cov1: covariance :math:`C_1`, ``[D, D]``.
-    :param torch.Tensor mean2: mean :math:`m_2`, ``[D]``.
-    :param torch.Tensor cov2: covariance :math:`C_2`, ``[D, D]``.
+    :param torch.Tensor mean1: mean :math:`m_1`, `[D]`.
+    :param torch.Tensor cov1: covariance :math:`C_1`, `[D, D]`.
+    :param torch.Tensor mean2: mean :math:`m_2`, `[D]`.
+    :param torch.Tensor cov2: covariance :math:`C_2`, `[D, D]`.
     :return: :math:`d^2 \geq 0`, a float64 tensor without dimensions, on the CPU.
+    :raises ValueError: for shapes that do not fit, values that are not finite, or a negative eigenvalue.
     """
     # Double precision on the CPU: some devices have none, and the matrices are small.
     mean1, cov1, mean2, cov2 = (
@@ -54,15 +55,13 @@ def gaussian_frechet(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
     )
     if mean1.ndim != 1 or mean1.shape != mean2.shape:
         raise ValueError(
-            f"Means must be vectors of one size, got {list(mean1.shape)} and {list(mean2.shape)}."
+            f"mean1 and mean2 must be vectors of one size, got {list(mean1.shape)} and {list(mean2.shape)}"
         )
     size = (mean1.numel(), mean1.numel())
     if cov1.shape != size or cov2.shape != size:
-        raise ValueError(
-            f"Covariances must be {list(size)}, got {list(cov1.shape)} and {list(cov2.shape)}."
-        )
+        raise ValueError(f"cov1 and cov2 must be {list(size)}, got {list(cov1.shape)} and {list(cov2.shape)}")
     if not all(t.isfinite().all() for t in (mean1, cov1, mean2, cov2)):
-        raise ValueError("Means and covariances must be finite.")
+        raise ValueError("means and covariances must be finite")
 
     fidelity = torch.linalg.svdvals(_sqrt_psd(cov1) @ _sqrt_psd(cov2)).sum()
     distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * fidelity
@@ -75,7 +74,7 @@ def _sqrt_psd(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     # Estimated covariances may have eigenvalues a rounding error below zero; others never do.
     if values[0] < -1e-5 * values[-1].abs():
-        raise ValueError(f"Covariance with a negative eigenvalue, {values[0].item():.3g}.")
+        raise ValueError(f"covariances must not have a negative eigenvalue, got {values[0].item():.3g}")
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
 
 
@@ -85,35 +84,26 @@ def frechet_distance(
     r"""
     Fréchet distance between two sets of images, in a space of features.
 
-    The means :math:`m` and (unbiased) covariances :math:`C` of the features of the two sets are
-    compared as Gaussians:
-
-    .. math::
-
-        d^2 = \|m_1 - m_2\|_2^2 + \operatorname{tr}\left(
-            C_1 + C_2 - 2 \left(C_1^{1/2} C_2 C_1^{1/2}\right)^{1/2}\right)
-
-    With Inception features this is the FID of `Heusel et al., 2017
-    <https://arxiv.org/abs/1706.08500>`_, who, as here, call the squared distance the Fréchet
-    distance. See :func:`gaussian_frechet`.
+    It is :func:`gaussian_frechet` of the means and the (unbiased) covariances of the features of the two
+    sets. As in the FID, the squared distance is called the Fréchet distance.
 
     .. warning::
 
-        The estimate is **biased upwards**, by an amount that shrinks like one over the number of
-        images: two small sets of the same distribution are not at distance 0. With fewer images
-        than features the covariance is singular and the number means little. The bias also depends
-        on what is compared (`Bińkowski et al., 2018 <https://arxiv.org/abs/1801.01401>`_; `Chong
-        and Forsyth, 2020 <https://arxiv.org/abs/1911.07023>`_). Compare only numbers with the same
-        features, the same reference and the same number of images, next to the distance between two
-        sets of true images of those sizes.
+        The estimate is **biased upwards**: two small sets of the same distribution are not at distance
+        0. The bias shrinks like one over the number of images, and depends on what is compared
+        (`Bińkowski et al., 2018 <https://arxiv.org/abs/1801.01401>`_; `Chong and Forsyth, 2020
+        <https://arxiv.org/abs/1911.07023>`_). With fewer images than features the number means little.
+        Compare only distances with the same features, the same reference and the same number of images,
+        and state the distance between two sets of true images of those sizes.
 
-    :param torch.Tensor x: images ``[N, C, H, W]``, for instance posterior samples; at least two.
-    :param torch.Tensor x_ref: reference images ``[M, C, H, W]``; at least two.
-    :param Callable features: maps images ``[B, C, H, W]`` to features ``[B, D]``, such as
+    :param torch.Tensor x: images `[N, C, H, W]`, for instance posterior samples; at least two.
+    :param torch.Tensor x_ref: reference images `[M, C, H, W]`; at least two.
+    :param Callable features: maps images `[B, C, H, W]` to features `[B, D]`, such as
         :meth:`DigitClassifier.features <deepinv_ud2m.metrics.DigitClassifier.features>`. It gets the
-        images as they are, on their device. A network should be in evaluation mode.
+        images on their device. A network should be in evaluation mode.
     :param int batch_size: number of images per call of ``features``.
     :return: :math:`d^2 \geq 0`, a float64 tensor without dimensions, on the CPU.
+    :raises ValueError: for fewer than two images, other shapes, or features that are not finite.
 
     :Examples:
 
@@ -128,11 +118,11 @@ def frechet_distance(
     """
     for name, images in {"x": x, "x_ref": x_ref}.items():
         if images.ndim == 4 and len(images) < 2:
-            raise ValueError(f"A covariance needs at least 2 images, {name} has {len(images)}.")
+            raise ValueError(f"a covariance needs at least 2 images, {name} has {len(images)}")
     z = extract_features(x, features, batch_size, "x")
     z_ref = extract_features(x_ref, features, batch_size, "x_ref")
     if z.shape[1] != z_ref.shape[1]:
-        raise ValueError(f"Features of x and x_ref differ in size: {z.shape[1]} and {z_ref.shape[1]}.")
+        raise ValueError(f"features of x and x_ref differ in size: {z.shape[1]} and {z_ref.shape[1]}")
     return gaussian_frechet(*_gaussian_fit(z), *_gaussian_fit(z_ref))
 
 
@@ -140,38 +130,39 @@ def frechet_influence(z: Tensor, mean_ref: Tensor, cov_ref: Tensor) -> Tensor:
     r"""
     Influence of each sample of a set on the Fréchet distance of the set to a reference.
 
-    To first order, the distance of N samples varies as the mean of their influences does: the standard
-    deviation of the influences over :math:`\sqrt{N}` is its standard error, and that of the differences
-    of two sets with the same rows, such as samples from the same measurements by two methods, the
-    standard error of the difference of their distances. With m and C the mean and covariance of the set,
+    To first order, the distance of N samples varies like the mean of their influences. So the standard
+    deviation of the influences over :math:`\sqrt{N}` is the standard error of the distance. For two
+    methods on the same measurements, the standard deviation of the differences of their influences gives
+    the standard error of the difference of their distances. With m and C the mean and covariance of the
+    set,
 
     .. math::
 
         I(z) = 2 (m - m_r)^T (z - m) + (z - m)^T S (z - m) - \operatorname{tr}(S C), \qquad
         S = \mathrm{Id} - T, \qquad T = C_r^{1/2} \left(C_r^{1/2} C C_r^{1/2}\right)^{-1/2} C_r^{1/2},
 
-    where T is the optimal transport map from C to :math:`C_r`, by which the distance changes with C.
+    where T is the optimal transport map from C to :math:`C_r`.
 
     :param torch.Tensor z: features `[N, D]`, N > D.
     :param torch.Tensor mean_ref: mean :math:`m_r` of the reference, `[D]`.
     :param torch.Tensor cov_ref: its covariance :math:`C_r`, `[D, D]`.
-    :return: influences `[N]`, float64, of mean 0 but for the factor (N - 1) / N of a covariance.
-    :raises ValueError: for no more samples than features, whose covariance is singular, or for a
-        reference of another number of features.
+    :return: influences `[N]`, float64, of mean 0 up to the factor (N - 1) / N of a covariance.
+    :raises ValueError: if there are no more samples than features, or for a reference of another number
+        of features.
     """
     if z.ndim != 2 or len(z) <= z.shape[1]:
-        raise ValueError(f"z must be [N, D] with N > D, got {list(z.shape)}.")
+        raise ValueError(f"z must be [N, D] with N > D, got {list(z.shape)}")
     dim = z.shape[1]
     if mean_ref.shape != (dim,) or cov_ref.shape != (dim, dim):
         raise ValueError(
             f"mean_ref and cov_ref must be [{dim}] and [{dim}, {dim}], as the {dim} features of z are, "
-            f"got {list(mean_ref.shape)} and {list(cov_ref.shape)}."
+            f"got {list(mean_ref.shape)} and {list(cov_ref.shape)}"
         )
     z, mean_ref, cov_ref = (t.detach().to("cpu", torch.float64) for t in (z, mean_ref, cov_ref))
     mean, cov = _gaussian_fit(z)
     root = _sqrt_psd(cov_ref)
     values, vectors = torch.linalg.eigh(root @ cov @ root)
-    # Where features hardly vary, rounding errors are all there is, and the distance knows nothing.
+    # Where features hardly vary, their variance is a rounding error, and its inverse means nothing.
     inverse = torch.where(values > 1e-12 * values[-1], values.clamp(min=1e-300).rsqrt(), 0.0)
     slope = torch.eye(dim, dtype=torch.float64) - root @ (vectors * inverse) @ vectors.mT @ root
     centred = z - mean
@@ -180,7 +171,7 @@ def frechet_influence(z: Tensor, mean_ref: Tensor, cov_ref: Tensor) -> Tensor:
 
 
 def _gaussian_fit(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean ``[D]`` and unbiased covariance ``[D, D]`` of features ``[N, D]``."""
+    """Mean `[D]` and unbiased covariance `[D, D]` of features `[N, D]`."""
     mean = z.mean(0)
     # Centre first: the difference of second moments would lose digits.
     centred = z - mean

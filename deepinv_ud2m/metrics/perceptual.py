@@ -18,8 +18,8 @@ class PerceptualDistance(Metric):
     r"""
     Perceptual distance between two images.
 
-    Activations :math:`\phi_\ell` of the layers of a network, in each pixel divided by their norm over
-    channels, are compared:
+    It compares the activations :math:`\phi_\ell` of the layers of a network, divided in each pixel by
+    their norm over channels:
 
     .. math::
 
@@ -27,11 +27,11 @@ class PerceptualDistance(Metric):
         \left\| \hat\phi_\ell(\hat x)_{hw} - \hat\phi_\ell(x)_{hw} \right\|_2^2 ,
         \qquad \hat\phi = \frac{\phi}{\sqrt{\|\phi\|_2^2 + 10^{-6}}} .
 
-    This is the unweighted form of LPIPS (`Zhang et al., 2018 <https://arxiv.org/abs/1801.03924>`_):
-    **no weights are learned from human judgements**, except with LPIPS itself, which weights the
-    channels by its own and adds the layers up. It is 0 for equal images and, without learned weights,
-    at most 4. Lower is better. Numbers of different networks are not comparable: the attribute
-    ``network`` names the one that was used, for reports.
+    This is LPIPS (`Zhang et al., 2018 <https://arxiv.org/abs/1801.03924>`_) **without its weights**,
+    which are learned from human judgements. Only the networks "lpips..." are LPIPS itself, which
+    weights the channels and adds the layers up. Lower is better. The distance is 0 for equal images
+    and, without learned weights, at most 4. Distances of different networks are not comparable: the
+    attribute ``network`` names the network that was used, for reports.
 
     ==================== ========== =========================================== =================
     ``network``          images     activations                                 needs
@@ -46,11 +46,11 @@ class PerceptualDistance(Metric):
     "lpips-squeeze"                 seven of SqueezeNet 1.1                     network
     ==================== ========== =========================================== =================
 
-    Images are expected in [0, 1]; others are compared as they are (``norm_inputs="clip"`` clips them).
-    Parameters are frozen and always in evaluation mode; gradients reach the images.
+    Images are expected in [0, 1]. Others are compared as they are; ``norm_inputs="clip"`` clips them.
+    Parameters are frozen and always in evaluation mode. Gradients reach the images.
 
     :param str, torch.nn.Module network: one of the table (default: ``"digits"``), or a network of your
-        own whose method ``activations(x)`` gives maps `[B, D, h, w]`, as :class:`DigitClassifier`'s.
+        own whose method ``activations(x)`` gives a list of maps `[B, D, h, w]`.
     :param bool download: allow LPIPS to fetch the weights of its network (AlexNet 233 MB, VGG16 528 MB,
         SqueezeNet 5 MB), if they are not in the cache of torch.hub (default: ``False``).
     :param str, torch.device device: where the network is (default: the CPU).
@@ -82,8 +82,8 @@ class PerceptualDistance(Metric):
         if isinstance(network, nn.Module):
             if not callable(getattr(network, "activations", None)):
                 raise ValueError(
-                    "network must have activations(x), which gives its maps, as DigitClassifier does; "
-                    f"{type(network).__name__} has not"
+                    "network must have a method activations(x) that gives its maps; "
+                    f"{type(network).__name__} has none"
                 )
             self.distance = _FeatureDistance(network)
             self.network = f"{type(network).__name__}, unweighted"
@@ -99,8 +99,7 @@ class PerceptualDistance(Metric):
             self.network = f"LPIPS {self.distance.name} v0.1 (lpips {version('lpips')})"
         else:
             known = ("digits", *_EFFICIENTNETS, *_LPIPS.BACKBONES)
-            names = ", ".join(f'"{name}"' for name in known)
-            raise ValueError(f"network must be one of {names}, got {network!r}.")
+            raise ValueError(f"network must be one of {known} or a module, got {network!r}")
         self.eval().requires_grad_(False).to(device)
         self.lower_better = True
 
@@ -114,14 +113,14 @@ class PerceptualDistance(Metric):
         r"""
         The distance, for each image.
 
-        :param torch.Tensor x_net: images ``[B, C, H, W]``.
+        :param torch.Tensor x_net: images `[B, C, H, W]`.
         :param torch.Tensor x: reference images, of the same shape.
-        :return: distances ``[B]``; NaN without reference.
+        :return: distances `[B]`; NaN without reference.
         """
         if x is None:
             return torch.full((len(x_net),), torch.nan)
         if x_net.shape != x.shape:
-            raise ValueError(f"Images differ in shape: {list(x_net.shape)} and {list(x.shape)}.")
+            raise ValueError(f"x_net and x must be of one shape, got {list(x_net.shape)} and {list(x.shape)}")
         parameter = next(self.parameters())
         return self.distance(x_net.to(parameter), x.to(parameter))
 
@@ -129,10 +128,10 @@ class PerceptualDistance(Metric):
         r"""
         The vectors whose squared Euclidean distance is this distance: the normalised activations of all
         layers, :math:`\hat\phi_\ell / \sqrt{L H_\ell W_\ell}`. As ``features`` of a
-        :class:`deepinv_ud2m.training.EnergyScoreLoss` they make a proper score of how images look.
+        :class:`deepinv_ud2m.training.EnergyScoreLoss` they give a proper score.
 
-        :param torch.Tensor x: images ``[B, C, H, W]``.
-        :return: vectors ``[B, D]``.
+        :param torch.Tensor x: images `[B, C, H, W]`.
+        :return: vectors `[B, D]`.
         :raises NotImplementedError: for LPIPS, whose package gives distances only.
         """
         if not isinstance(self.distance, _FeatureDistance):
@@ -159,7 +158,7 @@ class _FeatureDistance(nn.Module):
 
 
 def _normalized(activations: Tensor) -> Tensor:
-    # Not clamped after the root, whose gradient at zero is infinite.
+    # The constant is under the root, whose gradient at zero is infinite.
     return activations / (activations.square().sum(1, keepdim=True) + 1e-6).sqrt()
 
 
@@ -199,5 +198,5 @@ class _LPIPS(nn.Module):
     def forward(self, x_net: Tensor, x: Tensor) -> Tensor:
         check_images(x, (3, None, None), "colour images")
         if min(x.shape[2:]) < 32:
-            raise ValueError(f"LPIPS needs images of at least 32 x 32 pixels, got {list(x.shape)}.")
+            raise ValueError(f"LPIPS needs images of at least 32 x 32 pixels, got {list(x.shape)}")
         return self.network(x_net, x, normalize=True).flatten()

@@ -1,44 +1,30 @@
 """Training: distillation of posterior samplers, and the unconditional priors they start from."""
 
-from deepinv_ud2m.training.discriminator import ConditionalDiscriminator
-from deepinv_ud2m.training.first_guess import FirstGuessTrainer
-from deepinv_ud2m.training.levels import SamplerLevels
-from deepinv_ud2m.training.losses import (
+from deepinv_ud2m.training.adversarial import (
     AdversarialDiscriminatorLoss,
     AdversarialGeneratorLoss,
-    EnergyScoreLoss,
-    FirstGuessLoss,
-    L2Loss,
-    PerceptualLoss,
+    Adversary,
+    ConditionalDiscriminator,
 )
-from deepinv_ud2m.training.prior import (
-    EDMLoss,
-    LogNormalSigmaGenerator,
-    PriorTrainer,
-    denoising_psnr,
-    train_prior,
-    warmup_cosine,
-)
-from deepinv_ud2m.training.start import sampler_to_train
-from deepinv_ud2m.training.trainer import DistillationTrainer, parameter_groups
+from deepinv_ud2m.training.losses import EnergyScoreLoss, GaussianNLLLoss, L2Loss, PerceptualLoss
+from deepinv_ud2m.training.prior import denoising_psnr, train_prior
+from deepinv_ud2m.training.sigmas import SamplerSigmas
+from deepinv_ud2m.training.trainer import DistillationTrainer
+from deepinv_ud2m.training.updates import parameter_groups, warmup_cosine
 
 __all__ = [
     "AdversarialDiscriminatorLoss",
     "AdversarialGeneratorLoss",
+    "Adversary",
     "ConditionalDiscriminator",
     "DistillationTrainer",
-    "EDMLoss",
     "EnergyScoreLoss",
-    "FirstGuessLoss",
-    "FirstGuessTrainer",
+    "GaussianNLLLoss",
     "L2Loss",
-    "LogNormalSigmaGenerator",
     "PerceptualLoss",
-    "PriorTrainer",
-    "SamplerLevels",
+    "SamplerSigmas",
     "denoising_psnr",
     "parameter_groups",
-    "sampler_to_train",
     "train_prior",
     "warmup_cosine",
 ]

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from deepinv.physics import Physics
 from matplotlib.figure import Figure  # not pyplot, which would take over a notebook's figures
 from torch import Tensor
 
-from deepinv_ud2m.proximal import Scalar
-from deepinv_ud2m.training.losses import condition
+from deepinv_ud2m.problem import Problem
+from deepinv_ud2m.training.adversarial import condition
+from deepinv_ud2m.training.checkpoints import write_file
 
 
 def plot_curves(file: Path, history: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-    """
-    Losses and metrics against steps.
-
-    :param pathlib.Path file: PNG file to write; nothing is written where no curve has two points.
-    :param Mapping history: points `(step, value)` by name.
-    """
+    """Losses and metrics against steps, points `(step, value)` by name; none of a single point is drawn."""
     shown = {name: points for name, points in history.items() if len(points) > 1 and "/" not in name}
     if not shown:
         return
@@ -35,31 +31,15 @@ def plot_curves(file: Path, history: Mapping[str, Sequence[tuple[int, float]]]) 
         axis.set_title(name, fontsize=8)
         axis.set_xlabel("step", fontsize=7)
         axis.tick_params(labelsize=7)
-    fig.tight_layout()
-    fig.savefig(file, dpi=100)
+    _write(fig, file)
 
 
-def plot_samples(
-    file: Path,
-    x: Tensor,
-    y: Tensor,
-    physics: Physics,
-    samples: Tensor,
-    shown: int = 6,
-    sigma_y: Scalar | None = None,
-) -> None:
+def plot_samples(file: Path, x: Tensor, problem: Problem, samples: Tensor, shown: int = 6) -> None:
     """
-    Truth, back-projected measurement, three samples, mean and standard deviation, an image per row.
-
-    :param pathlib.Path file: PNG file to write.
-    :param torch.Tensor x: images, `[B, C, H, W]`.
-    :param torch.Tensor y: their measurements.
-    :param deepinv.physics.Physics physics: the physics.
-    :param torch.Tensor samples: samples, `[S, B, C, H, W]`.
-    :param int shown: most rows (default: 6).
-    :param float, torch.Tensor sigma_y: noise level, where the physics does not tell it.
+    Truth, measurement in the space of images, three samples `[S, B, C, H, W]`, mean and standard deviation,
+    an image per row.
     """
-    columns = {"truth": x, "measurement": condition(y, physics, sigma_y=sigma_y)}
+    columns = {"truth": x, "measurement": condition(problem)}
     columns |= {f"sample {i + 1}": sample for i, sample in enumerate(samples[:3])}
     columns |= {"mean": samples.mean(0), "2 std": 2 * samples.std(0, correction=0)}
     height = min(shown, len(x))
@@ -70,9 +50,14 @@ def plot_samples(
         for axis, image in zip(column, images, strict=False):
             axis.imshow(_displayable(image), vmin=0, vmax=1, cmap="gray")
             axis.set_axis_off()
-    file.parent.mkdir(parents=True, exist_ok=True)
+    _write(fig, file)
+
+
+def _write(fig: Figure, file: Path) -> None:
     fig.tight_layout(pad=0.3)
-    fig.savefig(file, dpi=100)
+    buffer = io.BytesIO()
+    fig.savefig(buffer, dpi=100, format="png")
+    write_file(file, buffer.getvalue())
 
 
 def _displayable(image: Tensor) -> Tensor:

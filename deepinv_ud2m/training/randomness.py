@@ -1,28 +1,24 @@
-"""Randomness that a resumed run repeats: every draw of a step follows from the seed and the step.
+"""Randomness that a resumed run repeats: every random number of a step follows from the seed and the step.
 
-Nothing has to be stored but the number of the step and the place in the data. The global generators,
-and each random generator that the physics, the noise models and the losses hold, are seeded anew at each
-step, each with a seed of its own. (A generator that a dataset keeps to itself is beyond reach.)
+Nothing has to be stored but the number of the step and the place in the data. The global generators, and each
+random generator that :func:`find_generators` finds, are seeded anew at each step, each with a seed of its
+own. A generator that a dataset keeps to itself is beyond reach.
 """
 
 from __future__ import annotations
 
-import functools
+import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
+from deepinv.physics.generator import PhysicsGenerator
 from torch.utils.data import DataLoader
 
 
 def seed_all(key: Iterable[int], generators: Iterable[torch.Generator] = ()) -> None:
-    """
-    Seed PyTorch, NumPy, Python and further generators, each apart, from a key.
-
-    :param Iterable[int] key: non-negative integers; equal keys give equal draws.
-    :param Iterable[torch.Generator] generators: generators to seed as well.
-    """
+    """Seed PyTorch, NumPy, Python and further generators, each apart, from a key of integers >= 0."""
     generators = list(generators)
     seeds = np.random.SeedSequence(list(key)).generate_state(3 + len(generators), np.uint64)
     torch.manual_seed(int(seeds[0]) >> 1)
@@ -35,13 +31,11 @@ def seed_all(key: Iterable[int], generators: Iterable[torch.Generator] = ()) -> 
 
 def find_generators(*owners) -> list[torch.Generator]:
     """
-    The random generators that physics, noise models and physics generators hold, each once.
+    The random generators in the attributes of modules, and of the modules, lists and dictionaries that these
+    hold, each once.
 
-    Sums and mixtures of physics generators hold others inside (a sum, in a closure), which are found
-    too: seeding only the outermost, as deepinv does, gives the parts of a sum one and the same seed, so
-    that a blur width and a noise level would be drawn from the same number.
-
-    :param owners: modules, or lists of them; ``None`` is skipped.
+    A sum ``g1 + g2`` of deepinv's physics generators keeps its parts in a function, where they are found too.
+    In other functions none is looked for.
     """
     found = {id(generator): generator for generator in _walk(owners, set())}
     return list(found.values())
@@ -52,32 +46,24 @@ def _walk(thing, seen: set[int]) -> Iterator[torch.Generator]:
         yield thing
     elif id(thing) not in seen:
         seen.add(id(thing))
-        for part in _parts(thing):
+        if isinstance(thing, list | tuple):
+            parts = thing
+        elif isinstance(thing, dict):
+            parts = list(thing.values())
+        elif isinstance(thing, torch.nn.Module):
+            parts = [*vars(thing).values(), *_parts_of_sum(thing)]
+        else:
+            parts = []
+        for part in parts:
             yield from _walk(part, seen)
 
 
-def _parts(thing) -> Iterable:
-    """What a thing holds, as far as a random generator may be in it."""
-    if isinstance(thing, list | tuple):
-        return thing
-    if isinstance(thing, dict):
-        return thing.values()
-    if isinstance(thing, torch.nn.Module):
-        return [part for name, part in vars(thing).items() if name not in ("_buffers", "_parameters")]
-    if isinstance(thing, functools.partial):
-        return [thing.func, thing.args, thing.keywords]
-    if isinstance(getattr(thing, "__self__", None), torch.nn.Module):
-        return [thing.__self__]
-    cells = getattr(thing, "__closure__", None) or ()
-    held = list(getattr(thing, "__dict__", {}).values()) if callable(thing) else []
-    return held + [cell.cell_contents for cell in cells if _is_set(cell)]
-
-
-def _is_set(cell) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
+def _parts_of_sum(module: torch.nn.Module) -> list:
+    step = getattr(module, "step_func", None)
+    of_sum = f"{PhysicsGenerator.__add__.__qualname__}.<locals>.step"
+    if getattr(step, "__qualname__", None) != of_sum:
+        return []
+    return list(inspect.getclosurevars(step).nonlocals.values())
 
 
 class BatchStream:
@@ -89,8 +75,7 @@ class BatchStream:
     :param torch.utils.data.DataLoader loader: the data loader.
     :param list[int] key: integers that fix the order.
     :param Callable check: is called with the first batch that is taken, to refuse it.
-    :raises ValueError: for persistent workers, whose random state cannot be set; and when an epoch has
-        no batch.
+    :raises ValueError: for persistent workers, whose random state cannot be set.
     """
 
     def __init__(self, loader: DataLoader, key: list[int], check: Callable | None = None):
@@ -110,11 +95,6 @@ class BatchStream:
             self._start()
         batch = next(self._iterator, self._END)
         if batch is self._END:
-            if self.position == 0:
-                raise ValueError(
-                    "train_dataloader has no batch: its dataset is empty, or smaller than a batch "
-                    "with drop_last=True"
-                )
             self.epoch, self.position, self._iterator = self.epoch + 1, 0, None
             return next(self)
         self.position += 1
@@ -124,12 +104,7 @@ class BatchStream:
         return batch
 
     def seek(self, epoch: int, position: int) -> None:
-        """
-        Go to a place; the batches before it in its epoch are loaded and dropped.
-
-        :param int epoch: epoch, from 0.
-        :param int position: batches of it that were used.
-        """
+        """Go to an epoch, and in it past some batches, which are loaded and dropped."""
         # The iterator is not made before it is used: a sampler draws its order at the first batch.
         self.epoch, self.position, self._iterator = epoch, 0, None
         for _ in range(position):
@@ -137,14 +112,46 @@ class BatchStream:
 
     def _start(self) -> None:
         # Only a loader's own draws: the order of the data, and the seeds of its workers.
-        parts = [self.loader, getattr(self.loader, "sampler", None)]
-        parts += [batches := getattr(self.loader, "batch_sampler", None)]
+        batches = getattr(self.loader, "batch_sampler", None)
+        parts = [self.loader, getattr(self.loader, "sampler", None), batches]
         parts += [getattr(batches, "sampler", None)]
         generators = {id(g): g for g in (getattr(part, "generator", None) for part in parts) if g}
-        own = list(generators.values())
         if hasattr(getattr(self.loader, "sampler", None), "set_epoch"):
             self.loader.sampler.set_epoch(self.epoch)
-        seed_all([*self.key, self.epoch], own)
+        seed_all([*self.key, self.epoch], generators.values())
         self._iterator = iter(self.loader)
 
     _END = object()
+
+
+class Turns:
+    """
+    The data of several physics, which take turns: each once in every round, in an order that follows from the
+    round. ``turns[i]`` is the number of the physics of turn i.
+
+    :param list loaders: the data loader of each physics; several may have the same.
+    :param list[int] key: integers that fix all orders.
+    :param Callable check: see :class:`BatchStream`.
+    """
+
+    def __init__(self, loaders: list[DataLoader], key: list[int], check: Callable | None = None):
+        self.key, distinct = list(key), {id(loader): loader for loader in loaders}
+        streams = {
+            of: BatchStream(loader, [*key, i], check) for i, (of, loader) in enumerate(distinct.items())
+        }
+        self.streams = [streams[id(loader)] for loader in loaders]
+
+    def __getitem__(self, turn: int) -> int:
+        turn, place = divmod(turn, len(self.streams))
+        order = np.random.default_rng([*self.key, turn]).permutation(len(self.streams))
+        return int(order[place])
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Where the data are, for each physics: epoch, and batches of it that were used."""
+        return [(stream.epoch, stream.position) for stream in self.streams]
+
+    def seek(self, places: list[tuple[int, int]]) -> None:
+        """Go to places that were noted before."""
+        for stream, place in {id(s): (s, p) for s, p in zip(self.streams, places, strict=True)}.values():
+            stream.seek(*place)

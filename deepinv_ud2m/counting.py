@@ -1,0 +1,42 @@
+"""Counting network evaluations (NFE)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+from torch import nn
+
+# torch numbers hooks without a lock: two threads could be given the same number.
+_LOCK = threading.Lock()
+
+
+class CallCounter:
+    """
+    A context manager that counts the images that go through networks, by hooks.
+
+    It counts the calls of its own thread only, so several threads may use one network.
+
+    :param Iterable[torch.nn.Module] networks: the networks to watch.
+    """
+
+    def __init__(self, networks: Iterable[nn.Module]):
+        self.networks = list(networks)
+        self.images = 0
+
+    def __enter__(self) -> CallCounter:
+        self._thread = threading.get_ident()
+        with _LOCK:
+            self._hooks = [net.register_forward_hook(self._count_own) for net in self.networks]
+        return self
+
+    def __exit__(self, *exception):
+        for hook in self._hooks:
+            hook.remove()
+
+    def _count_own(self, network, inputs, output):
+        if threading.get_ident() == self._thread:
+            self._count(network, inputs, output)
+
+    def _count(self, network, inputs, output):
+        self.images += output.shape[0]

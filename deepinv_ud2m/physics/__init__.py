@@ -1,0 +1,22 @@
+"""Degradations: JPEG, random operators for training, and tasks by name."""
+
+from deepinv_ud2m.physics.generators import (
+    BoxMaskGenerator,
+    JointGenerator,
+    JPEGQualityGenerator,
+    UniformBlurGenerator,
+)
+from deepinv_ud2m.physics.jpeg import JPEG
+from deepinv_ud2m.physics.tasks import TASKS, Task, make_generator, make_physics
+
+__all__ = [
+    "JPEG",
+    "TASKS",
+    "BoxMaskGenerator",
+    "JPEGQualityGenerator",
+    "JointGenerator",
+    "Task",
+    "UniformBlurGenerator",
+    "make_generator",
+    "make_physics",
+]

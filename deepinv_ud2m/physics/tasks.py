@@ -1,0 +1,210 @@
+"""Degradations by name, in the settings of the paper: for training, examples and benchmark alike.
+
+A new task is one entry in ``TASKS``. Every task works with any number of channels, and with sides that
+are multiples of 4. :func:`make_physics` gives one operator for all images; its random masks and kernels
+have a fixed seed. :func:`make_generator` draws operators of the same kind, one for each image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from deepinv.physics import BlurFFT, Downsampling, GaussianNoise, Inpainting, Physics
+from deepinv.physics.functional import gaussian_blur
+from deepinv.physics.generator import (
+    BernoulliSplittingMaskGenerator,
+    GaussianBlurGenerator,
+    MotionBlurGenerator,
+    PhysicsGenerator,
+    SigmaGenerator,
+)
+from torch import Tensor
+
+from deepinv_ud2m.physics.generators import (
+    BoxMaskGenerator,
+    JointGenerator,
+    JPEGQualityGenerator,
+    UniformBlurGenerator,
+)
+from deepinv_ud2m.physics.jpeg import JPEG
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A named degradation.
+
+    :param str title: what a reader calls it.
+    :param Callable operator: makes the physics, without noise, from the shape `(C, H, W)`.
+    :param Callable, None generator: makes a generator of random operators of its kind, from the shape
+        and the keywords ``rng`` and ``device``; ``None`` if there is only the one operator.
+    :param bool noisy: whether its measurements have Gaussian noise.
+    """
+
+    title: str
+    operator: Callable[[Shape], Physics]
+    generator: Callable[..., PhysicsGenerator] | None = None
+    noisy: bool = True
+
+
+def make_physics(
+    name: str, shape: Shape, sigma_y: float = 0.05, device: torch.device | str = "cpu"
+) -> Physics:
+    """
+    The physics of a task.
+
+    :param str name: one of ``TASKS``.
+    :param tuple[int, int, int] shape: shape `(C, H, W)` of the images; H and W are multiples of 4, at
+        least 16.
+    :param float sigma_y: standard deviation of the Gaussian noise for images in [0, 1], positive. JPEG
+        has no noise except its rounding.
+    :param torch.device, str device: where to put it.
+    :raises ValueError: for an unknown name, a level that is not positive, or another shape.
+    """
+    task = _task(name)
+    if not sigma_y > 0:
+        raise ValueError(f"sigma_y must be positive, got {sigma_y}")
+    if len(shape) != 3 or min(shape[1:]) < 16 or any(n % 4 for n in shape[1:]):
+        raise ValueError(f"shape must be (C, H, W) with H and W multiples of 4 and >= 16, got {shape}")
+    physics = task.operator(shape)
+    if task.noisy:
+        physics.set_noise_model(GaussianNoise(sigma_y))
+    return physics.to(device)
+
+
+def make_generator(
+    name: str,
+    shape: Shape,
+    sigma_y: tuple[float, float] = (0.005, 0.1),
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> JointGenerator:
+    """
+    A generator of operators and noise levels for the physics of a task, one for each image.
+
+    =============== ==================================================================
+    task            what varies besides the noise
+    =============== ==================================================================
+    deblur-gaussian width, standard deviation 0.5 to 4 pixels, circular or not
+    deblur-uniform  width, 2 to 9 pixels
+    deblur-motion   the path
+    sr2, sr4        width of the filter, standard deviation 0.25 to 1 times the factor
+    inpaint-random  kept pixels and their share, 10 % to 70 %
+    inpaint-box     place and sides of the box, 20 % to 60 % of those of the image
+    jpeg-10         quality, 5 to 40; no noise
+    =============== ==================================================================
+
+    :param str name: one of ``TASKS``.
+    :param tuple[int, int, int] shape: shape `(C, H, W)` of the images.
+    :param tuple[float, float] sigma_y: range of the noise level (default: 0.005 to 0.1).
+    :param int seed: of its two random generators, of operators and of levels (default: 0).
+    :param torch.device, str device: where the operators are.
+    :raises ValueError: for an unknown name, or a range that is not positive.
+    """
+    task = _task(name)
+    is_range = isinstance(sigma_y, tuple | list) and len(sigma_y) == 2
+    if not is_range or not 0 < sigma_y[0] <= sigma_y[1]:
+        raise ValueError(f"sigma_y must be a range of positive levels, (low, high), got {sigma_y}")
+    of_levels, of_operators = (torch.Generator(device).manual_seed(2 * seed + i) for i in range(2))
+    parts = []
+    if task.generator is not None:
+        parts.append(task.generator(shape, rng=of_operators, device=device))
+    if task.noisy:
+        parts.append(SigmaGenerator(*sigma_y, rng=of_levels, device=device))
+    return JointGenerator(*parts)
+
+
+def _task(name: str) -> Task:
+    if name not in TASKS:
+        raise ValueError(f"task must be one of {sorted(TASKS)}, got {name!r}")
+    return TASKS[name]
+
+
+def _super_resolution(kernel: str | Tensor, factor: int = 4) -> Callable[[Shape], Physics]:
+    def operator(shape: Shape) -> Physics:
+        return Downsampling(img_size=shape, filter=kernel, factor=factor, padding="circular")
+
+    return operator
+
+
+def _blur(kernel: Tensor) -> Callable[[Shape], Physics]:
+    return lambda shape: BlurFFT(shape, filter=kernel)
+
+
+def _motion_blur(shape: Shape) -> Physics:
+    generator = _motion_blurs(shape, rng=torch.Generator().manual_seed(0))
+    return BlurFFT(shape, filter=generator.step(1)["filter"])
+
+
+def _motion_blurs(shape: Shape, **options) -> PhysicsGenerator:
+    size = max(5, min(shape[-2:]) // 8 * 2 + 1)
+    return MotionBlurGenerator((size, size), **options)
+
+
+def _gaussian_blurs(low: float, high: float, size: int, isotropic: bool = True):
+    def generator(shape: Shape, **options) -> PhysicsGenerator:
+        side = min(size, (min(shape[-2:]) - 1) // 2 * 2 + 1)  # odd, not larger than the image
+        widths = {"sigma_min": low, "sigma_max": high, "isotropic": isotropic}
+        return GaussianBlurGenerator((side, side), **widths, **options)
+
+    return generator
+
+
+def _random_masks(shape: Shape, **options) -> PhysicsGenerator:
+    kept = {"random_split_ratio": True, "min_split_ratio": 0.1, "max_split_ratio": 0.7}
+    return BernoulliSplittingMaskGenerator(shape, 0.4, **kept, **options)
+
+
+def _random_inpainting(kept: float) -> Callable[[Shape], Physics]:
+    def operator(shape: Shape) -> Physics:
+        generator = torch.Generator().manual_seed(0)
+        mask = (torch.rand(1, 1, *shape[-2:], generator=generator) < kept).float()
+        return Inpainting(shape, mask=mask.expand(1, *shape))
+
+    return operator
+
+
+def _box_inpainting(shape: Shape) -> Physics:
+    mask = torch.ones(1, *shape)
+    height, width = shape[-2:]
+    mask[..., height // 4 : height - height // 4, width // 4 : width - width // 4] = 0
+    return Inpainting(shape, mask=mask)
+
+
+def _gaussian(size: int, variance: float) -> Tensor:
+    offsets = torch.arange(size) - (size - 1) / 2
+    profile = torch.exp(-(offsets**2) / (2 * variance))
+    kernel = profile[:, None] * profile
+    return (kernel / kernel.sum())[None, None]
+
+
+TASKS = {
+    "sr4": Task("super-resolution x4", _super_resolution("gaussian"), _gaussian_blurs(1.0, 4.0, 29)),
+    "sr4-bicubic": Task("super-resolution x4, bicubic", _super_resolution("bicubic")),
+    "sr4-paper": Task("super-resolution x4, 3x3 Gaussian", _super_resolution(_gaussian(3, 3.0))),
+    "sr2": Task("super-resolution x2", _super_resolution("gaussian", 2), _gaussian_blurs(0.5, 2.0, 15)),
+    "sr2-bicubic": Task("super-resolution x2, bicubic", _super_resolution("bicubic", 2)),
+    "deblur-gaussian": Task(
+        "Gaussian deblurring",
+        _blur(gaussian_blur(sigma=(2.0, 2.0))),
+        _gaussian_blurs(0.5, 4.0, 31, isotropic=False),
+    ),
+    "deblur-uniform": Task(
+        "uniform deblurring",
+        _blur(torch.ones(1, 1, 5, 5) / 25),
+        lambda shape, **options: UniformBlurGenerator(9, **options),
+    ),
+    "deblur-motion": Task("motion deblurring", _motion_blur, _motion_blurs),
+    "inpaint-random": Task("random inpainting, 30 % kept", _random_inpainting(0.3), _random_masks),
+    "inpaint-box": Task("box inpainting, half-size box", _box_inpainting, BoxMaskGenerator),
+    "jpeg-10": Task(
+        "JPEG, quality 10",
+        lambda shape: JPEG(shape, quality=10),
+        lambda shape, **options: JPEGQualityGenerator(**options),
+        noisy=False,
+    ),
+}

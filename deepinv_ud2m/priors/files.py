@@ -1,0 +1,113 @@
+"""Files of weights: digests, reading without unpickling, writing whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from deepinv_ud2m.checks import differences, shapes, shorten
+
+
+def sha256(file: Path) -> str:
+    """The sha256 of a file, in 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_digest(file: Path, expected: str) -> None:
+    """Raise ValueError if a file of weights cannot be read, or has another sha256 than expected."""
+    try:
+        found = sha256(file)
+    except OSError as error:
+        raise ValueError(f"the weights {file} cannot be read: {error}") from error
+    if found != expected:
+        raise ValueError(
+            f"the weights {file} are damaged, or of another network: their sha256 is {found}, "
+            f"expected {expected}"
+        )
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """
+    Read tensors by name, and nothing but tensors, onto the CPU.
+
+    :param pathlib.Path file: ``.safetensors``, or a state dictionary written by ``torch.save``.
+    :raises ValueError: if the file is damaged, or holds anything else.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        # Only files of the present format, which are zip files, can be mapped into memory.
+        mmap = zipfile.is_zipfile(file)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a damaged file raises errors of any kind
+        raise ValueError(f"the weights {file} are damaged, or no weights: {error}") from error
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise ValueError(f"the weights {file} must be tensors by name, got {type(state).__name__}")
+    return dict(state)
+
+
+def load_weights(network: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
+    """
+    Load tensors into a network that has exactly these. It changes only if nothing is raised.
+
+    :param torch.nn.Module network: the network, which may be on the meta device; afterwards on the CPU.
+    :param Mapping[str, torch.Tensor] state: tensors by name, of any floating point type.
+    :param pathlib.Path file: where they come from, for messages.
+    :raises ValueError: for tensors that are missing, unexpected, of another shape, not of floating
+        point, or not finite in the type of the network.
+    """
+    expected = network.state_dict()
+    complaints = differences(shapes(expected), shapes(state))
+    if complaints:
+        raise ValueError(f"the weights {file} are of another network. Tensors {complaints}")
+    kinds = [f"{k} ({v.dtype})" for k, v in state.items() if not v.is_floating_point()]
+    if kinds:
+        raise ValueError(f"the weights {file} must be floating point, got {shorten(kinds)}")
+    # Copies: what was read may be a part of the file, mapped into memory.
+    state = {name: value.to(expected[name].dtype, copy=True) for name, value in state.items()}
+    check_finite(state, str(file))
+    network.load_state_dict(state, assign=True)
+
+
+def check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raise ValueError if any tensor holds NaN or infinity; it names them and ``where`` they are."""
+    broken = [name for name, value in state.items() if not value.isfinite().all()]
+    if broken:
+        raise ValueError(f"the weights {where} hold NaN or infinite values in {shorten(broken)}")
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """
+    Write files into a folder, which is made if it does not exist.
+
+    All contents are on the disk before the first file takes its place. The files take their places in
+    the given order, each at once. After an ``OSError`` in writing, the earlier files are as they were.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not by tempfile, whose files nobody else may read, also after they are moved.
+    temporary = {name: folder / f".{name}.{secrets.token_hex(4)}" for name in contents}
+    try:
+        for name, content in contents.items():
+            with open(temporary[name], "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for name in contents:
+            os.replace(temporary[name], folder / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)

@@ -1,0 +1,196 @@
+"""Checkpoints of a training run: written whole or not at all, and read without unpickling objects."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import signal
+import textwrap
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from deepinv_ud2m.checkpoint import describe
+from deepinv_ud2m.priors.files import write_files
+
+FORMAT = 2
+
+
+def write_file(file: Path, content: bytes) -> None:
+    """
+    Replace a file whole or not at all, by :func:`deepinv_ud2m.priors.files.write_files`.
+
+    :raises OSError: if it cannot be written, on a full disk for instance; it names the file and the cause.
+    """
+    try:
+        write_files(file.parent, {file.name: content})
+    except OSError as error:
+        cause = error.strerror or str(error)
+        raise OSError(error.errno, f"{file} cannot be written, and is as it was before: {cause}") from error
+
+
+def write_checkpoint(state: dict, file: Path) -> None:
+    """Write nested dictionaries and lists of tensors, numbers and strings."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    write_file(file, buffer.getvalue())
+
+
+def read_checkpoint(file: Path) -> dict:
+    """
+    What :func:`write_checkpoint` wrote, on the CPU.
+
+    :raises ValueError: for a damaged file, another kind of file, or another format.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"its part {damaged} is damaged")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if state["format"] != FORMAT:
+            raise ValueError(f"its format is {state['format']}, this version reads {FORMAT}")
+    except (
+        OSError, EOFError, KeyError, TypeError, RuntimeError, ValueError,
+        zipfile.BadZipFile, pickle.UnpicklingError,
+    ) as error:  # fmt: skip
+        raise ValueError(
+            f"the checkpoint {file} cannot be resumed from: {error}. Delete it to start anew"
+        ) from error
+    return state
+
+
+def save_run(trainer, file: Path) -> None:
+    """Write the last complete step of a :class:`deepinv_ud2m.training.DistillationTrainer`."""
+    state = {
+        "run": trainer.run,
+        "step": trainer.completed,
+        "trained": trainer.unfolded.state(),
+        "average": dict(zip(trainer.trained, trainer.averaged.values, strict=True)),
+        "optimizer": trainer.optimizer.state_dict(),
+        "adversary": trainer.adversary.state_dict() if trainer.adversary else {},
+        "data": trainer.places,
+        "history": [dict(trainer.history), trainer.history.sums],
+        "evaluated": trainer.evaluated,
+        "skipped": [trainer.skipped, trainer.skipped_in_a_row],
+        "best": trainer.best,
+    }
+    write_checkpoint(state, file)
+
+
+def load_run(trainer, file: Path) -> None:
+    """
+    Load what :func:`save_run` wrote, if there is any. Only the first process needs to see the file.
+
+    :raises ValueError: for a checkpoint of another run, or of more steps; nothing is loaded then.
+    """
+    state = read_checkpoint(file) if trainer.accelerator.is_main_process and file.is_file() else None
+    (state,) = broadcast_object_list([state])
+    if state is None:
+        return
+    check_same_run(file, state["run"], trainer.run)
+    if state["step"] > trainer.steps:
+        raise ValueError(
+            f"steps is {trainer.steps}, but the checkpoint {file} is at step {state['step']} already"
+        )
+    trainer.unfolded.load_state(state["trained"])
+    trainer.averaged.load(state["average"].values())
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    if trainer.adversary is not None:
+        trainer.adversary.load_state_dict(state["adversary"])
+    trainer.turns.seek(state["data"])
+    trainer.history.load(*state["history"])
+    trainer.completed, trainer.places = state["step"], state["data"]
+    trainer.evaluated, trainer.best = state["evaluated"], state["best"]
+    trainer.skipped, trainer.skipped_in_a_row = state["skipped"]
+    if trainer.verbose:
+        tqdm.write(f"going on from step {trainer.completed} of {file}")
+
+
+def describe_run(trainer) -> dict:
+    """What must be equal for a checkpoint to be of the same run, as JSON holds it."""
+    parts = describe(trainer.unfolded) | {"sampler": trainer.model.config()}
+    prior = parts.pop("prior")["fingerprint"]
+    of_parts = {f"{part}: {key}": v for part, of in parts.items() for key, v in (of or {}).items()}
+    run = {
+        "prior": prior,
+        **of_parts,
+        "settings": trainer.settings or {},
+        "trained parameters": {name: list(p.shape) for name, p in trainer.trained.items()},
+        "stage": trainer.stage,
+        "adversary": repr(trainer.adversary),
+        "physics": [type(physics).__name__ for physics in trainer.physics],
+        "losses": [repr(loss) for loss in trainer.losses],
+        "learning rates": [group["initial_lr"] for group in trainer.optimizer.param_groups],
+        "batches": [[getattr(of, "batch_size", None), len(of)] for of in trainer.train_dataloader],
+        "accumulate": trainer.accumulate,
+        "seed": trainer.seed,
+    }
+    return json.loads(json.dumps(run))
+
+
+def check_same_run(file: Path, stored: dict, here: dict) -> None:
+    """Refuse a checkpoint of another run, by their descriptions."""
+    for name, value in here.items():
+        if stored.get(name) != value:
+            found, wanted = (textwrap.shorten(str(v), 200) for v in (stored.get(name), value))
+            raise ValueError(
+                f"the checkpoint {file} is of another run: its {name} is {found}, here it is {wanted}. "
+                "Choose another folder, or resume=False to overwrite it"
+            )
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """
+    Keep a folder for one run. The lock ends with the process, also when it is killed.
+
+    :raises RuntimeError: if another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(folder / ".lock", timeout=0).acquire()
+    except Timeout as error:
+        raise RuntimeError(
+            f"another training run is using the folder {folder} (it holds {folder / '.lock'}): wait until "
+            "it ends, or choose another folder"
+        ) from error
+    with held:
+        for part in folder.glob(".checkpoint.pt.*"):  # of a run that was killed while it wrote
+            part.unlink()
+        yield
+
+
+class _Later:
+    """A handler of Ctrl-C that notes it."""
+
+    pressed = False
+
+    def __call__(self, *arguments) -> None:
+        self.pressed = True
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A block that Ctrl-C does not leave half done: it takes effect after the block, and those around it."""
+    handler = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()  # others get no signals
+    if not in_main_thread or not callable(handler) or isinstance(handler, _Later):
+        yield
+        return
+    later = _Later()
+    signal.signal(signal.SIGINT, later)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if later.pressed:
+        handler(signal.SIGINT, None)

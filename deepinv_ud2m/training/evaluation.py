@@ -1,0 +1,50 @@
+"""Evaluation of a distillation: metrics of the whole sampler, the same measurements each time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+from accelerate.utils import gather_object
+
+from deepinv_ud2m.problem import Problem
+from deepinv_ud2m.training.arguments import names_of
+from deepinv_ud2m.training.figures import plot_samples
+from deepinv_ud2m.training.randomness import BatchStream, seed_all
+
+
+def evaluate(trainer, key: list[int]) -> dict[str, float]:
+    """
+    Mean of each metric over physics and images, and with several physics also of each, for the model of a
+    :class:`deepinv_ud2m.training.DistillationTrainer` as it is; ``key`` fixes all random numbers.
+    """
+    values = defaultdict(list)
+    for operator, loader in enumerate(trainer.eval_dataloader):
+        for name, value in _evaluate_on(trainer, operator, loader, [*key, operator]).items():
+            values[name].append(value)
+            if len(trainer.physics) > 1:
+                values[f"{name}/{operator}"].append(value)
+    return {name: float(np.mean(of)) for name, of in values.items()}
+
+
+def _evaluate_on(trainer, operator: int, loader, key: list[int]) -> dict[str, float]:
+    values, model, accelerator = defaultdict(list), trainer.model, trainer.accelerator
+    stream = BatchStream(loader, key)
+    for i in range(len(loader)):
+        seed_all([*key, i], trainer.seeded)
+        if i % accelerator.num_processes != accelerator.process_index:
+            next(stream)
+            continue
+        x, y, physics = trainer.get_samples({operator: stream}, operator)
+        samples = model.sample(y, physics, trainer.eval_samples)
+        for name, metric in zip(names_of(trainer.metrics), trainer.metrics, strict=True):
+            of = metric(x=x, x_net=samples[0], y=y, physics=physics, model=model)
+            values[name] += of.flatten().tolist()
+        for name, metric in trainer.sample_metrics.items():
+            values[name] += metric(samples, x).flatten().tolist()
+        if i == 0 and trainer.plot_images and trainer.writes:
+            problem = Problem(y, physics, model.sigma_y)
+            plot_samples(trainer.folder / f"samples_{operator}.png", x, problem, samples)
+    gathered = gather_object([dict(values)])
+    names = dict.fromkeys(name for of in gathered for name in of)
+    return {name: float(np.mean([v for of in gathered for v in of.get(name, [])])) for name in names}

@@ -1,0 +1,45 @@
+"""What a training run has measured: losses and metrics against steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from deepinv_ud2m.training.checkpoints import write_file
+from deepinv_ud2m.training.figures import plot_curves
+
+
+class History(dict):
+    """Points `(step, value)` by name. Values of steps are averaged before they become a point."""
+
+    def __init__(self):
+        super().__init__()
+        self.sums: dict[str, list] = {}
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Values of one step."""
+        for name, value in values.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = [total + value, count + 1]
+
+    def means(self) -> dict[str, float]:
+        """Means of the values since the last call."""
+        means = {name: total / count for name, (total, count) in self.sums.items()}
+        self.sums = {}
+        return means
+
+    def record(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
+        """New points."""
+        for name, value in values.items():
+            self.setdefault(prefix + name, []).append((step, value))
+
+    def load(self, points: Mapping[str, list], sums: Mapping[str, list]) -> None:
+        """That of a checkpoint."""
+        self.update({name: [tuple(point) for point in of] for name, of in points.items()})
+        self.sums = dict(sums)
+
+    def write(self, folder: Path) -> None:
+        """Write ``history.json`` and ``curves.png``."""
+        write_file(folder / "history.json", (json.dumps(self, indent=1) + "\n").encode())
+        plot_curves(folder / "curves.png", self)

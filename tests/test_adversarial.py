@@ -1,0 +1,308 @@
+"""Adversarial training: its losses, the condition, and the discriminator."""
+
+import deepinv as dinv
+import pytest
+import torch
+from distillation import make_discriminator, rand, randn
+from torch import nn
+
+from deepinv_ud2m import Problem
+from deepinv_ud2m.data import mnist_digits
+from deepinv_ud2m.training import (
+    AdversarialDiscriminatorLoss,
+    AdversarialGeneratorLoss,
+    ConditionalDiscriminator,
+)
+from deepinv_ud2m.training.adversarial import condition, gradient_penalty
+
+
+class Judge(nn.Module):
+    """A discriminator of one function of the image, which remembers how it was called."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.calls = function, []
+
+    def forward(self, x, condition):
+        self.calls.append({"x": x, "condition": condition})
+        return self.function(x)
+
+
+class Linear(nn.Module):
+    """D(x | c) = <w, x - c>."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x, condition):
+        return ((x - condition) * self.weight).sum((1, 2, 3))
+
+
+# -- Losses ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("logits", ["one", "map"])
+def test_adversarial_losses_against_cross_entropy(logits):
+    x, x_net, c = (rand(3, 2, 5, 5, seed=seed) for seed in range(3))
+    scalar = lambda x: 10 * x.mean((1, 2, 3)) - 5  # noqa: E731
+    D = Judge(scalar if logits == "one" else lambda x: 10 * x[:, :1] - 5)
+    entropy = nn.BCEWithLogitsLoss(reduction="none")
+    ones = torch.ones_like(D(x, c))
+    real, fake = (
+        entropy(D(image, c), label).reshape(3, -1).mean(1) for image, label in ((x, ones), (x_net, 0 * ones))
+    )
+    arguments = {"x": x, "x_net": x_net, "D": D, "condition": c}
+    loss = AdversarialDiscriminatorLoss(penalty_weight=0)(**arguments)
+    torch.testing.assert_close(loss, real + fake)
+    fooled = entropy(D(x_net, c), ones).reshape(3, -1).mean(1)
+    torch.testing.assert_close(AdversarialGeneratorLoss()(**arguments), fooled)
+
+
+def test_adversarial_losses_of_large_logits_are_finite():
+    x = torch.zeros(2, 1, 4, 4, requires_grad=True)
+    for value in (-1e4, 1e4):
+        D = Judge(lambda x, value=value: x.sum((1, 2, 3)) + value)
+        loss = AdversarialGeneratorLoss()(x=x.detach(), x_net=x, D=D, condition=x)
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+        assert loss.isfinite().all() and gradient.isfinite().all()
+        # A certain discriminator still tells the generator where to go.
+        assert bool(gradient.any()) == (value < 0)
+
+
+def test_penalty_of_a_linearmake_discriminator():
+    x, x_net, c = (rand(4, 1, 3, 3, seed=seed) for seed in range(3))
+    D = Linear(randn(1, 3, 3, seed=3))
+    options = {"x": x, "x_net": x_net, "D": D, "condition": c}
+    without = AdversarialDiscriminatorLoss(penalty_weight=0)(**options)
+    loss = AdversarialDiscriminatorLoss(penalty_weight=0.3)(**options)
+    # Everywhere || grad D ||^2 = || w ||^2, whose derivative is 2 w.
+    torch.testing.assert_close(loss - without, (0.3 * D.weight.square().sum()).expand(4))
+    (gradient,) = torch.autograd.grad((loss - without).mean(), D.weight)
+    torch.testing.assert_close(gradient, 0.6 * D.weight.detach())
+
+
+def test_penalty_of_maps_does_not_depend_on_their_size():
+    w = randn(1, 2, 4, 4)
+    for num in (1, 3, 5):
+        x = rand(2, 2, 4 * num, 4 * num)
+        penalty = gradient_penalty(lambda x: nn.functional.conv2d(x, w, stride=4).flatten(1), x)
+        torch.testing.assert_close(penalty, w.square().sum().expand(2))
+
+
+def test_where_the_penalty_is_taken():
+    # D = || x ||^2 / 2 has the gradient x.
+    x, x_net = rand(3, 1, 2, 2), rand(3, 1, 2, 2, seed=1)
+    samples = torch.stack([x_net, 2 * x_net])
+    D = Judge(lambda x: x.square().sum((1, 2, 3)) / 2)
+    options = {"x": x, "x_net": x_net, "samples": samples, "D": D, "condition": x}
+    without = AdversarialDiscriminatorLoss(penalty_weight=0)(**options)
+    torch.manual_seed(7)
+    loss = AdversarialDiscriminatorLoss(penalty_weight=1)(**options)
+    torch.manual_seed(7)
+    t = torch.rand(2, 3, 1, 1, 1, dtype=torch.float64)
+    expected = ((1 - t) * x + t * samples).square().sum((2, 3, 4)).mean(0)
+    torch.testing.assert_close(loss - without, expected)
+
+
+def test_gradient_of_the_penalty_against_finite_differences():
+    D = make_discriminator().double().eval()
+    x, x_net, c = (rand(2, 1, 16, 16, seed=seed) for seed in range(3))
+    parameters = list(D.parameters())
+
+    def loss():
+        torch.manual_seed(0)  # the interpolates
+        discriminator_loss = AdversarialDiscriminatorLoss(penalty_weight=10.0)
+        return discriminator_loss(x=x, x_net=x_net, D=D, condition=c).mean()
+
+    gradients = torch.autograd.grad(loss(), parameters)
+    direction = [randn(*p.shape, seed=i) for i, p in enumerate(parameters)]
+    slope = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True)).item()
+    step, values = 1e-6, []
+    with torch.no_grad():
+        for sign in (1, -2):
+            for p, d in zip(parameters, direction, strict=True):
+                p += sign * step * d
+            values.append(loss().item())
+    assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=1e-4)
+
+
+def test_gradients_stay_on_their_side():
+    x, c = mnist_digits("test", num=2), mnist_digits("validation", num=2)
+    x_net = (x + 0.1 * randn(*x.shape, dtype=torch.float32)).requires_grad_()
+    D = make_discriminator()
+    options = {"x": x, "x_net": x_net, "D": D, "condition": c}
+    AdversarialGeneratorLoss()(**options).sum().backward()
+    assert x_net.grad.any() and all(p.grad is None and p.requires_grad for p in D.parameters())
+    x_net.grad = None
+    AdversarialDiscriminatorLoss()(**options).sum().backward()
+    assert x_net.grad is None
+    # The bias of the last layer cancels for equal logits only; all parameters take part.
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in D.parameters())
+
+
+def test_generator_gradient_is_that_through_themake_discriminator():
+    x, c = mnist_digits("test", num=2), mnist_digits("validation", num=2)
+    x_net, D = mnist_digits("test", num=2).requires_grad_(), make_discriminator().eval()
+    (gradient,) = torch.autograd.grad(
+        AdversarialGeneratorLoss()(x=x, x_net=x_net, D=D, condition=c).sum(), x_net
+    )
+    expected = nn.functional.softplus(-D(x_net, c)).mean((1, 2, 3)).sum()
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, x_net)[0])
+
+
+def test_the_generator_loss_leaves_the_discriminator_as_it_is():
+    D, x = make_discriminator().train(), mnist_digits("test", num=2)
+    before = {name: value.clone() for name, value in D.state_dict().items()}
+    AdversarialGeneratorLoss()(x=x, x_net=x, D=D, condition=x)
+    assert all(torch.equal(value, before[name]) for name, value in D.state_dict().items())
+
+
+def test_samples_meet_the_condition_of_their_image():
+    x, samples, c = rand(2, 1, 4, 4), rand(3, 2, 1, 4, 4, seed=1), rand(2, 1, 4, 4, seed=2)
+    D = Judge(lambda x: x.sum((1, 2, 3)))
+    options = {"x": x, "x_net": samples[0], "samples": samples, "D": D, "condition": c}
+    AdversarialGeneratorLoss()(**options)
+    AdversarialDiscriminatorLoss()(**options)
+    generator, both, penalty = D.calls
+    for call, images in ((generator, samples), (both, torch.cat([x[None], samples])), (penalty, None)):
+        num = 3 if images is None else len(images)
+        assert torch.equal(call["condition"], c.repeat(num, 1, 1, 1))
+        assert images is None or torch.equal(call["x"], images.flatten(0, 1))
+
+
+def test_condition_is_computed_where_it_is_not_given():
+    physics, x = dinv.physics.Denoising(dinv.physics.GaussianNoise(0.2)), mnist_digits("test", num=2)
+    y, x_net, D = physics(x), mnist_digits("validation", num=2), make_discriminator().eval()
+    for loss in (AdversarialGeneratorLoss(), AdversarialDiscriminatorLoss(penalty_weight=0)):
+        options = {"x": x, "x_net": x_net, "D": D}
+        given = loss(condition=condition(Problem(y, physics)), **options)
+        torch.testing.assert_close(loss(y=y, physics=physics, **options), given)
+
+
+def test_adversarial_losses_can_be_evaluated_without_gradients():
+    x, x_net = mnist_digits("test", num=2), mnist_digits("validation", num=2)
+    options = {"x": x, "x_net": x_net, "condition": x, "D": make_discriminator().eval()}
+    for loss in (AdversarialGeneratorLoss(), AdversarialDiscriminatorLoss()):
+        values = []
+        for enabled in (False, True):
+            torch.manual_seed(0)
+            with torch.set_grad_enabled(enabled):
+                values.append(loss(**options))
+        assert not values[0].requires_grad
+        torch.testing.assert_close(values[0], values[1].detach())
+
+
+def test_adversarial_errors():
+    x = torch.zeros(2, 1, 32, 32)
+    D = make_discriminator()
+    for loss in (AdversarialGeneratorLoss(), AdversarialDiscriminatorLoss()):
+        with pytest.raises(ValueError, match="D, the discriminator, must be given"):
+            loss(x=x, x_net=x, condition=x)
+        with pytest.raises(ValueError, match="condition, or y and physics"):
+            loss(x=x, x_net=x, D=D, y=x)
+        with pytest.raises(ValueError, match="condition must be of 2 images, one for each of x, got 1"):
+            loss(x=x, x_net=x, D=D, condition=x[:1])
+    with pytest.raises(ValueError, match="penalty_weight must be finite and >= 0, got -1"):
+        AdversarialDiscriminatorLoss(penalty_weight=-1)
+
+
+# -- The condition --------------------------------------------------------------------------------
+
+
+def test_condition_against_dense_matrices(gaussian_problem):
+    shape = (1, 8, 8)
+    options = {"filter": "gaussian", "factor": 2, "padding": "circular"}
+    physics = dinv.physics.Downsampling(shape, noise_model=dinv.physics.GaussianNoise(0.1), **options)
+    problem = gaussian_problem(physics.double(), shape)
+    precision = problem.A.T @ problem.A / 0.1**2 + 4 * torch.eye(64, dtype=torch.float64)
+    right = problem.A.T @ problem.y.flatten() / 0.1**2 + 4 * 0.5
+    expected = torch.linalg.solve(precision, right).reshape(1, *shape)
+    result = condition(Problem(problem.y, physics))
+    torch.testing.assert_close(result, expected.clamp(-1, 2), rtol=1e-5, atol=1e-5)
+    assert condition(Problem(20 * problem.y, physics)).max() == 2
+
+
+def test_condition_of_a_blur():
+    x = mnist_digits("test", num=8)
+    blur = dinv.physics.functional.gaussian_blur(sigma=(1.5, 1.5))
+    physics = dinv.physics.BlurFFT((1, 32, 32), filter=blur, noise_model=dinv.physics.GaussianNoise(0.05))
+    y = (physics.A(x) + 0.05 * randn(*x.shape, dtype=torch.float32)).requires_grad_()
+
+    def correlation(image):
+        return torch.corrcoef(torch.stack([image.flatten(), x.flatten()]))[0, 1]
+
+    image = condition(Problem(y, physics))
+    assert image.shape == x.shape and not image.requires_grad
+    # What the documentation says of it.
+    assert correlation(image) > 0.8
+    assert correlation(physics.A_dagger(y).detach().clamp(-1, 2)) < 0.1
+
+
+def test_condition_of_stacks_and_of_other_noise():
+    x = mnist_digits("test", num=2)
+    children = [
+        dinv.physics.Inpainting((1, 32, 32), mask=mask, noise_model=dinv.physics.GaussianNoise(0.1))
+        for mask in (0.3, 0.4)
+    ]
+    physics = dinv.physics.StackedLinearPhysics(children)
+    image = condition(Problem(physics(x), physics))
+    assert image.shape == x.shape and image.isfinite().all()
+    poisson = dinv.physics.Denoising(dinv.physics.PoissonNoise(0.1))
+    assert condition(Problem(x, poisson, sigma_y=0.1)).shape == x.shape
+
+
+# -- The discriminator ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(4, 4), (32, 32), (33, 47), (256, 128)])
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_discriminator_takes_any_size(size, num_layers):
+    D = make_discriminator(channels=3, num_layers=num_layers)
+    x, c = (rand(2, 3, *size, seed=seed, dtype=torch.float32) for seed in range(2))
+    logits = D(x, c)
+    assert logits.shape[:2] == (2, 1) and logits.isfinite().all()
+    for pixels, num in zip(size, logits.shape[2:], strict=True):
+        if pixels % 2**num_layers == 0:
+            assert num == pixels // 2**num_layers + 3
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_a_logit_judges_a_window(num_layers):
+    D = make_discriminator(num_layers=num_layers).double().eval()
+    x, c = (rand(1, 1, 160, 160, seed=seed).requires_grad_() for seed in range(2))
+    logits = D(x, c)
+    centre = logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2]
+    for gradient in torch.autograd.grad(centre, (x, c)):
+        rows, columns = gradient[0, 0].any(1), gradient[0, 0].any(0)
+        assert rows.sum() == columns.sum() == 9 * 2**num_layers - 2
+
+
+def test_discriminator_judges_images_separately_and_by_their_condition():
+    D = make_discriminator().eval()
+    x, c = mnist_digits("test", num=4), mnist_digits("validation", num=4)
+    one_by_one = torch.cat([D(x[i : i + 1], c[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(D(x, c), one_by_one)
+    assert ((D(x, c) - D(x, c.roll(1, 0))).abs().amax((1, 2, 3)) > 1e-3).all()
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.Sigmoid)
+    assert not any(isinstance(module, kinds) for module in D.modules())
+
+
+def test_discriminator_is_normalised():
+    for module in make_discriminator(channels=2).eval().modules():
+        if isinstance(module, nn.Conv2d):
+            norm = torch.linalg.matrix_norm(module.weight.flatten(1), 2)
+            assert norm.item() == pytest.approx(1, abs=0.1)
+
+
+def test_discriminator_errors():
+    for options in ({"channels": 0}, {"num_layers": 0}, {"base_channels": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be an integer >= 1"):
+            ConditionalDiscriminator(**({"channels": 1} | options))
+    D = make_discriminator(channels=3)
+    x = torch.zeros(2, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"x must be images \[B, 3, H, W\], got \[2, 1, 16, 16\]"):
+        D(x[:, :1], x)
+    for c in (x[:1], x[:, :1], x[..., :8]):
+        with pytest.raises(ValueError, match=r"condition must be \[2, 3, 16, 16\]"):
+            D(x, c)

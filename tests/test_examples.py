@@ -1,0 +1,206 @@
+"""The examples, as a user would start them, with smaller images where they take long."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import deepinv as dinv
+import pytest
+import torch
+from PIL import Image
+from scripts import EXAMPLES, run
+from torchvision.utils import save_image
+
+import deepinv_ud2m.data
+
+PHOTO = sorted(file.stem for file in EXAMPLES.glob("photo_*.py"))
+DIGITS = sorted(file.stem for file in EXAMPLES.glob("digits_*.py"))
+
+
+def slow_but(names, *fast):
+    """Names as parameters, marked slow but for some."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.fixture
+def helpers(monkeypatch, tmp_path):
+    """The module of the examples; figures go to a temporary folder, and DiffPIR takes few steps."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    helpers = importlib.import_module("helpers")
+    monkeypatch.setattr(helpers, "OUT", tmp_path)
+    monkeypatch.setattr(helpers, "DIFFPIR_STEPS", 5)
+    return helpers
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Photographs of 64 x 64 pixels, and at most four digits."""
+    photograph, mnist_digits = deepinv_ud2m.data.photograph, deepinv_ud2m.data.mnist_digits
+    monkeypatch.setattr(deepinv_ud2m.data, "photograph", lambda name: photograph(name)[..., 64:128, 64:128])
+    monkeypatch.setattr(deepinv_ud2m.data, "mnist_digits", lambda s, num: mnist_digits(s, min(num, 4)))
+
+
+def check_figure(file):
+    with Image.open(file) as figure:
+        assert figure.format == "WEBP" and min(figure.size) > 200
+        assert len(figure.convert("L").getcolors()) > 50
+
+
+def table_of(printed):
+    """PSNR and network evaluations by method, of what ``compare`` printed."""
+    rows = [line for line in printed.splitlines() if line.startswith(("UD2M", "DiffPIR", "pseudo"))]
+    return {row[:20].strip(): [float(row[20:].split()[i]) for i in (0, -1)] for row in rows}
+
+
+@pytest.mark.parametrize("name", slow_but(PHOTO, "photo_jpeg", "photo_motion_deblurring"))
+def test_photographs(name, helpers, small, tmp_path):
+    rows = table_of(run(f"{name}.py"))
+    assert [nfe for _, nfe in rows.values()] == [9, 72, 5, 0]
+    assert list(rows) == ["UD2M, one sample", "UD2M, mean of 8", "DiffPIR", "pseudo-inverse"]
+    # In these small images there is no box, and a JPEG is near to the truth in squared error.
+    least = {"photo_box_inpainting": 0, "photo_jpeg": -0.5}.get(name, 1)
+    assert rows["UD2M, mean of 8"][0] > rows["pseudo-inverse"][0] + least
+    check_figure(tmp_path / f"{name}.webp")
+
+
+def test_there_is_a_short_script_for_each_degradation_and_figures_are_small():
+    assert len(PHOTO) == 7 and len(DIGITS) == 3
+    for name in PHOTO + DIGITS:
+        assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 40, name
+    sizes = [file.stat().st_size for file in (EXAMPLES / "figures").iterdir()]
+    assert max(sizes) < 150_000 and sum(sizes) < 1_000_000
+
+
+@pytest.mark.parametrize("name", slow_but(DIGITS, "digits_superresolution"))
+def test_digits(name, helpers, small, tmp_path):
+    rows = table_of(run(f"{name}.py"))
+    mean = next(row for row in rows if "mean" in row)
+    assert rows["UD2M, one sample"][1] == 9
+    assert rows[mean][0] > rows["UD2M, one sample"][0] > rows["pseudo-inverse"][0] + 1
+    for figure in ["_random", "_box"] if "inpainting" in name else [""]:
+        check_figure(tmp_path / f"{name}{figure}.webp")
+
+
+def test_exact_posterior(helpers, tmp_path):
+    printed = run("exact_posterior.py").splitlines()
+    rows = {line[:24].strip(): [float(v) for v in line[24:].split()] for line in printed[1:4]}
+    for name in ("exact draws, N = 1", "exact draws, N = 3"):
+        error, ratio = rows[name]  # chance alone: 0.007 and 1 +- 0.001
+        assert error < 0.02 and abs(ratio - 1) < 0.005
+    assert rows["LATINO, K = 3, N = 3"][0] > 0.2
+    check_figure(tmp_path / "exact_posterior.webp")
+
+
+def test_your_prior(helpers, tmp_path):
+    printed = run("your_prior.py").splitlines()
+    for line, least in zip(printed[:2], (15, 1), strict=True):
+        measured, _, mean = (float(part.split(" dB")[0].split()[-1]) for part in line.split(",")[:3])
+        assert mean > measured + least
+    check_figure(tmp_path / "your_prior.webp")
+
+
+@pytest.mark.slow
+def test_in_deepinv(small):
+    printed = run("in_deepinv.py")
+    scores = [float(line.split("PSNR ")[1].split()[0]) for line in printed.splitlines()[:4]]
+    assert min(scores) > 24
+    assert "mean of 16 by DiffusionSampler" in printed
+
+
+@pytest.mark.parametrize("file", ["photo.png", pytest.param(None, marks=pytest.mark.slow)])
+def test_full_photo(file, helpers, small, tmp_path):
+    save_image(deepinv_ud2m.data.photograph("chelsea"), tmp_path / "photo.png")
+    arguments, size = ([tmp_path / file], "64 x 64") if file else ([], "192 x 128")
+    assert f"{size} pixels" in run("full_photo.py", *arguments)
+    check_figure(tmp_path / "full_photo.webp")
+
+
+@pytest.mark.slow
+def test_any_physics(helpers, tmp_path):
+    printed = run("any_physics.py").splitlines()
+    for line in printed[1:5]:
+        inverse, _, mean = map(float, line[20:].split())
+        assert mean > inverse + 1
+    check_figure(tmp_path / "any_physics.webp")
+
+
+@pytest.mark.slow
+def test_uncertainty(helpers, tmp_path):
+    printed = run("uncertainty.py")
+    assert float(printed.splitlines()[0].split()[-1]) > 0.1
+    assert printed.count("holds the truth in") == 8
+    check_figure(tmp_path / "uncertainty.webp")
+
+
+def test_measurements_as_images(helpers):
+    x = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    small = dinv.physics.Downsampling(img_size=(1, 32, 32), filter=None, factor=4)
+    shown = helpers.as_images(small.A(x), small, x)
+    assert torch.equal(shown[..., ::4, ::4], small.A(x).clamp(0, 1)) and shown.shape == x.shape
+    spectrum = dinv.physics.DecomposablePhysics(
+        V_adjoint=lambda image: torch.fft.fft2(image, norm="ortho"),
+        V=lambda image: torch.fft.ifft2(image, norm="ortho").real,
+        mask=torch.ones(1, 1, 32, 32),
+        img_size=(1, 32, 32),
+    )
+    torch.testing.assert_close(helpers.as_images(spectrum.A(x), spectrum, x), x)
+    whole, centre = helpers.with_centre(x)
+    assert torch.equal(whole, x[0]) and torch.equal(centre[..., ::4, ::4], x[0, :, 12:20, 12:20])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        image = torch.nn.functional.interpolate(torch.rand(1, 3, 5, 6, generator=generator), (34, 41))
+        save_image(image, tmp_path / "in" / f"{i}.png")
+    return tmp_path / "in"
+
+
+def test_a_folder_is_restored_and_a_run_goes_on(folder, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--images", folder, "--samples", 2, "--task", "inpaint-random", "--out", out]
+    run("sample_folder.py", *arguments)
+    assert len(list(out.iterdir())) == 3 * 5
+    done = json.loads((out / "1.png.json").read_text())
+    assert done["nfe"] == 9 and done["options"]["task"] == "inpaint-random"
+    (out / "1.png.json").unlink()
+    kept = (out / "2.png_mean.png").stat().st_mtime_ns
+    run("sample_folder.py", *arguments)
+    assert (out / "1.png.json").is_file()
+    assert (out / "2.png_mean.png").stat().st_mtime_ns == kept
+    run("sample_folder.py", *arguments, "--sigma-y", 0.05)  # other options, done anew
+    assert (out / "2.png_mean.png").stat().st_mtime_ns > kept
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--images", "EMPTY"], "has no images"),
+        (["--samples", 1], "--samples must be at least 2"),
+        (["--out", "FOLDER"], "--out must be another folder"),
+    ],
+)
+def test_what_a_folder_cannot_be_restored_with(options, message, folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    paths = {"EMPTY": tmp_path / "empty", "FOLDER": folder}
+    options = ["--images", folder, *(paths.get(option, option) for option in options)]
+    printed = run("sample_folder.py", *options)
+    assert message in printed and "stopped: 2" in printed
+
+
+@pytest.mark.slow
+def test_a_folder_is_shared_by_processes(folder, tmp_path):
+    command = [str(EXAMPLES / "sample_folder.py"), "--images", str(folder), "--samples", "2", "--out"]
+    launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]}
+    for name, launcher in launchers.items():
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        line = [sys.executable, *launcher, *command, str(tmp_path / name)]
+        subprocess.run(line, check=True, env=environment, timeout=300)
+    files = sorted(file.name for file in (tmp_path / "one").iterdir())
+    assert len(files) == 3 * 5
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name

