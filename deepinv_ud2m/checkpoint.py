@@ -30,6 +30,7 @@ from deepinv_ud2m import hub
 from deepinv_ud2m.__about__ import __version__
 from deepinv_ud2m.checks import differences, shapes, shorten
 from deepinv_ud2m.config_file import CONFIG, FORMAT, blame_config, own_weights, read_config
+from deepinv_ud2m.files import check_finite, write_files
 from deepinv_ud2m.fingerprints import fingerprint, trained_fingerprint
 from deepinv_ud2m.initializers import Initializer
 from deepinv_ud2m.priors import (
@@ -41,7 +42,6 @@ from deepinv_ud2m.priors import (
     merge_lora,
     remove_lora,
 )
-from deepinv_ud2m.priors.files import check_finite, write_files
 from deepinv_ud2m.unfolded import UnfoldedDenoiser
 
 __all__ = ["PRETRAINED", "describe", "fingerprint", "load", "push_to_hub", "save", "trained_fingerprint"]

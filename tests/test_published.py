@@ -14,8 +14,8 @@ from deepinv.models import DiffUNet
 from safetensors.torch import load_file, save_file
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, VPSchedule, add_lora, load_prior
+from deepinv_ud2m.files import load_weights, read_weights
 from deepinv_ud2m.priors import PUBLISHED, random_prior
-from deepinv_ud2m.priors.files import load_weights, read_weights
 from deepinv_ud2m.priors.networks import VPDenoiser
 
 UNET = "diffusion_pytorch_model"

@@ -134,3 +134,32 @@ class Shear(LinearPhysics):
 )
 def test_other_operators_get_none(physics):
     assert find_structure(physics, SHAPE, physics.A(rand(*SHAPE)), per_image=False) is None
+
+
+def test_large_images_get_the_convolution():
+    shape = torch.Size([1, 1, 40, 1100])
+    physics = SEPARABLE["gaussian, valid"]
+    assert isinstance(find_structure(physics, shape, physics.A(rand(*shape)), per_image=False), Convolution)
+    physics = SEPARABLE["matlab x4"]  # which is no convolution
+    assert isinstance(find_structure(physics, shape, physics.A(rand(*shape)), per_image=False), Separable)
+
+
+class Picky(LinearPhysics):
+    """Takes images of one shape only, and refuses others by an error of its own."""
+
+    class Refused(Exception):
+        pass
+
+    def A(self, x, **kwargs):
+        if x.shape[1:] != SHAPE[1:]:
+            raise self.Refused
+        return 2 * x
+
+    A_adjoint = A
+
+
+def test_an_operator_that_refuses_probes_is_left_as_it_is():
+    x = rand(*SHAPE)
+    problem = Problem(2 * x, Picky(), 0.1)
+    gamma = torch.ones(2, 1, 1, 1).double()
+    torch.testing.assert_close(problem.prox(0 * x, gamma, tol=1e-9), 0.8 * x)

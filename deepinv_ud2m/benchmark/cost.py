@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
-from deepinv_ud2m.benchmark.rows import machine, write_file
+from deepinv_ud2m.benchmark.rows import machine
 from deepinv_ud2m.benchmark.run import Calls, Study, measure, synchronize
+from deepinv_ud2m.files import write_file
 
 #: Stages of a sample of UD2M, as it names them to PyTorch's profiler. What is left is "other".
 STAGES = ("initialise", "prox", "noise", "denoise", "step")

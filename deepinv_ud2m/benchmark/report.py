@@ -16,8 +16,9 @@ from torch import Tensor
 
 from deepinv_ud2m import metrics
 from deepinv_ud2m.benchmark.methods import METHODS
-from deepinv_ud2m.benchmark.rows import batch_folder, read_rows, read_setup, write_file
+from deepinv_ud2m.benchmark.rows import batch_folder, read_rows, read_setup
 from deepinv_ud2m.benchmark.run import MEAN_OF
+from deepinv_ud2m.files import write_file
 from deepinv_ud2m.physics.tasks import TASKS
 
 #: Columns that are averaged over images: heading, digits, the criterion that ranks by it, and whether it

@@ -21,6 +21,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from deepinv_ud2m import __version__
+from deepinv_ud2m.files import write_file
 
 _WORDS = ("task", "method", "name", "settings", "criterion", "weights", "digest")
 #: Columns of the rows. Ranks are intervals, see :func:`deepinv_ud2m.metrics.rank`.
@@ -150,13 +151,6 @@ def check_setup(where: str | Path, setup: Mapping, there: Mapping) -> None:
 
 def batch_folder(folder: Path, task: str, label: str) -> Path:
     return folder / "batches" / task / re.sub(r"[^\w.-]", lambda match: f"%{ord(match[0]):x}", label)
-
-
-def write_file(file: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
-    part.replace(file)
 
 
 def machine() -> dict:

@@ -15,8 +15,9 @@ from deepinv.physics import Physics
 from torch import Tensor
 from tqdm import tqdm
 
-from deepinv_ud2m.benchmark.rows import check_setup, write_file
+from deepinv_ud2m.benchmark.rows import check_setup
 from deepinv_ud2m.benchmark.run import Study, draw, evaluate, measure
+from deepinv_ud2m.files import write_file
 
 #: Column of a row by criterion, and the sign of what is to be small.
 CRITERIA = {"energy": ("energy_score", 1), "crps": ("crps", 1), "psnr": ("psnr_mean", -1)}

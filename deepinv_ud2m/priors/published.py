@@ -16,7 +16,7 @@ import torch
 from deepinv.models import Denoiser, DiffUNet
 from torch import Tensor, nn
 
-from deepinv_ud2m.priors.files import check_digest, load_weights, read_weights, sha256
+from deepinv_ud2m.files import check_digest, load_weights, read_weights, sha256
 from deepinv_ud2m.priors.networks import VPDenoiser
 from deepinv_ud2m.priors.unet2d import build_unet2d, load_unet2d, unet2d_class
 

@@ -20,7 +20,7 @@ import torch
 from deepinv.models import ADMUNet, Denoiser
 
 from deepinv_ud2m.checks import check_count
-from deepinv_ud2m.priors.files import (
+from deepinv_ud2m.files import (
     check_digest,
     check_finite,
     load_weights,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from deepinv_ud2m.priors.files import load_weights, read_weights
+from deepinv_ud2m.files import load_weights, read_weights
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 

@@ -19,22 +19,9 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from deepinv_ud2m.checkpoint import describe
-from deepinv_ud2m.priors.files import write_files
+from deepinv_ud2m.files import write_file
 
 FORMAT = 2
-
-
-def write_file(file: Path, content: bytes) -> None:
-    """
-    Replace a file whole or not at all, by :func:`deepinv_ud2m.priors.files.write_files`.
-
-    :raises OSError: if it cannot be written, on a full disk for instance; it names the file and the cause.
-    """
-    try:
-        write_files(file.parent, {file.name: content})
-    except OSError as error:
-        cause = error.strerror or str(error)
-        raise OSError(error.errno, f"{file} cannot be written, and is as it was before: {cause}") from error
 
 
 def write_checkpoint(state: dict, file: Path) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from matplotlib.figure import Figure  # not pyplot, which would take over a notebook's figures
 from torch import Tensor
 
+from deepinv_ud2m.files import write_file
 from deepinv_ud2m.problem import Problem
 from deepinv_ud2m.training.adversarial import condition
-from deepinv_ud2m.training.checkpoints import write_file
 
 
 def plot_curves(file: Path, history: Mapping[str, Sequence[tuple[int, float]]]) -> None:

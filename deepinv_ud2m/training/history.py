@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from deepinv_ud2m.training.checkpoints import write_file
+from deepinv_ud2m.files import write_file
 from deepinv_ud2m.training.figures import plot_curves
 
 

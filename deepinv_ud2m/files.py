@@ -95,11 +95,15 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     Write files into a folder, which is made if it does not exist.
 
     All contents are on the disk before the first file takes its place. The files take their places in
-    the given order, each at once. After an ``OSError`` in writing, the earlier files are as they were.
+    the given order, each at once.
+
+    :raises OSError: if a file cannot be written, on a full disk for instance; it names the file and the
+        cause. What was not replaced yet is as it was, and no temporary file is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Not by tempfile, whose files nobody else may read, also after they are moved.
     temporary = {name: folder / f".{name}.{secrets.token_hex(4)}" for name in contents}
+    name = None
     try:
         for name, content in contents.items():
             with open(temporary[name], "xb") as file:
@@ -108,6 +112,15 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
                 os.fsync(file.fileno())
         for name in contents:
             os.replace(temporary[name], folder / name)
+    except OSError as error:
+        cause = error.strerror or str(error)
+        message = f"{folder / name} cannot be written, and is as it was before: {cause}"
+        raise OSError(error.errno, message) from error
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
+
+
+def write_file(file: Path, content: str | bytes) -> None:
+    """Write one file, whole or not at all, see :func:`write_files`; text in UTF-8."""
+    write_files(file.parent, {file.name: content.encode() if isinstance(content, str) else content})
