@@ -222,8 +222,8 @@ class UD2M(Reconstructor):
                     found.append(part.unflatten(1, (-1, batch)))
         self.nfe = None if networks is None else counter.images / (num_samples * batch)
         x0 = torch.cat(x0s, 1)
-        warn_of_misfit(problem, x0[-1, 0])
         samples = x0[-1] if self.output_range is None else x0[-1].clamp(*self.output_range)
+        warn_of_misfit(problem, samples[0])  # clamped: before, samples may explain values of any range
         if not return_trajectory:
             return samples
         sigmas = torch.cat(sigmas, 1) if self.nominal_rmse is not None else self.sigmas.clone()

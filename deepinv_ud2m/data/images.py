@@ -96,12 +96,12 @@ def load_images(
     return torch.stack(crops)
 
 
-def load_image(file: str | Path, channels: int) -> Tensor:
+def load_image(file: str | Path, channels: int = 3) -> Tensor:
     """
     An image file as a tensor, whole, with the conversions of :func:`load_images`.
 
     :param str, pathlib.Path file: the file.
-    :param int channels: channels C of the result, 1 or 3.
+    :param int channels: channels C of the result, 1 or 3 (default: 3).
     :return: the image `[1, C, H, W]` in [0, 1], float32.
     :raises ValueError: if it does not exist or cannot be read as an image.
     """
