@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deepinv_ud2m.checks import LARGEST, SMALLEST, Scalar, expand_scalar
 from deepinv_ud2m.conjugate_gradients import regularised_least_squares
+from deepinv_ud2m.physics.channels import ChannelMap
 from deepinv_ud2m.physics.traits import (
     check_has_prox,
     has_closed_form,
@@ -39,6 +40,9 @@ class Problem:
         may differ from image to image.
     :param float, torch.Tensor sigma_y: noise level, positive: a scalar, `[B]` or `[B, 1, 1, 1]` (default:
         the level of the physics, see :func:`deepinv_ud2m.physics.traits.noise_level`).
+    :param int channels: channels C of the images (default: those of the physics). A linear physics of one
+        channel is then applied to the mean of the channels, by
+        :class:`deepinv_ud2m.physics.ChannelMap`.
     :raises TypeError: for a physics without ``prox_l2``, or arguments that are not of these types.
     :raises ValueError: for measurements that are empty, not finite or do not fit the physics, for complex
         images, and for a noise level that is missing or not positive.
@@ -48,10 +52,11 @@ class Problem:
 
     ============ =========================================================================
     ``y``        the measurements, as given
-    ``physics``  the physics, as given
+    ``physics``  the physics of the images
     ``shape``    shape of the images, `[B, C, H, W]`
     ``sigma_y``  the noise level, `[B, 1, 1, 1]`
     ``adjoint``  :math:`A^\top y`, `[B, C, H, W]`, which gives images their dtype and device
+    ``is_grey``  whether the mean of the channels is what was asked for
     ============ =========================================================================
 
     |sep|
@@ -69,22 +74,32 @@ class Problem:
         torch.Size([2, 1, 8, 8])
     """
 
-    def __init__(self, y: Tensor | TensorList, physics: Physics, sigma_y: Scalar | None = None):
+    def __init__(
+        self,
+        y: Tensor | TensorList,
+        physics: Physics,
+        sigma_y: Scalar | None = None,
+        channels: int | None = None,
+    ):
         check_has_prox(physics)
         _check_measurements(y)
         level = _check_level(noise_level(physics, sigma_y))
         self.y, self.physics = y, physics
         self.is_linear = is_linear(physics)
         self.adjoint = self._adjoint_of(y)
+        self.is_grey = self.is_linear and self.shape[1] == 1 and channels not in (None, 1)
+        if self.is_grey:
+            self.physics = ChannelMap.grey(physics, channels)
+            self.adjoint = self.adjoint.expand(-1, channels, -1, -1) / channels
         self.sigma_y = expand_scalar(level, self.adjoint, "sigma_y")
-        self.is_per_image = is_per_image(physics, len(self.adjoint))
+        self.is_per_image = is_per_image(self.physics, len(self.adjoint))
         # The measurements of each copy, if copies go through the physics one by one.
         self._copies: list | None = None
         self._view = self._remember_adjoint()
         self._structure = None
         if self.is_linear and not self.has_closed_form():
             with torch.autocast(self.device.type, enabled=False):
-                self._structure = find_structure(physics, self.shape, y, self.is_per_image)
+                self._structure = find_structure(self.physics, self.shape, y, self.is_per_image)
         complain = getattr(physics, "complaint", None)
         complaint = complain(y) if callable(complain) else None
         if complaint:

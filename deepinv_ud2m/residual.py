@@ -21,7 +21,7 @@ def warn_of_misfit(problem: Problem, x: Tensor) -> None:
     """
     if not problem.is_linear:
         return
-    y, of_x = problem.y, problem.A(x)
+    y, of_x = problem.y, problem.A(x.expand(problem.shape))
     pairs = list(zip(of_x, y, strict=True)) if isinstance(y, TensorList) else [(of_x, y)]
     residual = torch.stack([_root_mean_square(a - b) for a, b in pairs]).amax(0)
     size = torch.stack([_root_mean_square(b) for _, b in pairs]).amax(0)

@@ -222,7 +222,8 @@ class UD2M(Reconstructor):
                     found.append(part.unflatten(1, (-1, batch)))
         self.nfe = None if networks is None else counter.images / (num_samples * batch)
         x0 = torch.cat(x0s, 1)
-        samples = x0[-1] if self.output_range is None else x0[-1].clamp(*self.output_range)
+        samples = x0[-1].mean(2, keepdim=True) if problem.is_grey else x0[-1]
+        samples = samples if self.output_range is None else samples.clamp(*self.output_range)
         warn_of_misfit(problem, samples[0])  # clamped: before, samples may explain values of any range
         if not return_trajectory:
             return samples
@@ -367,7 +368,8 @@ class UD2M(Reconstructor):
                 f"y must be on the device of the model, {weight.device}, got y on {first.device}: move "
                 "one with .to(device)"
             )
-        problem = Problem(y, physics, self.sigma_y if sigma_y is None else sigma_y)
+        channels = getattr(getattr(self.unfolded, "prior_info", None), "channels", None)
+        problem = Problem(y, physics, self.sigma_y if sigma_y is None else sigma_y, channels)
         if hasattr(self.unfolded, "check"):
             self.unfolded.check(problem, self.sigmas)
         return problem

@@ -188,7 +188,7 @@ class UnfoldedDenoiser(Reconstructor):
         :returns: samples, of shape `[B, C, H, W]`.
         :raises TypeError, ValueError: for a problem that :class:`deepinv_ud2m.Problem` refuses.
         """
-        return self.draw(Problem(y, physics, sigma_y), x_s, sigma, generator=generator)
+        return self.draw(Problem(y, physics, sigma_y, x_s.shape[1]), x_s, sigma, generator=generator)
 
     def draw(
         self,

@@ -1,5 +1,6 @@
-"""Degradations: JPEG, random operators for training, and tasks by name."""
+"""Degradations: JPEG, grey images of colour priors, random operators for training, and tasks by name."""
 
+from deepinv_ud2m.physics.channels import ChannelMap
 from deepinv_ud2m.physics.generators import (
     BoxMaskGenerator,
     JointGenerator,
@@ -13,6 +14,7 @@ __all__ = [
     "JPEG",
     "TASKS",
     "BoxMaskGenerator",
+    "ChannelMap",
     "JPEGQualityGenerator",
     "JointGenerator",
     "Task",

@@ -1,7 +1,12 @@
-"""Degradations by name, in the settings of the paper: for training, examples and benchmark alike.
+"""Degradations by name: for training, examples and benchmark alike.
 
-A new task is one entry in ``TASKS``. Every task works with any number of channels, and with sides that
-are multiples of 4. :func:`make_physics` gives one operator for all images; its random masks and kernels
+Some are those of the paper, with circular borders. Others are those of real cameras and files: borders that
+are not seen (``-valid``) or reflected (``-reflect``), files that were shrunk by a bicubic filter with
+antialiasing (``-matlab``, as MATLAB's imresize and Pillow do it), a Bayer filter, and measurements of grey
+images, of which the images are the mean of the channels.
+
+A new task is one entry in ``TASKS``. Every task but ``"demosaicing"``, which is of three, works with any
+number of channels. Sides are multiples of 4. :func:`make_physics` gives one operator for all images; its random masks and kernels
 have a fixed seed. :func:`make_generator` draws operators of the same kind, one for each image.
 """
 
@@ -11,17 +16,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from deepinv.physics import BlurFFT, Downsampling, GaussianNoise, Inpainting, Physics
+from deepinv.physics import (
+    MRI,
+    Blur,
+    BlurFFT,
+    Demosaicing,
+    Downsampling,
+    DownsamplingMatlab,
+    GaussianNoise,
+    Inpainting,
+    Physics,
+)
 from deepinv.physics.functional import gaussian_blur
 from deepinv.physics.generator import (
     BernoulliSplittingMaskGenerator,
     GaussianBlurGenerator,
     MotionBlurGenerator,
     PhysicsGenerator,
+    RandomMaskGenerator,
     SigmaGenerator,
 )
 from torch import Tensor
 
+from deepinv_ud2m.physics.channels import ChannelMap
 from deepinv_ud2m.physics.generators import (
     BoxMaskGenerator,
     JointGenerator,
@@ -89,14 +106,17 @@ def make_generator(
     =============== ==================================================================
     task            what varies besides the noise
     =============== ==================================================================
-    deblur-gaussian width, standard deviation 0.5 to 4 pixels, circular or not
+    deblur-gaussian width, standard deviation 0.5 to 4 pixels, round or not
     deblur-uniform  width, 2 to 9 pixels
     deblur-motion   the path
     sr2, sr4        width of the filter, standard deviation 0.25 to 1 times the factor
     inpaint-random  kept pixels and their share, 10 % to 70 %
     inpaint-box     place and sides of the box, 20 % to 60 % of those of the image
+    grey-mri        the columns that are measured, a quarter of all
     jpeg-10         quality, 5 to 40; no noise
     =============== ==================================================================
+
+    Tasks with other borders vary as the one they are named after; those that are not listed have noise alone.
 
     :param str name: one of ``TASKS``.
     :param tuple[int, int, int] shape: shape `(C, H, W)` of the images.
@@ -135,9 +155,27 @@ def _blur(kernel: Tensor) -> Callable[[Shape], Physics]:
     return lambda shape: BlurFFT(shape, filter=kernel)
 
 
-def _motion_blur(shape: Shape) -> Physics:
-    generator = _motion_blurs(shape, rng=torch.Generator().manual_seed(0))
-    return BlurFFT(shape, filter=generator.step(1)["filter"])
+def _bordered(kernel: Tensor | Callable[[Shape], Tensor], padding: str) -> Callable[[Shape], Physics]:
+    return lambda shape: Blur(kernel(shape) if callable(kernel) else kernel, padding=padding)
+
+
+def _path(shape: Shape) -> Tensor:
+    return _motion_blurs(shape, rng=torch.Generator().manual_seed(0)).step(1)["filter"]
+
+
+def _demosaicing(shape: Shape) -> Physics:
+    if shape[0] != 3:
+        raise ValueError(f"shape must be (3, H, W) for demosaicing, got {shape}")
+    return Demosaicing(shape)
+
+
+def _grey_mri(shape: Shape) -> Physics:
+    mask = _columns(shape, rng=torch.Generator().manual_seed(0)).step(1)["mask"]
+    return ChannelMap.real(MRI(mask, img_size=(2, *shape[1:])), shape[0])
+
+
+def _columns(shape: Shape, **options) -> PhysicsGenerator:
+    return RandomMaskGenerator((2, *shape[1:]), acceleration=4, **options)
 
 
 def _motion_blurs(shape: Shape, **options) -> PhysicsGenerator:
@@ -198,7 +236,31 @@ TASKS = {
         _blur(torch.ones(1, 1, 5, 5) / 25),
         lambda shape, **options: UniformBlurGenerator(9, **options),
     ),
-    "deblur-motion": Task("motion deblurring", _motion_blur, _motion_blurs),
+    "deblur-motion": Task(
+        "motion deblurring", lambda shape: BlurFFT(shape, filter=_path(shape)), _motion_blurs
+    ),
+    "deblur-gaussian-valid": Task(
+        "Gaussian deblurring, unseen borders",
+        _bordered(gaussian_blur(sigma=(2.0, 2.0)), "valid"),
+        _gaussian_blurs(0.5, 4.0, 31, isotropic=False),
+    ),
+    "deblur-gaussian-reflect": Task(
+        "Gaussian deblurring, reflected borders",
+        _bordered(gaussian_blur(sigma=(2.0, 2.0)), "reflect"),
+        _gaussian_blurs(0.5, 4.0, 31, isotropic=False),
+    ),
+    "deblur-motion-valid": Task(
+        "motion deblurring, unseen borders", _bordered(_path, "valid"), _motion_blurs
+    ),
+    "sr2-matlab": Task("super-resolution x2, file", lambda shape: DownsamplingMatlab(factor=2)),
+    "sr4-matlab": Task("super-resolution x4, file", lambda shape: DownsamplingMatlab(factor=4)),
+    "demosaicing": Task("demosaicing", _demosaicing),
+    "grey-deblur": Task(
+        "grey image, Gaussian deblurring, unseen borders",
+        lambda shape: ChannelMap.grey(Blur(gaussian_blur(sigma=(2.0, 2.0)), padding="valid"), shape[0]),
+        _gaussian_blurs(0.5, 4.0, 31, isotropic=False),
+    ),
+    "grey-mri": Task("MRI of a real image, a quarter of the columns", _grey_mri, _columns),
     "inpaint-random": Task("random inpainting, 30 % kept", _random_inpainting(0.3), _random_masks),
     "inpaint-box": Task("box inpainting, half-size box", _box_inpainting, BoxMaskGenerator),
     "jpeg-10": Task(

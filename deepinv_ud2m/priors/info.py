@@ -62,6 +62,10 @@ class PriorInfo:
             accepted = "images of shape [B, C, H, W]"
         elif shape[1] != self.channels:
             accepted = f"images with {self.channels} channel(s), not {shape[1]} channel(s)"
+            if shape[1] == 2:  # complex: deepinv has the real and the imaginary part as channels
+                accepted += " (for real images, of known phase, give it ChannelMap.real(physics))"
+            elif self.channels == 1:
+                accepted += " (make each channel an image of its own, y.flatten(0, 1)[:, None])"
         elif any(n < self.size_multiple or n % self.size_multiple for n in shape[2:]):
             sides = f"{shape[2]}x{shape[3]}"
             accepted = f"sides that are multiples of {self.size_multiple}, not {sides} (crop or pad)"
