@@ -90,5 +90,5 @@ def test_other_channels_come_with_a_remedy():
     with pytest.raises(ValueError, match=r"not 2 channel.*ChannelMap\.real\(physics\)"):
         photos(torch.rand(1, 2, 16, 16), mri)
     colour = dinv.physics.Inpainting((3, 32, 32), mask=0.5)
-    with pytest.raises(ValueError, match="not 3 channel.*make each channel an image of its own"):
+    with pytest.raises(ValueError, match=r"not 3 channel.*make each channel an image of its own"):
         digits(torch.rand(1, 3, 32, 32), colour)

@@ -6,8 +6,9 @@ antialiasing (``-matlab``, as MATLAB's imresize and Pillow do it), a Bayer filte
 images, of which the images are the mean of the channels.
 
 A new task is one entry in ``TASKS``. Every task but ``"demosaicing"``, which is of three, works with any
-number of channels. Sides are multiples of 4. :func:`make_physics` gives one operator for all images; its random masks and kernels
-have a fixed seed. :func:`make_generator` draws operators of the same kind, one for each image.
+number of channels. Sides are multiples of 4. :func:`make_physics` gives one operator for all images; its
+random masks and kernels have a fixed seed. :func:`make_generator` draws operators of the same kind, one for
+each image.
 """
 
 from __future__ import annotations
