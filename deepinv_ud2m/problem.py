@@ -18,7 +18,9 @@ from deepinv_ud2m.checks import LARGEST, SMALLEST, Scalar, expand_scalar
 from deepinv_ud2m.conjugate_gradients import regularised_least_squares
 from deepinv_ud2m.physics.channels import ChannelMap
 from deepinv_ud2m.physics.traits import (
+    NOISE_FLOOR,
     check_has_prox,
+    complaints,
     has_closed_form,
     is_linear,
     is_per_image,
@@ -47,8 +49,9 @@ class Problem:
     :raises ValueError: for measurements that are empty, not finite or do not fit the physics, for complex
         images, and for a noise level that is missing or not positive.
 
-    It warns if a noise level is above 1, and if the physics has a ``complaint`` about y
-    (:mod:`deepinv_ud2m.physics.traits`).
+    It warns if a noise level is above 1, if the weights of a ``filter`` do not sum to 1, if y is not zero
+    where the operator measures nothing, if the adjoint of the physics is none, and if the physics has a
+    ``complaint`` about y (:mod:`deepinv_ud2m.physics.traits`).
 
     ============ =========================================================================
     ``y``        the measurements, as given
@@ -84,9 +87,13 @@ class Problem:
         check_has_prox(physics)
         _check_measurements(y)
         level = _check_level(noise_level(physics, sigma_y))
+        # Without a noise model, and without a level in its place, a floor is assumed.
+        self.level_is_assumed = sigma_y is None and level is NOISE_FLOOR
         self.y, self.physics = y, physics
         self.is_linear = is_linear(physics)
-        self.adjoint = self._adjoint_of(y)
+        self.adjoint, again = self._adjoint_of(y)
+        if self.is_linear:
+            _check_operator(physics, parts(y), parts(again), self.adjoint, level)
         self.is_grey = self.is_linear and self.shape[1] == 1 and channels not in (None, 1)
         if self.is_grey:
             self.physics = ChannelMap.grey(physics, channels)
@@ -100,9 +107,7 @@ class Problem:
         if self.is_linear and not self.has_closed_form():
             with torch.autocast(self.device.type, enabled=False):
                 self._structure = find_structure(self.physics, self.shape, y, self.is_per_image)
-        complain = getattr(physics, "complaint", None)
-        complaint = complain(y) if callable(complain) else None
-        if complaint:
+        for complaint in complaints(physics, y):
             warnings.warn(complaint, stacklevel=3)
 
     @property
@@ -248,8 +253,11 @@ class Problem:
         view.A_adjoint = A_adjoint
         return view
 
-    def _adjoint_of(self, y: Tensor | TensorList) -> Tensor:
-        r""":math:`A^\top y`. Only the physics knows the shape of the images, which is that of the adjoint."""
+    def _adjoint_of(self, y: Tensor | TensorList) -> tuple[Tensor, Tensor | TensorList]:
+        r"""
+        :math:`A^\top y` and :math:`A A^\top y`. Only the physics knows the shape of the images, which is that
+        of the adjoint.
+        """
         is_stack, name = isinstance(y, TensorList), type(self.physics).__name__
         shapes = _shapes(y)
         try:
@@ -257,7 +265,7 @@ class Problem:
             with torch.autocast((y[0] if is_stack else y).device.type, enabled=False):
                 adjoint = self.physics.A_adjoint(y)
                 # A physics that is not linear checks y itself: JPEG accepts two shapes of y.
-                expected = _shapes(self.physics.A(adjoint)) if self.is_linear else shapes
+                again = self.physics.A(adjoint) if self.is_linear else y
         except torch.OutOfMemoryError:
             raise
         except _MISFITS as error:
@@ -269,16 +277,16 @@ class Problem:
                 f"the physics {name} gives complex images, and they must be real: let its adjoint take "
                 "the real part, or real and imaginary part as two channels"
             )
-        if expected != shapes:
+        if _shapes(again) != shapes:
             raise ValueError(
                 f"y of shape {shapes} does not fit the physics {name}, whose measurements would have "
-                f"shape {expected}"
+                f"shape {_shapes(again)}"
             )
-        return adjoint
+        return adjoint, again
 
 
 def _check_measurements(y: Tensor | TensorList) -> None:
-    for part in y if isinstance(y, TensorList) else [y]:
+    for part in parts(y):
         if not isinstance(part, Tensor):
             raise TypeError(f"y must be a tensor or a TensorList, got {type(part).__name__}")
         if not (part.is_floating_point() or part.is_complex()):
@@ -296,7 +304,9 @@ def _check_level(sigma_y: Scalar) -> Scalar:
         level = torch.as_tensor(sigma_y)
         in_range = bool(((level >= SMALLEST) & (level <= LARGEST)).all())  # NaN is not
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"sigma_y must be a number or a tensor, got {sigma_y!r}") from error
+        raise TypeError(
+            f"sigma_y must be a number or a tensor, got {sigma_y!r}; samplers also take 'estimate'"
+        ) from error
     if not in_range:
         raise ValueError(
             f"sigma_y must be positive, in [{SMALLEST:g}, {LARGEST:g}], got {level.tolist()}; for "
@@ -309,6 +319,40 @@ def _check_level(sigma_y: Scalar) -> Scalar:
             stacklevel=4,
         )
     return sigma_y
+
+
+def _check_operator(physics, y: list[Tensor], again: list[Tensor], adjoint: Tensor, level: Scalar) -> None:
+    r"""Warn of an adjoint that is none, and of measurements of what :math:`A A^\top y` does not see."""
+    # The dot product test with white noise u: <A u, y> - <u, B y> has the size of the error of B y.
+    generator = torch.Generator(adjoint.device).manual_seed(0)
+    u = torch.randn(adjoint.shape, generator=generator, dtype=adjoint.dtype, device=adjoint.device)
+    products = sum(_dots(a, part) for a, part in zip(parts(physics.A(u)), y, strict=True))
+    error = ((products - _dots(u, adjoint)).square().sum() / _dots(adjoint, adjoint).sum()).sqrt()
+    if bool(error > 0.01):
+        warnings.warn(
+            f"A_adjoint of {type(physics).__name__} is not the adjoint of its A: <A u, y> and "
+            f"<u, A_adjoint y> of random images u differ by {100 * error:.2g} % of |A_adjoint y|. Samples "
+            "will be wrong; deepinv.physics.adjoint_function makes an adjoint of any linear A",
+            stacklevel=4,
+        )
+    for a, part in zip(again, y, strict=True):
+        unseen = part[a == 0]
+        if unseen.numel() and bool(unseen.abs().square().mean().sqrt() > 5 * torch.as_tensor(level).max()):
+            warnings.warn(
+                f"y is not zero in {100 * unseen.numel() / part.numel():.3g} % of the places where "
+                f"{type(physics).__name__} measures nothing: is its mask inverted, or that of another image?",
+                stacklevel=4,
+            )
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """Real parts of the inner products of images, `[B]`, in double precision."""
+    return (a.conj() * b).real.double().flatten(1).sum(1)
+
+
+def parts(y: Tensor | TensorList) -> list[Tensor]:
+    """Measurements, or the parts of those of a stack."""
+    return list(y) if isinstance(y, TensorList) else [y]
 
 
 def _shapes(y: Tensor | TensorList) -> list:

@@ -1,43 +1,172 @@
-"""Whether samples explain the measurements."""
+r"""Whether samples explain the measurements, and what the noise level is.
+
+A sample of the posterior leaves the residual that the true image leaves: :math:`A \hat x - y` has the law of
+the noise. Its root mean square is :math:`\sigma_y`, whatever the operator.
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
 
 import torch
-from deepinv.utils import TensorList
 from torch import Tensor
 
-from deepinv_ud2m.problem import Problem
+from deepinv_ud2m.problem import Problem, parts
+
+#: Root mean square residuals, in noise levels, beyond which a sample contradicts its problem. Those of the
+#: shipped samplers in right problems are 0.8 to 1.5.
+LOW, HIGH = 0.7, 1.7
+
+#: What samplers miss besides noise, in units of y. At low noise levels it is larger than the noise.
+_MODEL_ERROR = 0.015
+
+#: A residual that is so much larger at the borders than inside, and than the noise, is one of the borders.
+_BORDER_RATIO, _BORDER_LEVEL = 1.4, 1.3
+
+#: Levels between which the noise is looked for, and the passes of the search.
+_LEVELS, _PASSES = (1e-3, 1.0), 4
 
 
-def warn_of_misfit(problem: Problem, x: Tensor) -> None:
-    """
-    Warn of residuals that no sample of images in [0, 1] can explain: y is of another range, or its noise
-    level in other units.
+def relative_residual(problem: Problem, x: Tensor) -> Tensor | None:
+    r"""
+    The root mean square of :math:`(A x - y) / \sigma_y` over what was measured. It is about 1 if all is
+    right.
+
+    Measurements that are zero, and zero for x too, such as those outside of a mask, do not count.
 
     :param deepinv_ud2m.Problem problem: the problem.
-    :param torch.Tensor x: one sample of each image, `[B, C, H, W]`.
+    :param torch.Tensor x: one sample of each image, `[B, C, H, W]`, or `[B, 1, H, W]` of a grey problem.
+    :returns: of shape `[B]`; ``None`` if the physics is not linear.
     """
     if not problem.is_linear:
-        return
-    y, of_x = problem.y, problem.A(x.expand(problem.shape))
-    pairs = list(zip(of_x, y, strict=True)) if isinstance(y, TensorList) else [(of_x, y)]
-    residual = torch.stack([_root_mean_square(a - b) for a, b in pairs]).amax(0)
-    size = torch.stack([_root_mean_square(b) for _, b in pairs]).amax(0)
+        return None
+    power = count = 0
+    for a, y in _measurements(problem, x):
+        measured = ((a != 0) | (y != 0)).flatten(1).sum(1)
+        # Complex noise has the level sigma_y in the real and in the imaginary part.
+        count = count + measured * (2 if y.is_complex() else 1)
+        power = power + (a - y).abs().square().flatten(1).sum(1)
+    return (power / count.clamp(min=1)).sqrt() / problem.sigma_y.flatten()
+
+
+def check_residual(problem: Problem, x: Tensor) -> Tensor | None:
+    r"""
+    :func:`relative_residual`, with a warning that names likely causes if it is, for any image,
+
+    - above 1.7. At low noise samplers miss y by more: :math:`((1.7 \sigma_y)^2 + 0.015^2)^{1/2}` is allowed;
+    - below 0.7, unless the noise level is the floor that is assumed where none is given;
+    - larger at the borders than inside.
+
+    :param deepinv_ud2m.Problem problem: the problem.
+    :param torch.Tensor x: one sample of each image, as the user gets it.
+    """
+    found = relative_residual(problem, x)
+    if found is None:
+        return None
     level = problem.sigma_y.flatten()
-    # Poor samples alone should not warn: five noise levels, 30 % of y and 0.2 are allowed.
-    allowed = torch.maximum(5 * level, 0.3 * size).clamp(min=0.2)
-    excess, worst = (residual / allowed).max(0)
-    if bool(excess > 1):
-        level = level[worst].item()
-        warnings.warn(
-            f"the samples leave residuals of {residual[worst].item():.3g}, "
-            f"{residual[worst].item() / level:.3g} times the noise level: is y made of images in "
-            f"[0, 1], by this physics, and sigma_y = {level:.3g} its noise in those units?",
-            stacklevel=4,
+    excess, worst = (found * level / ((HIGH * level) ** 2 + _MODEL_ERROR**2).sqrt()).max(0)
+    of_borders = _is_at_the_borders(problem, x)
+    if not bool(excess <= 1):  # NaN is not
+        _warn(
+            "the samples do not explain y", _causes(problem, x, int(worst), of_borders), found, level, worst
         )
+    elif of_borders:
+        _warn("the samples do not explain y at the borders", [_BORDERS], found, level, worst)
+    elif bool(found.min() < LOW) and not problem.level_is_assumed:
+        _warn("the samples are nearer to y than its noise", [], found, level, found.argmin())
+    return found
 
 
-def _root_mean_square(batch: Tensor) -> Tensor:
-    return batch.abs().square().flatten(1).mean(1).sqrt()
+def estimate_noise(problem: Problem, sample: Callable[[Problem], Tensor]) -> Tensor:
+    r"""
+    The noise level of measurements: the one that samples drawn with it leave as their residual.
+
+    Samples drawn with a level that is too low or too high leave about the true one already, so that a few
+    passes find it.
+
+    :param deepinv_ud2m.Problem problem: the problem, linear; its level is where the search starts.
+    :param Callable sample: gives one sample of each image of a problem.
+    :returns: levels, of shape `[B]`, in [0.001, 1].
+    """
+    for _ in range(_PASSES):
+        level = problem.sigma_y.flatten()
+        found = (relative_residual(problem, sample(problem)) * level).clamp(*_LEVELS)
+        problem = problem.of(problem.y, found.view(-1, 1, 1, 1))
+        if bool(((found / level).log().abs() < 0.05).all()):
+            break
+    return found
+
+
+_BORDERS = (
+    "borders of the operator that are not those of y (a camera sees what is beyond the image, as "
+    "padding='valid' does; no camera is circular)"
+)
+
+
+def _warn(what: str, causes: list[str], found: Tensor, level: Tensor, image: Tensor) -> None:
+    residual, sigma_y = found[image].item(), level[image].item()
+    if not residual < float("inf"):
+        causes = ["the samples are not finite: does y fit the operator, and is its adjoint one?"]
+    if residual > HIGH or residual < LOW:
+        size = "large" if residual < LOW else "small"
+        causes = [*causes, f"sigma_y is too {size}: {residual * sigma_y:.2g} would fit (or 'estimate')"]
+    if residual > HIGH:
+        causes.append(
+            "another kernel, mask or border than that of y, or an operator unlike those that the sampler was "
+            "trained with"
+        )
+    warnings.warn(
+        f"{what}: the residual is {residual:.3g} times sigma_y = {sigma_y:.3g}. Likely causes, the likeliest "
+        f"first: {'; '.join(causes)}",
+        stacklevel=5,
+    )
+
+
+def _causes(problem: Problem, x: Tensor, image: int, of_borders: bool) -> list[str]:
+    """What the residual of an image looks like."""
+    causes = list(_of_range(problem, x, image))
+    if of_borders:
+        causes.append(_BORDERS)
+    if problem.level_is_assumed:
+        causes.append(f"no noise level is given, and {problem.sigma_y.min():.2g} is assumed")
+    return causes
+
+
+def _of_range(problem: Problem, x: Tensor, image: int) -> Iterator[str]:
+    white = parts(problem.A(torch.ones_like(problem.adjoint)))
+    for (a, y), of_white in zip(_measurements(problem, x), white, strict=True):
+        if y.is_complex():
+            continue
+        noise, top = 5 * problem.sigma_y.max(), of_white.abs().max()
+        if bool(y[image].abs().max() > 3 * top + noise):
+            yield (
+                f"y reaches {y[image].abs().max():.3g}, where images in [0, 1] give at most {top:.3g} "
+                "(divide images of 8 bits by 255)"
+            )
+        elif bool((of_white >= 0).all()) and bool(y[image].flatten().quantile(0.01) < -0.3 * top):
+            yield f"y is negative, down to {y[image].min():.2g}: images in [-1, 1] must be moved to [0, 1]"
+        else:
+            gain = ((y[image] * a[image]).sum() / a[image].square().sum()).item()
+            if 0.2 < gain < 0.93 or 1.07 < gain < 5:
+                yield f"y is {gain:.2g} times as bright as the samples are for the operator"
+
+
+def _is_at_the_borders(problem: Problem, x: Tensor) -> bool:
+    for a, y in _measurements(problem, x):
+        if y.ndim != 4 or min(y.shape[-2:]) < 24 or y.is_complex() or bool(((a == 0) & (y == 0)).any()):
+            continue
+        height, width = (n // 16 + 1 for n in y.shape[-2:])
+        power = (a - y).square()
+        inner = power[..., height:-height, width:-width]
+        outer = (power.sum((1, 2, 3)) - inner.sum((1, 2, 3))) / (power[0].numel() - inner[0].numel())
+        inner, level = inner.mean((1, 2, 3)), problem.sigma_y.flatten()
+        limit = _BORDER_LEVEL**2 * level**2 + _MODEL_ERROR**2
+        if bool(((outer > _BORDER_RATIO**2 * inner) & (outer > limit)).any()):
+            return True
+    return False
+
+
+def _measurements(problem: Problem, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What the operator makes of x, and y, part by part."""
+    return list(zip(parts(problem.A(x.expand(problem.shape))), parts(problem.y), strict=True))

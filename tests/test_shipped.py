@@ -1,7 +1,5 @@
 """The samplers that ship: better than untrained ones, and fit for operators they were not trained on."""
 
-import warnings
-
 import deepinv as dinv
 import pytest
 import torch
@@ -121,20 +119,3 @@ def test_samples_agree_where_pixels_are_known(photographs):
     std, known = samples.std(0), mask.bool().expand_as(photographs)
     assert std[known].mean() < 0.02  # twice the noise
     assert std[~known].mean() > 2 * std[known].mean()
-
-
-@pytest.mark.parametrize("mistake", ["8 bits", "[-1, 1]", "none"])
-def test_measurements_of_another_range_warn(mistake):
-    """Also where samples before the clamp would explain them: a valid blur is nearly invertible."""
-    x = mnist_digits("test", num=2)
-    kernel = dinv.physics.functional.gaussian_blur(sigma=(0.8, 0.8))
-    physics = dinv.physics.Blur(
-        kernel, padding="valid", noise_model=dinv.physics.GaussianNoise(0.02, rng=seeded())
-    )
-    y = {"8 bits": lambda y: 255 * y, "[-1, 1]": lambda y: 2 * y - 1, "none": lambda y: y}[mistake](
-        physics(x)
-    )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        UD2M.from_pretrained("mnist")(y, physics, generator=seeded())
-    assert any("leave residuals" in str(w.message) for w in caught) == (mistake != "none")

@@ -95,6 +95,30 @@ def noise_level(physics: Physics, sigma_y: Scalar | None = None) -> Scalar:
     )
 
 
+def complaints(physics: Physics, y: Tensor) -> list[str]:
+    """
+    What is suspicious of a physics and its measurements.
+
+    :param deepinv.physics.Physics physics: the physics. By the name that deepinv gives it, its ``filter`` is
+        a kernel `[b, c, h, w]`.
+    :param torch.Tensor, deepinv.utils.TensorList y: measurements.
+    """
+    found = []
+    kernel = getattr(physics, "filter", None)
+    if isinstance(kernel, Tensor) and kernel.ndim == 4:
+        total, size = kernel.sum((-2, -1)), kernel.abs().sum((-2, -1))
+        # A derivative, whose weights cancel, is none of an image.
+        is_off = ((total - 1).abs() > 0.02) & (total.abs() > 0.2 * size)
+        if bool(is_off.any()):
+            found.append(
+                f"the weights of the filter of {type(physics).__name__} sum to {total[is_off][0]:.4g}, not "
+                "to 1: images come out so many times too dark, unless y was measured so"
+            )
+    complain = getattr(physics, "complaint", None)
+    own = complain(y) if callable(complain) else None
+    return [*found, own] if own else found
+
+
 def has_closed_form(physics: Physics, shape: torch.Size) -> bool:
     """
     Whether ``physics.prox_l2`` is exact without iterations.
