@@ -106,7 +106,7 @@ class Problem:
         self._structure = None
         if self.is_linear and not self.has_closed_form():
             with torch.autocast(self.device.type, enabled=False):
-                self._structure = find_structure(self.physics, self.shape, y, self.is_per_image)
+                self._structure = find_structure(self.physics, self.shape, y, self.adjoint, self.is_per_image)
         for complaint in complaints(physics, y):
             warnings.warn(complaint, stacklevel=3)
 
@@ -166,7 +166,7 @@ class Problem:
 
     def A_adjoint_A(self, x: Tensor) -> Tensor:
         r""":math:`A^\top A x`, of images `[B, C, H, W]`; by the structure of the operator, if it has one."""
-        if self._structure is not None:
+        if hasattr(self._structure, "normal"):
             with torch.autocast(self.device.type, enabled=False):
                 return self._structure.normal(x)
         return self._by_copy(self.physics.A_adjoint_A, x)

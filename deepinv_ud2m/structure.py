@@ -1,13 +1,15 @@
 r"""The structure of an operator, found by trying it, so that its prox costs less than a network.
 
-Two structures are recognised, whatever the class of the physics:
+Three structures are recognised, whatever the class of the physics:
 
 - :class:`Separable`, :math:`y = R x C^\top`: blurs with a separable kernel and any borders, and resampling
   of rows and columns. The prox is exact, by the singular values of two small matrices.
 - :class:`Convolution` of padded images, of which a part is seen: any kernel, one per image and channel or
   one for all, with valid, reflected, replicated or zero borders. :math:`A^\top A` goes by the FFT.
+- :class:`NearlyCircular`, where :math:`A^\top A` is not far from a circular convolution, as in tomography.
+  Its inverse preconditions the conjugate gradients: 5 iterations in place of 70 for 60 angles.
 
-Both are tried on random images before they are used, so a structure that does not fit is never used.
+All are tried on random images before they are used, so a structure that does not fit is never used.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ from torch import Tensor
 
 #: Largest relative error of a structure on a random image.
 _TOLERANCE = 2e-5
+
+#: How much the inverse of a circular convolution must reduce the sine of the angle between a random image and
+#: its :math:`I + \gamma A^\top A` to serve as preconditioner, for a :math:`\gamma` of so many over its norm.
+_NEARLY, _GAMMA = 0.7, 100.0
 
 #: Beyond this side the singular values of a separable operator cost more than the FFTs of a convolution.
 _LARGE = 1024
@@ -107,11 +113,6 @@ class Convolution:
         spread[..., :height, :width] = self.kernel
         return torch.fft.rfft2(spread.roll(self.first, (-2, -1)))
 
-    @staticmethod
-    def _repeated(values: Tensor, batch: int) -> Tensor:
-        """Of copies of the batch, one after the other."""
-        return values if len(values) == 1 else values.repeat(batch // len(values), 1, 1, 1)
-
     @property
     def _window(self):
         (top, _), (left, _) = self.padding
@@ -123,7 +124,7 @@ class Convolution:
         if any(map(any, self.padding)):
             padded = F.pad(x, (*self.padding[1], *self.padding[0]), mode=self.mode)
         spectrum = torch.fft.rfft2(padded, s=self._sizes)
-        transfer = self._repeated(self._transfer, len(x))
+        transfer = _repeated(self._transfer, len(x))
         return torch.fft.irfft2(transfer.conj() * spectrum, s=self._sizes)[self._window]
 
     def A_adjoint(self, y: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ class Convolution:
         (top, bottom), (left, right) = self.padding
         height, width = self.shape[-2] + top + bottom, self.shape[-1] + left + right
         image = F.pad(y, (left, width - left - y.shape[-1], top, height - top - y.shape[-2]))
-        spectrum = self._repeated(self._transfer, len(y)) * torch.fft.rfft2(image, s=self._sizes)
+        spectrum = _repeated(self._transfer, len(y)) * torch.fft.rfft2(image, s=self._sizes)
         image = torch.fft.irfft2(spectrum, s=self._sizes)[..., :height, :width]
         return self._fold(self._fold(image, -2, self.padding[0]), -1, self.padding[1])
 
@@ -163,8 +164,33 @@ class Convolution:
         """
         if self.mode != "constant":
             return None
-        weight = 1 / (1 + gamma * self._repeated(self._circular, len(gamma)))
-        return lambda r: torch.fft.irfft2(weight * torch.fft.rfft2(r), s=self.shape[-2:])
+        return _inverse(_repeated(self._circular, len(gamma)), gamma, self.shape)
+
+
+class NearlyCircular:
+    r"""
+    An operator whose :math:`A^\top A` is not far from a circular convolution.
+
+    :param torch.Tensor spectrum: of the convolution, `[B or 1, C or 1, H, W // 2 + 1]`, non-negative.
+    :param torch.Size shape: shape of the images, `[B, C, H, W]`.
+    """
+
+    def __init__(self, spectrum: Tensor, shape: torch.Size):
+        self.spectrum, self.shape = spectrum, shape
+
+    def preconditioner(self, gamma: Tensor) -> Callable[[Tensor], Tensor]:
+        """The inverse of the convolution, see :class:`Convolution`."""
+        return _inverse(_repeated(self.spectrum, len(gamma)), gamma, self.shape)
+
+
+def _inverse(spectrum: Tensor, gamma: Tensor, shape: torch.Size) -> Callable[[Tensor], Tensor]:
+    weight = 1 / (1 + gamma * spectrum)
+    return lambda r: torch.fft.irfft2(weight * torch.fft.rfft2(r), s=shape[-2:])
+
+
+def _repeated(values: Tensor, batch: int) -> Tensor:
+    """Of copies of the batch, one after the other."""
+    return values if len(values) == 1 else values.repeat(batch // len(values), 1, 1, 1)
 
 
 def _fast_size(n: int) -> int:
@@ -180,33 +206,33 @@ def _fast_size(n: int) -> int:
 
 
 def find_structure(
-    physics: Physics, shape: torch.Size, y: Tensor | TensorList, per_image: bool
-) -> Separable | Convolution | None:
+    physics: Physics, shape: torch.Size, y: Tensor | TensorList, like: Tensor, per_image: bool
+) -> Separable | Convolution | NearlyCircular | None:
     """
     The structure of an operator.
 
     :param deepinv.physics.Physics physics: the physics, linear.
     :param torch.Size shape: shape of the images, `[B, C, H, W]`.
-    :param torch.Tensor y: measurements, for shape, dtype and device.
+    :param torch.Tensor, deepinv.utils.TensorList y: measurements.
+    :param torch.Tensor like: gives images their dtype and device.
     :param bool per_image: whether each image has an operator of its own.
     :returns: the structure; none where none was recognised.
     """
     said = getattr(physics, "find_structure", None)
     if callable(said):
-        return said(find_structure, shape, y, per_image)
-    if not isinstance(y, Tensor) or y.is_complex() or y.ndim != 4 or y.shape[:2] != shape[:2]:
-        return None
-    generator = torch.Generator(y.device).manual_seed(0)
-    x = torch.rand(shape, generator=generator, dtype=y.dtype, device=y.device)
+        return said(find_structure, shape, y, like, per_image)
+    generator = torch.Generator(like.device).manual_seed(0)
+    x = torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
     x = x if per_image else x[:1]
     with torch.no_grad():
-        expected = physics.A(x)
-        searches = [_convolutions] if per_image else [_separable, _convolutions]
-        for find in searches[::-1] if max(shape[-2:]) > _LARGE else searches:
-            for structure in find(physics, shape, x, expected):
-                if (structure.A(x) - expected).norm() < _TOLERANCE * expected.norm():
-                    return structure
-    return None
+        if isinstance(y, Tensor) and not y.is_complex() and y.ndim == 4 and y.shape[:2] == shape[:2]:
+            expected = physics.A(x)
+            searches = [_convolutions] if per_image else [_separable, _convolutions]
+            for find in searches[::-1] if max(shape[-2:]) > _LARGE else searches:
+                for structure in find(physics, shape, x, expected):
+                    if (structure.A(x) - expected).norm() < _TOLERANCE * expected.norm():
+                        return structure
+        return _nearly_circular(physics, shape, x - 0.5)
 
 
 def _separable(physics, shape, x, expected):
@@ -268,3 +294,25 @@ def _convolutions(physics, shape, x, expected):
     for mode in modes:
         if not (is_long and mode in ("reflect", "circular")):  # these cannot pad by more than the image
             yield Convolution(kernel, first, padding, mode, shape, (height, width))
+
+
+def _nearly_circular(physics, shape, x) -> NearlyCircular | None:
+    height, width = (n // 2 for n in shape[-2:])
+    impulse = torch.zeros_like(x)
+    impulse[..., height, width] = 1
+    try:
+        response = physics.A_adjoint_A(impulse)
+        found = physics.A_adjoint_A(x)
+    except Exception:  # likewise
+        return None
+    spectrum = torch.fft.rfft2(response.roll((-height, -width), (-2, -1))).real.clamp(min=0)
+    gamma = _GAMMA / spectrum.amax((1, 2, 3), keepdim=True)
+    image = x + gamma * found
+    preconditioned = _inverse(spectrum, gamma, shape)(image)
+    is_near = _sine(preconditioned, x) < _NEARLY * _sine(image, x) or _sine(image, x) < 1e-3  # not for NaN
+    return NearlyCircular(spectrum, shape) if is_near else None
+
+
+def _sine(a: Tensor, b: Tensor) -> float:
+    cosine = (a * b).sum() / (a.norm() * b.norm())
+    return (1 - cosine**2).clamp(min=0).sqrt().item()

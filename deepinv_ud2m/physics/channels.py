@@ -2,6 +2,8 @@ r"""Operators on images of other channels: grey and complex measurements of colo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from deepinv.physics import LinearPhysics, Physics
 from deepinv.utils import TensorList
@@ -115,9 +117,11 @@ class ChannelMap(LinearPhysics):
         """As A is."""
         return is_per_image(self.physics, batch_size)
 
-    def find_structure(self, find, shape: torch.Size, y, per_image: bool):
+    def find_structure(self, find, shape: torch.Size, y, like: Tensor, per_image: bool):
         """The structure of A behind W, if ``find`` finds one of A: see :mod:`deepinv_ud2m.structure`."""
-        inner = find(self.physics, self.inner_shape(shape), y, per_image) if self._is_orthogonal else None
+        if not self._is_orthogonal:
+            return None
+        inner = find(self.physics, self.inner_shape(shape), y, like, per_image)
         return inner and _MappedStructure(self, inner)
 
     def inner_shape(self, shape: torch.Size) -> torch.Size:
@@ -132,14 +136,15 @@ class ChannelMap(LinearPhysics):
 
 
 class _MappedStructure:
-    """A structure of A behind W, whose rows are orthogonal."""
+    """A structure of A behind W, whose rows are orthogonal. It has the methods that the other one has."""
 
     def __init__(self, physics: ChannelMap, inner):
         self.physics, self.inner = physics, inner
-        if hasattr(inner, "prox"):
-            self.prox = self._prox
+        for name in ("normal", "prox", "preconditioner"):
+            if hasattr(inner, name):
+                setattr(self, name, getattr(self, f"_{name}"))
 
-    def normal(self, x: Tensor) -> Tensor:
+    def _normal(self, x: Tensor) -> Tensor:
         return self.physics._unmap(self.inner.normal(self.physics._map(x)))
 
     def _prox(self, mean: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
@@ -147,8 +152,8 @@ class _MappedStructure:
         found = self.inner.prox(mapped, y, self.physics._norm * gamma)
         return mean + self.physics._unmap(found - mapped) / self.physics._norm
 
-    def preconditioner(self, gamma: Tensor):
-        inner = getattr(self.inner, "preconditioner", lambda gamma: None)(self.physics._norm * gamma)
+    def _preconditioner(self, gamma: Tensor) -> Callable[[Tensor], Tensor] | None:
+        inner = self.inner.preconditioner(self.physics._norm * gamma)
         if inner is None:
             return None
 
