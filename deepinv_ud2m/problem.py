@@ -27,7 +27,7 @@ from deepinv_ud2m.physics.traits import (
     noise_level,
     operator_tensors,
 )
-from deepinv_ud2m.structure import find_structure
+from deepinv_ud2m.structure import find_structure, repeated
 
 #: What a physics raises for measurements of another shape.
 _MISFITS = (RuntimeError, ValueError, IndexError, TypeError, AttributeError, AssertionError)
@@ -170,6 +170,15 @@ class Problem:
             with torch.autocast(self.device.type, enabled=False):
                 return self._structure.normal(x)
         return self._by_copy(self.physics.A_adjoint_A, x)
+
+    def circular_spectra(self) -> tuple[Tensor, Tensor] | None:
+        r"""
+        The eigenvalues of a circular convolution that is near :math:`A^\top A`, for the mean over channels
+        and for deviations from it, `[B or 1, 1, H, W // 2 + 1]`; ``None`` if none is known to be near
+        (:class:`deepinv_ud2m.structure.NearlyCircular`).
+        """
+        found = getattr(self._structure, "spectra", None)
+        return found and tuple(repeated(spectrum, self.shape[0]) for spectrum in found)
 
     def A_dagger(self) -> Tensor:
         r""":math:`A^\dagger y` of the measurements of this problem, `[B, C, H, W]`."""

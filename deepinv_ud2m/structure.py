@@ -124,7 +124,7 @@ class Convolution:
         if any(map(any, self.padding)):
             padded = F.pad(x, (*self.padding[1], *self.padding[0]), mode=self.mode)
         spectrum = torch.fft.rfft2(padded, s=self._sizes)
-        transfer = _repeated(self._transfer, len(x))
+        transfer = repeated(self._transfer, len(x))
         return torch.fft.irfft2(transfer.conj() * spectrum, s=self._sizes)[self._window]
 
     def A_adjoint(self, y: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class Convolution:
         (top, bottom), (left, right) = self.padding
         height, width = self.shape[-2] + top + bottom, self.shape[-1] + left + right
         image = F.pad(y, (left, width - left - y.shape[-1], top, height - top - y.shape[-2]))
-        spectrum = _repeated(self._transfer, len(y)) * torch.fft.rfft2(image, s=self._sizes)
+        spectrum = repeated(self._transfer, len(y)) * torch.fft.rfft2(image, s=self._sizes)
         image = torch.fft.irfft2(spectrum, s=self._sizes)[..., :height, :width]
         return self._fold(self._fold(image, -2, self.padding[0]), -1, self.padding[1])
 
@@ -164,7 +164,7 @@ class Convolution:
         """
         if self.mode != "constant":
             return None
-        return _inverse(_repeated(self._circular, len(gamma)), gamma, self.shape)
+        return _inverse(repeated(self._circular, len(gamma)), gamma, self.shape)
 
 
 class NearlyCircular:
@@ -178,9 +178,15 @@ class NearlyCircular:
     def __init__(self, spectrum: Tensor, shape: torch.Size):
         self.spectrum, self.shape = spectrum, shape
 
+    @property
+    def spectra(self) -> tuple[Tensor, Tensor]:
+        """The spectrum for the mean over channels, and for the deviations from it, `[B or 1, 1, ...]`."""
+        spectrum = self.spectrum.mean(1, keepdim=True)
+        return spectrum, spectrum
+
     def preconditioner(self, gamma: Tensor) -> Callable[[Tensor], Tensor]:
         """The inverse of the convolution, see :class:`Convolution`."""
-        return _inverse(_repeated(self.spectrum, len(gamma)), gamma, self.shape)
+        return _inverse(repeated(self.spectrum, len(gamma)), gamma, self.shape)
 
 
 def _inverse(spectrum: Tensor, gamma: Tensor, shape: torch.Size) -> Callable[[Tensor], Tensor]:
@@ -188,7 +194,7 @@ def _inverse(spectrum: Tensor, gamma: Tensor, shape: torch.Size) -> Callable[[Te
     return lambda r: torch.fft.irfft2(weight * torch.fft.rfft2(r), s=shape[-2:])
 
 
-def _repeated(values: Tensor, batch: int) -> Tensor:
+def repeated(values: Tensor, batch: int) -> Tensor:
     """Of copies of the batch, one after the other."""
     return values if len(values) == 1 else values.repeat(batch // len(values), 1, 1, 1)
 

@@ -8,6 +8,7 @@ from deepinv_ud2m.physics.generators import (
     UniformBlurGenerator,
 )
 from deepinv_ud2m.physics.jpeg import JPEG
+from deepinv_ud2m.physics.tabulated import TabulatedPhysics, tabulate
 from deepinv_ud2m.physics.tasks import TASKS, Task, make_generator, make_physics
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "ChannelMap",
     "JPEGQualityGenerator",
     "JointGenerator",
+    "TabulatedPhysics",
     "Task",
     "UniformBlurGenerator",
     "make_generator",
     "make_physics",
+    "tabulate",
 ]

@@ -143,6 +143,10 @@ class _MappedStructure:
         for name in ("normal", "prox", "preconditioner"):
             if hasattr(inner, name):
                 setattr(self, name, getattr(self, f"_{name}"))
+        weights = physics.weights
+        if hasattr(inner, "spectra") and len(weights) == 1 and bool((weights == weights[0, 0]).all()):
+            # The mean over channels is seen, and deviations from it are not.
+            self.spectra = physics._norm * inner.spectra[0], torch.zeros_like(inner.spectra[0])
 
     def _normal(self, x: Tensor) -> Tensor:
         return self.physics._unmap(self.inner.normal(self.physics._map(x)))
