@@ -48,9 +48,6 @@ def problem(prior, task, images, seed=0):
     return x, physics, measure(physics, x, range(images), 0)
 
 
-# -- The prior and its posterior ------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("size", [(16, 16), (8, 12), (7, 10)])
 def test_covariance_and_denoiser_are_those_of_dense_formulas(prior, size):
     covariance = dense_covariance(*size)
@@ -111,9 +108,6 @@ def test_the_posterior_is_that_of_the_precision_form(prior, task):
     scale = covariance.diagonal().sqrt()
     assert ((many.mean(0) - means[0].flatten()) / scale).abs().max() < 5 / 2000**0.5
     assert ((torch.cov(many.T) - covariance) / scale[:, None] / scale).abs().max() < 6 / 2000**0.5
-
-
-# -- What the report says of samplers -------------------------------------------------------------
 
 
 def _scaled(factor, shift=0.0):

@@ -7,13 +7,7 @@ import torch
 from conftest import PER_IMAGE, per_image_physics, rand
 from deepinv.physics import Denoising
 
-from deepinv_ud2m import (
-    Initializer,
-    LinearInitializer,
-    Problem,
-    PseudoInverseInitializer,
-    WienerInitializer,
-)
+from deepinv_ud2m import Initializer, LinearInitializer, Problem, PseudoInverseInitializer, WienerInitializer
 
 B, N = 3, 16
 SIGMA, SIGMA_Y = torch.tensor([0.1, 0.5, 20.0]).double(), torch.tensor([0.02, 0.1, 0.05]).double()

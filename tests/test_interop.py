@@ -175,13 +175,6 @@ def test_str_identifies_the_model(tiny_prior):
     assert len({name(), name(3), name(num_steps=4), name(eta=0.5)}) == 4
 
 
-def test_str_does_not_change_with_use(model):
-    before = str(model)
-    model(torch.rand(1, 1, 32, 32), BENCHMARK["denoising"]())
-    model.device = "cpu"
-    assert str(model) == before
-
-
 # -- A module like any other ----------------------------------------------------------------------
 
 

@@ -5,7 +5,6 @@ from itertools import combinations, permutations
 from urllib.error import URLError
 
 import deepinv as dinv
-import lpips
 import numpy as np
 import pytest
 import torch
@@ -60,8 +59,7 @@ def test_losses_of_one_sample_are_averaged_over_samples(loss):
 
 
 @pytest.mark.parametrize(
-    "cls",
-    [L2Loss, PerceptualLoss, EnergyScoreLoss, AdversarialGeneratorLoss, AdversarialDiscriminatorLoss],
+    "cls", [L2Loss, PerceptualLoss, EnergyScoreLoss, AdversarialGeneratorLoss, AdversarialDiscriminatorLoss]
 )
 def test_weights(cls):
     x = mnist_digits("test", num=2)
@@ -189,35 +187,6 @@ def test_lpips_without_its_weights(network, no_weights, monkeypatch):
     with pytest.raises(RuntimeError, match="no route to host") as error:
         PerceptualLoss(network, download=True)
     assert f"put the file at {file}" in str(error.value)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
-def test_lpips_as_a_loss(no_weights, monkeypatch):
-    # The weights of SqueezeNet are made up: what is tested is how they are found and used.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        squeezenet = torchvision.models.squeezenet1_1()
-    monkeypatch.setattr(
-        "torchvision.models._api.load_state_dict_from_url", lambda *a, **k: squeezenet.state_dict()
-    )
-    loss = PerceptualLoss("lpips-squeeze", download=True)
-    assert "SqueezeNet" in loss.distance.network
-    reference = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False)
-    trunk = squeezenet.features.state_dict()
-    for name, value in reference.net.state_dict().items():
-        value.copy_(trunk[name.split(".", 1)[1]])
-
-    x, x_net = (rand(2, 3, 40, 33, seed=seed, dtype=torch.float32) for seed in (0, 1))
-    expected = reference(2 * x_net - 1, 2 * x - 1).flatten()
-    torch.testing.assert_close(loss(x=x, x_net=x_net), expected.detach())
-    grey, grey_net = x[:, :1], x_net[:, :1]
-    expected = reference(2 * grey_net.repeat(1, 3, 1, 1) - 1, 2 * grey.repeat(1, 3, 1, 1) - 1)
-    torch.testing.assert_close(loss(x=grey, x_net=grey_net), expected.detach().flatten())
-    for start in (x.clone(), torch.zeros_like(x), x_net.clone()):
-        start.requires_grad_()
-        loss(x=x, x_net=start).sum().backward()
-        assert start.grad.isfinite().all()
-    assert start.grad.any()
 
 
 def test_perceptual_errors():

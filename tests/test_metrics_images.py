@@ -237,15 +237,6 @@ def test_classifier_errors(classifier, tmp_path):
         DigitClassifier.from_pretrained(sampler)
 
 
-def test_classifier_activations_are_those_of_its_layers(classifier):
-    x = mnist_digits("test", num=3)
-    maps = classifier.activations(x)
-    assert [m.shape[1:] for m in maps] == [(24, 16, 16), (48, 16, 16), (64, 8, 8)]
-    assert all((m >= 0).all() and m.any() for m in maps)
-    end = classifier.convolutions[10:](maps[-1])
-    torch.testing.assert_close(classifier.standardize(classifier.hidden(end)), classifier.features(x))
-
-
 # -- EfficientNet-Lite ----------------------------------------------------------------------------
 
 

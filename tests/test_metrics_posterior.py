@@ -1,8 +1,5 @@
-"""Metrics of several posterior samples, against closed forms and plain double loops.
-
-Statistical tests have fixed seeds. Their bounds leave an honest implementation with another seed a
-chance of failure of at most 1e-3 each, and the wrong ones that are tried none to speak of.
-"""
+"""Metrics of several posterior samples, against closed forms and double loops; with another seed, an honest
+implementation fails each test with a probability of at most 1e-3."""
 
 import itertools
 import math
@@ -66,9 +63,6 @@ def posteriors(num_images, num_samples, seed=0, shape=(1, 2, 3)):
     draws = mean + scale * (randn(num_samples + 1, num_images, dim, seed=seed + 400) @ factor)
     draws = draws.reshape(-1, num_images, *shape)
     return draws[1:], draws[0], mean.reshape(num_images, *shape)
-
-
-# -- Proper scores --------------------------------------------------------------------------------
 
 
 def brute_force(samples, x, norm):
@@ -161,9 +155,6 @@ def test_scores_have_gradients(images):
         assert equal.grad.isfinite().all()
 
 
-# -- Spread-skill ratio ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("num", [2, 4, 32])
 def test_spread_skill_ratio(num):
     """1 for an exact sampler of any number of samples; its bound is five standard errors."""
@@ -178,16 +169,10 @@ def test_spread_skill_ratio(num):
     wide = spread_skill_ratio(2 * samples, x).item()
     assert wide == pytest.approx(((1 + 4 / num) / (4 + 4 / num)) ** 0.5, abs=0.05)
     assert spread_skill_ratio(0 * samples, x) == math.inf
-
-
-def test_spread_skill_ratio_by_hand():
+    # By hand: squared errors 4 and 0 of the means, variances 1 and 1, over 1 + 1/3.
     samples = torch.tensor([[0.0, 3.0], [2.0, 5.0], [1.0, 4.0]])[..., None, None, None]
     x = torch.tensor([3.0, 4.0])[:, None, None, None]
-    # Squared errors 4 and 0 of the means, variances 1 and 1, over 1 + 1/3.
     assert spread_skill_ratio(samples, x).item() == pytest.approx((2 / (4 / 3)) ** 0.5)
-
-
-# -- Ranks and coverage ---------------------------------------------------------------------------
 
 
 def test_rank_against_leave_one_out_loop():
@@ -311,9 +296,6 @@ def test_coverage_from_stored_intervals_and_by_hand():
     assert coverage_error([0.5], [0.5]) == 0
 
 
-# -- Sampling noise of the coverage ---------------------------------------------------------------
-
-
 def test_noise_by_enumeration():
     # All 4^3 rank vectors of 3 images with 3 samples.
     errors = []
@@ -349,9 +331,6 @@ def test_noise_for_many_samples_is_that_of_kolmogorov():
         assert coverage_error_quantile(num_images, 5000) == pytest.approx(expected, rel=5e-3)
         assert coverage_error_quantile(num_images, 8) < expected
     assert coverage_error_quantile(5000, 100) == pytest.approx(1.358 / 5000**0.5, rel=0.05)
-
-
-# -- The measurement ------------------------------------------------------------------------------
 
 
 def some_physics(sigma=0.1):
@@ -429,9 +408,6 @@ def test_chi_square_errors():
     ]:
         with pytest.raises(ValueError, match=message):
             reduced_chi_square(*arguments)
-
-
-# -- Errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metric", [energy_score, crps, spread_skill_ratio, coverage, rank])

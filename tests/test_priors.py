@@ -11,31 +11,20 @@ import pytest
 import torch
 from deepinv.models import Denoiser
 from safetensors.torch import load_file, save_file
+from test_checkpoint import edit_config
 
 from deepinv_ud2m import UD2M, PriorInfo, load_prior, save_prior
 from deepinv_ud2m.files import sha256
-from deepinv_ud2m.priors import PRIORS, build_network
+from deepinv_ud2m.priors import PRIORS
 from deepinv_ud2m.priors.networks import PixelShuffledDenoiser, checkerboard
 
 
-@pytest.fixture
-def folder(tiny_prior, tiny_config, tmp_path):
-    save_prior(tiny_prior, tiny_config, tmp_path / "tiny")
-    return tmp_path / "tiny"
-
-
-def edit_config(folder, edit):
-    config = json.loads((folder / "config.json").read_text())
-    edit(config)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def replace_weights(folder, **changes):
+def replace_weights(tiny_folder, **changes):
     """Other tensors, with a digest that is right; None takes a tensor out."""
-    file = folder / "model.safetensors"
+    file = tiny_folder / "model.safetensors"
     state = load_file(file) | changes
     save_file({name: value for name, value in state.items() if value is not None}, file)
-    edit_config(folder, lambda config: config.update(sha256=sha256(file)))
+    edit_config(tiny_folder, lambda config: config.update(sha256=sha256(file)))
 
 
 # -- Saving and loading ---------------------------------------------------------------------------
@@ -47,8 +36,8 @@ def test_shipped_priors_load(name):
     assert prior.prior_info.name == name and not prior.training
 
 
-def test_round_trip(tiny_prior, folder):
-    loaded = load_prior(str(folder))
+def test_round_trip(tiny_prior, tiny_folder):
+    loaded = load_prior(str(tiny_folder))
     rounded = {name: value.half().float() for name, value in tiny_prior.state_dict().items()}
     assert loaded.state_dict().keys() == rounded.keys()
     assert all(torch.equal(value, rounded[name]) for name, value in loaded.state_dict().items())
@@ -59,27 +48,27 @@ def test_round_trip(tiny_prior, folder):
     torch.testing.assert_close(loaded(x, sigma), tiny_prior(x, sigma), rtol=0, atol=5e-3)
 
 
-def test_a_loaded_prior_is_frozen_and_says_what_it_is(tiny_config, folder):
-    loaded = load_prior(str(folder))
+def test_a_loaded_prior_is_frozen_and_says_what_it_is(tiny_config, tiny_folder):
+    loaded = load_prior(str(tiny_folder))
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert all(parameter.dtype == torch.float32 for parameter in loaded.parameters())
-    assert loaded.prior_info == PriorInfo(**tiny_config["prior"] | {"name": str(folder)})
-    assert load_prior(folder).prior_info == loaded.prior_info  # a Path will do
+    assert loaded.prior_info == PriorInfo(**tiny_config["prior"] | {"name": str(tiny_folder)})
+    assert load_prior(tiny_folder).prior_info == loaded.prior_info  # a Path will do
 
 
-def test_saving_twice_gives_the_same_file(tiny_prior, tiny_config, folder, tmp_path):
-    config = json.loads((folder / "config.json").read_text())
-    assert config == tiny_config | {"sha256": sha256(folder / "model.safetensors")}
+def test_saving_twice_gives_the_same_file(tiny_prior, tiny_config, tiny_folder, tmp_path):
+    config = json.loads((tiny_folder / "config.json").read_text())
+    assert config == tiny_config | {"sha256": sha256(tiny_folder / "model.safetensors")}
     for again in (tiny_config, config | {"sha256": "that of another"}):
-        save_prior(load_prior(folder), again, tmp_path / "again")
+        save_prior(load_prior(tiny_folder), again, tmp_path / "again")
         for name in ("model.safetensors", "config.json"):
-            assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
-    assert len([*folder.iterdir()]) == 2
+            assert (tmp_path / "again" / name).read_bytes() == (tiny_folder / name).read_bytes()
+    assert len([*tiny_folder.iterdir()]) == 2
 
 
-def test_a_full_disk_leaves_the_earlier_prior(tiny_prior, tiny_config, folder, monkeypatch):
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+def test_a_full_disk_leaves_the_earlier_prior(tiny_prior, tiny_config, tiny_folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in tiny_folder.iterdir()}
     with torch.no_grad():
         next(tiny_prior.parameters()).add_(1)
     opened = builtins.open
@@ -91,8 +80,8 @@ def test_a_full_disk_leaves_the_earlier_prior(tiny_prior, tiny_config, folder, m
 
     monkeypatch.setattr(builtins, "open", open_on_a_full_disk)
     with pytest.raises(OSError, match=r"config\.json cannot be written.*No space left"):
-        save_prior(tiny_prior, tiny_config, folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        save_prior(tiny_prior, tiny_config, tiny_folder)
+    assert {path.name: path.read_bytes() for path in tiny_folder.iterdir()} == before
 
 
 def test_what_could_not_be_loaded_is_not_saved(tiny_prior, tiny_config, tmp_path):
@@ -104,24 +93,6 @@ def test_what_could_not_be_loaded_is_not_saved(tiny_prior, tiny_config, tmp_path
     with pytest.raises(ValueError, match="in float16, hold NaN or infinite values"):
         save_prior(tiny_prior, tiny_config, tmp_path / "tiny")
     assert not (tmp_path / "tiny").exists()
-
-
-def test_the_network_depends_on_the_level(tiny_prior):
-    x = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    inner = tiny_prior.denoiser
-    unshuffled = torch.nn.functional.pixel_unshuffle(x, 2)
-    outputs = [inner.forward_unet(unshuffled, torch.tensor([c])) for c in (-1.0, 1.0)]
-    assert (outputs[0] - outputs[1]).abs().max() > 1e-3
-
-
-def test_build_network_draws_weights_from_the_global_generator(tiny_config):
-    networks = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        networks.append(torch.cat([p.flatten() for p in build_network(tiny_config).parameters()]))
-    assert torch.equal(networks[0], networks[1])
-    assert not torch.equal(networks[0], networks[2])
-    assert "pixel_shuffle" in tiny_config["network"]  # the caller's config is left as it was
 
 
 # -- What is refused ------------------------------------------------------------------------------
@@ -140,21 +111,21 @@ def test_what_is_no_prior_is_told(tmp_path):
         load_prior(tmp_path)
 
 
-def test_damaged_weights(folder):
-    weights = folder / "model.safetensors"
+def test_damaged_weights(tiny_folder):
+    weights = tiny_folder / "model.safetensors"
     content = weights.read_bytes()
     flipped = bytearray(content)
     flipped[-7] ^= 4
     for damaged in (content[: len(content) // 2], content[:5], b"", b"no weights", bytes(flipped)):
         weights.write_bytes(damaged)
         with pytest.raises(ValueError, match=rf"weights .* are damaged.* {sha256(weights)}, expected"):
-            load_prior(folder)
+            load_prior(tiny_folder)
         assert weights.read_bytes() == damaged
-    edit_config(folder, lambda config: config.update(sha256=sha256(weights)))
-    load_prior(folder)  # of one flipped bit, only the digest tells
+    edit_config(tiny_folder, lambda config: config.update(sha256=sha256(weights)))
+    load_prior(tiny_folder)  # of one flipped bit, only the digest tells
     weights.unlink()
     with pytest.raises(ValueError, match=r"weights .* cannot be read"):
-        load_prior(folder)
+        load_prior(tiny_folder)
 
 
 @pytest.mark.parametrize(
@@ -168,10 +139,10 @@ def test_damaged_weights(folder):
         ({"denoiser.out_conv.bias": torch.tensor([0, 0, -torch.inf, 0])}, "NaN or infinite values in"),
     ],
 )
-def test_weights_of_another_network(changes, message, folder):
-    replace_weights(folder, **changes)
+def test_weights_of_another_network(changes, message, tiny_folder):
+    replace_weights(tiny_folder, **changes)
     with pytest.raises(ValueError, match=message):
-        load_prior(folder)
+        load_prior(tiny_folder)
 
 
 REFUSED = {
@@ -217,14 +188,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(
-    "section, key, value, message",
-    [(section, *case) for section, cases in REFUSED.items() for case in cases],
+    "section, key, value, message", [(section, *case) for section, cases in REFUSED.items() for case in cases]
 )
-def test_settings_that_are_refused(section, key, value, message, folder):
-    edit_config(folder, lambda config: config[section].update({key: value}))
+def test_settings_that_are_refused(section, key, value, message, tiny_folder):
+    edit_config(tiny_folder, lambda config: config[section].update({key: value}))
     with pytest.raises(ValueError, match=rf"config\.json cannot be used.*{message}|{message}") as error:
-        load_prior(folder)
-    assert str(folder / "config.json") in str(error.value)
+        load_prior(tiny_folder)
+    assert str(tiny_folder / "config.json") in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -240,17 +210,17 @@ def test_settings_that_are_refused(section, key, value, message, folder):
         (lambda config: config["prior"].update(channels=10**30), "cannot be used"),
     ],
 )
-def test_config_of_another_prior(folder, edit, message):
-    edit_config(folder, edit)
+def test_config_of_another_prior(tiny_folder, edit, message):
+    edit_config(tiny_folder, edit)
     with pytest.raises(ValueError, match=message):
-        load_prior(folder)
+        load_prior(tiny_folder)
 
 
 @pytest.mark.parametrize("content", ['{"network": ', "", "[1]", "[" * 100_000, "\xff\xfe"])
-def test_config_that_is_not_json(content, folder):
-    (folder / "config.json").write_text(content, encoding="latin-1")
+def test_config_that_is_not_json(content, tiny_folder):
+    (tiny_folder / "config.json").write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=r"config\.json cannot be used"):
-        load_prior(folder)
+        load_prior(tiny_folder)
 
 
 # -- Reordering of pixels -------------------------------------------------------------------------
@@ -339,11 +309,6 @@ def test_options_of_pixel_shuffle_that_are_refused(options, message):
         PixelShuffledDenoiser(torch.nn.Identity(), **options)
 
 
-def test_pixel_shuffle_takes_no_further_arguments(tiny_prior):
-    with pytest.raises(TypeError, match="sigm"):
-        tiny_prior(torch.rand(1, 1, 32, 32), sigma=0.1, sigm=0.2)
-
-
 # -- What a prior says about itself ---------------------------------------------------------------
 
 INFO = PriorInfo("p", channels=2, sigma_min=0.01, sigma_max=10.0, size_multiple=4, image_size=32)
@@ -382,8 +347,3 @@ def test_what_it_was_trained_for_passes_in_silence():
     INFO.check_images(torch.Size((3, 2, 32, 32)))
     INFO.check_levels(torch.tensor([[0.01, 1.0], [10.0, 3.0]]))
     dataclasses.replace(INFO, image_size=None).check_images(torch.Size((1, 2, 64, 4)))
-
-
-def test_prior_info_does_not_change():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        INFO.channels = 1

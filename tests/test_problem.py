@@ -10,7 +10,6 @@ from deepinv.physics import (
     BlurFFT,
     Denoising,
     GaussianNoise,
-    Inpainting,
     LinearPhysics,
     Physics,
     PoissonNoise,
@@ -113,57 +112,6 @@ def test_update_of_a_repeated_stack_is_refused_in_backward():
     physics[0].update(filter=rand(B, 1, 5, 5, seed=9))
     with pytest.raises(RuntimeError, match="updated between"):
         z.sum().backward()
-
-
-def test_one_level_is_that_of_all_images():
-    physics = make("Blur")
-    for level in (0.1, torch.tensor(0.1), torch.tensor([0.1]), torch.full((1, 1, 1, 1), 0.1), [0.1]):
-        problem = Problem(physics.A(rand(B, 1, N, N)), physics, level).repeat(2)
-        torch.testing.assert_close(problem.sigma_y, torch.full((2 * B, 1, 1, 1), 0.1).double())
-
-
-class Counted(LinearPhysics):
-    calls = 0
-
-    def A(self, x):
-        self.calls += 1
-        return 2 * x
-
-    A_adjoint = A
-
-
-@pytest.mark.parametrize(("batch", "calls"), [(1, 1), (B, COPIES)])
-def test_a_batch_of_one_goes_through_in_one_call(batch, calls):
-    """As do all copies of an operator that is the same for all images; of a user's class it is not known."""
-    physics, x = Counted(), rand(COPIES * batch, 1, N, N)
-    problem = Problem(x[:batch], physics, 0.1).repeat(COPIES)
-    physics.calls = 0
-    assert torch.equal(problem.A(x), 2 * x)
-    assert physics.calls == calls
-
-
-@pytest.mark.parametrize("name", CLOSED_FORM)
-def test_several_samples_of_one_image_equal_each_alone(name):
-    physics, x = make(name, 1), rand(COPIES, 1, N, N)
-    one = Problem(physics.A(x[:1]), physics, 0.05)
-    z = posterior_prox(one.repeat(COPIES), x, x.flip(-1), 0.2, 0.1)
-    for k, image in enumerate(x.split(1)):
-        torch.testing.assert_close(z[k : k + 1], posterior_prox(one, image, image.flip(-1), 0.2, 0.1))
-
-
-@pytest.mark.parametrize("name", ["Inpainting", "BlurFFT", "Blur"])
-def test_equal_operators_one_per_image_equal_the_one(name):
-    x = rand(COPIES * B, 1, N, N, seed=2)
-    one = make(name, 1)
-    parameter = one.mask if name == "Inpainting" else one.filter
-    several = {
-        "Inpainting": lambda p: Inpainting((1, N, N), p),
-        "BlurFFT": lambda p: BlurFFT((1, N, N), p),
-        "Blur": lambda p: Blur(p, padding="valid"),
-    }[name](parameter.repeat(B, 1, 1, 1))
-    problems = [Problem(p.A(x[:B]), p, 0.05).repeat(COPIES) for p in (one, several)]
-    assert [p.is_per_image for p in problems] == [False, True]
-    torch.testing.assert_close(problems[0].A(x), problems[1].A(x))
 
 
 # -- The adjoint of the measurements -------------------------------------------------------------------

@@ -11,13 +11,13 @@ from threading import Barrier, Thread
 import pytest
 import torch
 from conftest import ExactUnfolded, GaussianProblem
-from deepinv.models import MMSE, MedianFilter
-from deepinv.physics import Blur, Denoising, Downsampling, GaussianNoise, Inpainting
+from deepinv.models import MMSE
+from deepinv.physics import Blur, Denoising, GaussianNoise, Inpainting
 from scipy.stats import chi2
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser
 from deepinv_ud2m.counting import CallCounter
-from deepinv_ud2m.randomness import SampleStreams, randn
+from deepinv_ud2m.randomness import randn
 
 FALSE_ALARM = 1e-6
 SHAPE = (1, 4, 4)
@@ -261,30 +261,3 @@ def test_threads_that_share_a_model_count_and_sample_by_themselves(tiny_prior):
     with ThreadPoolExecutor(4) as threads:
         for samples, alone in zip(threads.map(run, range(4)), expected, strict=True):
             torch.testing.assert_close(samples, alone, rtol=0, atol=1e-5)
-
-
-# -- Randomness ----------------------------------------------------------------------------------------
-
-
-def test_streams_are_standard_normal_and_independent():
-    streams = SampleStreams(list(range(2000)), "cpu", block=3)
-    like = torch.zeros(2000, 1, 4, 4, dtype=torch.float64)
-    draws = torch.stack([streams.randn(like).flatten(1) for _ in range(4)], 1).flatten(1)
-    assert_gaussian(draws, torch.zeros(64).double(), torch.eye(64).double())
-
-
-@pytest.mark.parametrize("num_samples", [1, 3])
-def test_the_measurements_are_projected_back_once(num_samples):
-    """A^T y depends on y alone: it is not computed again at each level and iteration."""
-    physics = Downsampling((1, 16, 16), filter="bicubic", factor=4, padding="circular")
-    y = physics(torch.rand(2, 1, 16, 16, generator=seeded()))
-    adjoint, of_y = physics.A_adjoint, []
-
-    def counted(measurements, **kwargs):
-        of_y.extend([0] if torch.equal(measurements[:2], y) else [])
-        return adjoint(measurements, **kwargs)
-
-    physics.A_adjoint = counted
-    model = UD2M(UnfoldedDenoiser(MedianFilter(), num_iterations=3), num_steps=3)
-    model.sample(y, physics, num_samples, sigma_y=0.05)
-    assert len(of_y) == 1

@@ -1,6 +1,5 @@
 """Distillation: what is trained, evaluated and exported, and what is refused."""
 
-import copy
 import random
 import re
 from dataclasses import fields
@@ -276,21 +275,6 @@ def test_training_of_the_initial_estimate_lowers_the_loss_and_leaves_the_rest(ti
     assert not calls, "the denoiser is not needed"
     assert all(torch.equal(p, before[name]) for name, p in tiny_prior.named_parameters())
     assert not any(getattr(unfolded, f"log_{name}").any() for name in ("rho", "delta", "lambda"))
-
-
-def test_what_the_first_stage_exports_goes_into_the_next(tiny_config, tiny_prior, tmp_path):
-    untouched = copy.deepcopy(tiny_prior)
-    add_lora(tiny_prior, 2, targets="all-convs")
-    trainer = make_initial(tiny_prior, tiny_config, save_path=tmp_path, steps=2)
-    model, y = trainer.train(), mask()(images(2))
-    loaded = UD2M.from_pretrained(tmp_path / "final", prior=untouched, merge=False)
-    samples = [m(y, mask(), generator=torch.Generator().manual_seed(0)) for m in (model, loaded)]
-    torch.testing.assert_close(*samples)
-    before = loaded.unfolded.trained_parameters()
-    before = {name: parameter.clone() for name, parameter in before.items()}
-    options = {"losses": EnergyScoreLoss(), "steps": 1, "device": "cpu", "verbose": False}
-    DistillationTrainer(model=loaded, physics=mask(), train_dataloader=eval_images(), **options).train()
-    assert not any(map(torch.equal, before.values(), loaded.unfolded.trained_parameters().values()))
 
 
 def test_training_goes_through_sigmas_relative_to_the_predicted_rmse(tiny_config, tiny_prior, tmp_path):

@@ -152,13 +152,6 @@ def test_every_physics_is_used_once_in_a_round(tiny_prior):
     assert {first for first, _ in rounds} == {*trainer.physics}, "in random order"
 
 
-def test_the_seed_decides(tiny_prior):
-    def trained(seed):
-        return make_trainer(tiny_prior, seed=seed).train().unfolded.log_delta
-
-    assert torch.equal(trained(0), trained(0)) and not torch.equal(trained(0), trained(1))
-
-
 # -- Checkpoints ----------------------------------------------------------------------------------
 
 
