@@ -1,7 +1,9 @@
 """What tests of training share: a small trainer, and its parts."""
 
 import copy
+import random
 
+import numpy as np
 import torch
 from deepinv.physics import BlurFFT, GaussianNoise, Inpainting
 from deepinv.physics.functional import gaussian_blur
@@ -73,6 +75,19 @@ def full_options(folder, **options):
     full = {"adversarial": True, "accumulate": 2, "grad_clip": 1.0, "log_interval": 4, "save_path": folder}
     full |= {"lr_schedule": warmup_cosine(6, warmup_steps=2), "eval_dataloader": eval_images(4)}
     return full | {"eval_interval": 2, "eval_samples": 2, **two_physics(), **options}
+
+
+class Recorder(L2Loss):
+    """The squared error, which notes how it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.autocast, self.draws = [], []
+
+    def forward(self, **batch):
+        self.autocast.append(torch.is_autocast_enabled("cpu"))
+        self.draws.append((np.random.rand(), random.random()))  # noqa: NPY002
+        return super().forward(**batch)
 
 
 def values_of(trainer):

@@ -39,9 +39,6 @@ class Linear(nn.Module):
         return ((x - condition) * self.weight).sum((1, 2, 3))
 
 
-# -- Losses ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("logits", ["one", "map"])
 def test_adversarial_losses_against_cross_entropy(logits):
     x, x_net, c = (rand(3, 2, 5, 5, seed=seed) for seed in range(3))
@@ -66,8 +63,7 @@ def test_adversarial_losses_of_large_logits_are_finite():
         loss = AdversarialGeneratorLoss()(x=x.detach(), x_net=x, D=D, condition=x)
         (gradient,) = torch.autograd.grad(loss.sum(), x)
         assert loss.isfinite().all() and gradient.isfinite().all()
-        # A certain discriminator still tells the generator where to go.
-        assert bool(gradient.any()) == (value < 0)
+        assert bool(gradient.any()) == (value < 0), "a certain discriminator tells where to go"
 
 
 def test_penalty_of_a_linearmake_discriminator():
@@ -131,21 +127,16 @@ def test_gradients_stay_on_their_side():
     x, c = mnist_digits("test", num=2), mnist_digits("validation", num=2)
     x_net = (x + 0.1 * randn(*x.shape, dtype=torch.float32)).requires_grad_()
     D = make_discriminator()
+    before = {name: value.clone() for name, value in D.train().state_dict().items()}
     options = {"x": x, "x_net": x_net, "D": D, "condition": c}
     AdversarialGeneratorLoss()(**options).sum().backward()
     assert x_net.grad.any() and all(p.grad is None and p.requires_grad for p in D.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in D.state_dict().items())
     x_net.grad = None
     AdversarialDiscriminatorLoss()(**options).sum().backward()
     assert x_net.grad is None
     # The bias of the last layer cancels for equal logits only; all parameters take part.
     assert all(p.grad is not None and p.grad.isfinite().all() for p in D.parameters())
-
-
-def test_the_generator_loss_leaves_the_discriminator_as_it_is():
-    D, x = make_discriminator().train(), mnist_digits("test", num=2)
-    before = {name: value.clone() for name, value in D.state_dict().items()}
-    AdversarialGeneratorLoss()(x=x, x_net=x, D=D, condition=x)
-    assert all(torch.equal(value, before[name]) for name, value in D.state_dict().items())
 
 
 def test_samples_meet_the_condition_of_their_image():
@@ -230,12 +221,9 @@ def test_condition_of_a_blur():
 
 
 def test_condition_of_stacks_and_of_other_noise():
-    x = mnist_digits("test", num=2)
-    children = [
-        dinv.physics.Inpainting((1, 32, 32), mask=mask, noise_model=dinv.physics.GaussianNoise(0.1))
-        for mask in (0.3, 0.4)
-    ]
-    physics = dinv.physics.StackedLinearPhysics(children)
+    x, noise = mnist_digits("test", num=2), dinv.physics.GaussianNoise(0.1)
+    masks = [dinv.physics.Inpainting((1, 32, 32), mask=mask, noise_model=noise) for mask in (0.3, 0.4)]
+    physics = dinv.physics.StackedLinearPhysics(masks)
     image = condition(Problem(physics(x), physics))
     assert image.shape == x.shape and image.isfinite().all()
     poisson = dinv.physics.Denoising(dinv.physics.PoissonNoise(0.1))
@@ -245,7 +233,7 @@ def test_condition_of_stacks_and_of_other_noise():
 # -- The discriminator ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(4, 4), (32, 32), (33, 47), (256, 128)])
+@pytest.mark.parametrize("size", [(4, 4), (32, 32), (33, 47)])
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 def test_discriminator_takes_any_size(size, num_layers):
     D = make_discriminator(channels=3, num_layers=num_layers)
@@ -260,7 +248,9 @@ def test_discriminator_takes_any_size(size, num_layers):
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 def test_a_logit_judges_a_window(num_layers):
     D = make_discriminator(num_layers=num_layers).double().eval()
-    x, c = (rand(1, 1, 160, 160, seed=seed).requires_grad_() for seed in range(2))
+    x, c = (
+        rand(1, 1, 20 * 2**num_layers, 20 * 2**num_layers, seed=seed).requires_grad_() for seed in range(2)
+    )
     logits = D(x, c)
     centre = logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2]
     for gradient in torch.autograd.grad(centre, (x, c)):
@@ -274,12 +264,8 @@ def test_discriminator_judges_images_separately_and_by_their_condition():
     one_by_one = torch.cat([D(x[i : i + 1], c[i : i + 1]) for i in range(4)])
     torch.testing.assert_close(D(x, c), one_by_one)
     assert ((D(x, c) - D(x, c.roll(1, 0))).abs().amax((1, 2, 3)) > 1e-3).all()
-    kinds = (nn.modules.batchnorm._BatchNorm, nn.Sigmoid)
-    assert not any(isinstance(module, kinds) for module in D.modules())
-
-
-def test_discriminator_is_normalised():
     for module in make_discriminator(channels=2).eval().modules():
+        assert not isinstance(module, nn.modules.batchnorm._BatchNorm | nn.Sigmoid)
         if isinstance(module, nn.Conv2d):
             norm = torch.linalg.matrix_norm(module.weight.flatten(1), 2)
             assert norm.item() == pytest.approx(1, abs=0.1)

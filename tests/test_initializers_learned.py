@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from conftest import rand
-from deepinv.models import Denoiser
 from deepinv.physics import Blur, BlurFFT, Denoising, GaussianNoise, Inpainting
 from deepinv.physics.functional import gaussian_blur
 
@@ -206,31 +205,15 @@ def test_autocast_reaches_the_network_and_not_the_operator(initializer):
     torch.testing.assert_close(in_bfloat16[1], h, rtol=0.05, atol=0)
 
 
-class Recorder(Denoiser):
-    def __init__(self):
-        super().__init__()
-        self.levels = []
-
-    def forward(self, w, sigma):
-        self.levels.append(sigma)
-        return w
-
-
 def test_couplings_are_relative_to_the_predicted_error(initializer):
-    denoiser, physics, x_s = Recorder(), mask(), images()
+    physics, x_s, levels = mask(), images(), []
+    denoiser = torch.nn.Identity()
+    denoiser.forward = lambda w, sigma: (levels.append(sigma), w)[1]
     unfolded = UnfoldedDenoiser(denoiser, 2, initializer, delta=[3.0, 0.5])
     y = physics(x_s)
     unfolded(y, physics, x_s, 0.5)
     _, h = initializer(Problem(y, physics), x_s, 0.5)
-    torch.testing.assert_close(denoiser.levels[0], 3 * h.flatten())
-    torch.testing.assert_close(denoiser.levels[1], 0.5 * h.flatten())
-
-
-def test_it_counts_as_one_evaluation_per_level(initializer, tiny_prior):
-    model = UD2M(UnfoldedDenoiser(tiny_prior, 2, initializer), num_steps=3)
-    physics = mask()
-    model.sample(physics(images()), physics, num_samples=2)
-    assert model.nfe == 9
+    torch.testing.assert_close(levels, [3 * h.flatten(), 0.5 * h.flatten()])
 
 
 def relative(initializer, prior, sigmas=(9.0, 0.7, 0.3, 0.1), **options):
@@ -249,6 +232,8 @@ def test_levels_relative_to_the_predicted_error_cost_nothing(initializer, tiny_p
         torch.testing.assert_close(trajectory.sigmas[1, sample], 0.7 * error / 0.15)
         torch.testing.assert_close(trajectory.sigmas[2, sample], 0.3 * error / 0.15)
     assert (trajectory.sigmas[0] == 9).all() and (trajectory.sigmas[3] == 0.1).all()
+    drawn = [model.sample(y, physics, 3, batch_size=size, generator=seeded()) for size in (3, 9)]
+    torch.testing.assert_close(*drawn, atol=1e-4, rtol=1e-4)  # however they are batched
 
 
 def test_levels_are_those_given_where_the_nominal_error_is_predicted(initializer, tiny_prior):
@@ -259,14 +244,6 @@ def test_levels_are_those_given_where_the_nominal_error_is_predicted(initializer
     y = physics(images())
     first, second = (model.sample(y, physics, 2, generator=seeded()) for model in models)
     torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
-
-
-def test_samples_do_not_depend_on_how_they_are_batched(initializer, tiny_prior):
-    model = UD2M(UnfoldedDenoiser(tiny_prior, 2, initializer), num_steps=2)
-    physics = blur(LEVELS)
-    y = physics(images())
-    drawn = [model.sample(y, physics, 3, batch_size=size, generator=seeded()) for size in (3, 9)]
-    torch.testing.assert_close(*drawn, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -301,23 +278,18 @@ def test_a_damaged_configuration_is_named(tiny_folder, tmp_path):
 
 
 def test_what_it_cannot_take_is_refused_by_name(initializer, tiny_config):
-    colour = images().expand(B, 3, 16, 16)
-    with pytest.raises(ValueError, match=r"x_s has 3 channels.*of images of 1"):
-        initializer(Problem(colour, Denoising(), 0.05), colour, 0.5)
-    for level in (-1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="reference_level must be"):
-            PosteriorMeanInitializer(tiny_config["network"], 1, reference_level=level)
-    with pytest.raises(ValueError, match=r"no setting.*depth"):
-        PosteriorMeanInitializer(tiny_config["network"] | {"depth": 3}, 1)
-    with pytest.raises(ValueError, match="pixel_shuffle"):
-        PosteriorMeanInitializer({"img_resolution": 16}, 1)
-    with pytest.raises(ValueError, match="name must be one of the priors"):
-        PosteriorMeanInitializer.from_prior("digits")
-    with pytest.raises(ValueError, match="save_prior, got 'imagenet256'"):
-        PosteriorMeanInitializer.from_prior("imagenet256")
-    with pytest.raises(TypeError, match="network must be a dictionary of settings, got NoneType"):
-        PosteriorMeanInitializer(None, 1)
-    with pytest.raises(TypeError, match=r"wiener must be a WienerInitializer.*got LinearInitializer"):
-        PosteriorMeanInitializer(tiny_config["network"], 1, LinearInitializer())
-    with pytest.raises(ValueError, match="channels must be an integer >= 1, got 0"):
-        PosteriorMeanInitializer(tiny_config["network"], 0)
+    colour, network, make = images().expand(B, 3, 16, 16), tiny_config["network"], PosteriorMeanInitializer
+    levels = [lambda level=level: make(network, 1, reference_level=level) for level in (-1.0, float("nan"))]
+    for call, error, message in (
+        *((of_level, ValueError, "reference_level must be") for of_level in levels),
+        (lambda: initializer(Problem(colour, Denoising(), 0.05), colour, 0.5), ValueError, "x_s has 3 chan"),
+        (lambda: make(network | {"depth": 3}, 1), ValueError, "no setting.*depth"),
+        (lambda: make({"img_resolution": 16}, 1), ValueError, "pixel_shuffle"),
+        (lambda: make.from_prior("digits"), ValueError, "name must be one of the priors"),
+        (lambda: make.from_prior("imagenet256"), ValueError, "save_prior, got 'imagenet256'"),
+        (lambda: make(None, 1), TypeError, "network must be a dictionary of settings, got NoneType"),
+        (lambda: make(network, 1, LinearInitializer()), TypeError, "wiener must be a Wiener.*got Linear"),
+        (lambda: make(network, 0), ValueError, "channels must be an integer >= 1, got 0"),
+    ):
+        with pytest.raises(error, match=message):
+            call()

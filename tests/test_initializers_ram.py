@@ -246,17 +246,18 @@ def test_errors_come_before_the_network_and_name_the_argument(small_ram):
     def refuse(*_):
         raise AssertionError("the network was called")
 
-    x = torch.zeros(2, 1, 8, 8)
     with pytest.raises(TypeError, match=r"ram must be a deepinv\.models\.RAM, got function"):
         RAMInitializer(refuse)
-    initializer, problem = RAMInitializer(small_ram), Problem(x, Denoising(), 0.1)
+    initializer, x, denoising = RAMInitializer(small_ram), torch.zeros(2, 1, 8, 8), Denoising()
     small_ram.register_forward_pre_hook(refuse)
-    with pytest.raises(ValueError, match=r"x_s has 4 channels.* this RAM takes images of 1 channels"):
-        initializer(Problem(x.expand(2, 4, 8, 8), Denoising(), 0.1), x.expand(2, 4, 8, 8), 0.5)
-    with pytest.raises(TypeError, match="physics must be a deepinv LinearPhysics for RAM, got JPEG"):
-        initializer(Problem(JPEG((1, 8, 8), 50).A(x), JPEG((1, 8, 8), 50), 0.1), x, 0.5)
-    with pytest.raises(ValueError, match="sigma must be a scalar or one value per image"):
-        initializer(problem, x, torch.ones(3))
+    colour, jpeg = x.expand(2, 4, 8, 8), JPEG((1, 8, 8), 50)
+    for y, physics, x_s, sigma, error, message in (
+        (colour, denoising, colour, 0.5, ValueError, "x_s has 4 channels.* takes images of 1 channels"),
+        (jpeg.A(x), jpeg, x, 0.5, TypeError, "physics must be a deepinv LinearPhysics for RAM, got JPEG"),
+        (x, denoising, x, torch.ones(3), ValueError, "sigma must be a scalar or one value per image"),
+    ):
+        with pytest.raises(error, match=message):
+            initializer(Problem(y, physics, 0.1), x_s, sigma)
 
 
 # RAM itself, untrained
