@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import torch
+from conftest import seeded
 from deepinv.physics import BlurFFT, GaussianNoise, Inpainting
 from deepinv.physics.functional import gaussian_blur
 from deepinv.physics.generator import BernoulliSplittingMaskGenerator, GaussianBlurGenerator, SigmaGenerator
@@ -27,7 +28,7 @@ SHAPE = (1, 16, 16)
 
 
 def images(num=10):
-    return torch.rand(num, *SHAPE, generator=torch.Generator().manual_seed(0))
+    return torch.rand(num, *SHAPE, generator=seeded(0))
 
 
 def eval_images(num=2):
@@ -99,11 +100,11 @@ def equal(a, b):
 
 
 def rand(*shape, seed=0, dtype=torch.float64):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return torch.rand(*shape, generator=seeded(seed), dtype=dtype)
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return torch.randn(*shape, generator=seeded(seed), dtype=dtype)
 
 
 def make_discriminator(seed=0, **options):

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import seeded
 from deepinv.physics import Denoising, GaussianNoise
 from PIL import Image
 from test_benchmark import computed, entry, study_of
@@ -38,7 +39,7 @@ def line_of(lines, method):
 
 
 def test_the_psnr_of_the_mean_is_of_sixteen_samples():
-    samples = torch.rand(20, 2, 1, 20, 20, generator=torch.Generator().manual_seed(0))
+    samples = torch.rand(20, 2, 1, 20, 20, generator=seeded(0))
     x = torch.full((2, 1, 20, 20), 0.5)
     few, all_ = (evaluate(s, x, x, Denoising(GaussianNoise(0.1)), None)[0] for s in (samples[:16], samples))
     error = (samples[:16].mean(0) - x).square().mean((1, 2, 3))
@@ -140,7 +141,7 @@ def _scaled():
     def build(prior, sigma_y, kind=""):
         def sample(y, physics, seed):
             x = mnist_digits("validation", num=len(y))
-            noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+            noise = torch.randn(x.shape, generator=seeded(seed))
             return {"biased": x * 0.7 + 0.1, "noisy": x + 0.3 * noise, "failed": x * np.nan}[kind]
 
         return sample

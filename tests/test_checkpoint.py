@@ -62,9 +62,6 @@ class NetworkInitializer(Initializer):
         return {n: p for n, p in prior_parameters(self) if n.startswith(self.trained)}
 
 
-# -- The state of what was trained ---------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("train_prior", ["adapter", "all"])
@@ -138,9 +135,6 @@ def test_a_state_that_does_not_fit_changes_nothing(tiny_sampler):
         assert_same(unfolded.state(), before)
 
 
-# -- The fingerprint -----------------------------------------------------------------------------------
-
-
 def test_fingerprint_does_not_depend_on_storage_and_adapter(tiny_prior, tiny_folder):
     expected, prior = fingerprint(tiny_prior), load_prior(tiny_folder)  # stored as float16
     assert re.fullmatch("[0-9a-f]{64}", expected)
@@ -192,9 +186,6 @@ def test_fingerprint_of_what_was_trained(tiny_sampler, sampler_folder):
     assert trained_fingerprint(tiny_sampler.unfolded) != name
 
 
-# -- Round trip ----------------------------------------------------------------------------------------
-
-
 def test_samples_are_the_same_bit_for_bit_and_merged_up_to_rounding(tiny_sampler, sampler_folder):
     expected, loaded = sample(tiny_sampler), UD2M.from_pretrained(sampler_folder, merge=False)
     assert torch.equal(sample(loaded), expected)
@@ -207,13 +198,11 @@ def test_samples_are_the_same_bit_for_bit_and_merged_up_to_rounding(tiny_sampler
     assert all(p.requires_grad for p in lora_parameters(loaded.unfolded.denoiser))
 
 
-@pytest.mark.parametrize(
-    "initializer",
-    [
-        *(LinearInitializer(0.4, 1 / 3, 0.1), PseudoInverseInitializer("adjoint", 0.3)),
-        WienerInitializer(0.4, 1e-3, 2.0, 0.02, 0.5, 0.5, 7, 0.0),
-    ],
-)
+WIENER = WienerInitializer(0.4, 1e-3, 2.0, 0.02, 0.5, 0.5, 7, 0.0)
+KINDS = [LinearInitializer(0.4, 1 / 3, 0.1), PseudoInverseInitializer("adjoint", 0.3), WIENER]
+
+
+@pytest.mark.parametrize("initializer", KINDS)
 @pytest.mark.parametrize("shared, num_iterations", [(False, 2), (True, 2), (False, 1)])
 def test_settings_of_other_kinds(tiny_folder, tmp_path, initializer, shared, num_iterations):
     settings = {"initializer": initializer, "shared": shared}
@@ -228,10 +217,12 @@ def test_settings_of_other_kinds(tiny_folder, tmp_path, initializer, shared, num
 
 
 def test_saving_what_was_loaded_gives_the_same_files(sampler_folder, tiny_folder, tmp_path):
+    before = torch.get_rng_state()
     for merge in (False, True):
         loaded = UD2M.from_pretrained(sampler_folder, merge=merge)
         loaded.save_pretrained(tmp_path / "again", prior=str(tiny_folder), metadata={"seed": 7})
         assert contents(tmp_path / "again") == contents(sampler_folder)
+    assert torch.equal(torch.get_rng_state(), before), "it spends no random numbers"
 
 
 def test_files(tiny_sampler, sampler_folder):
@@ -247,30 +238,17 @@ def test_files(tiny_sampler, sampler_folder):
     assert (sampler_folder / "config.json").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def test_weights_are_stored_in_float32(tiny_sampler, tmp_path):
-    copy.deepcopy(tiny_sampler).double().save_pretrained(tmp_path / "m")
-    state = load_file(tmp_path / "m" / "model.safetensors")
-    assert all(tensor.dtype == torch.float32 for tensor in state.values())
-    assert_same(state, tiny_sampler.unfolded.state())
-
-
 def test_half_precision_rounds_the_weights_and_keeps_the_scalars(tiny_folder, tmp_path):
     model = trained_sampler(load_prior(tiny_folder), train_prior="all")
     state, sizes = clone(model.unfolded.state()), []
-    for dtype in (torch.float32, torch.float16):
-        model.save_pretrained(tmp_path / str(dtype), prior=str(tiny_folder), dtype=dtype)
+    for dtype in (torch.float32, torch.float16):  # also of a sampler in double precision
+        model.double().save_pretrained(tmp_path / str(dtype), prior=str(tiny_folder), dtype=dtype)
         loaded = UD2M.from_pretrained(tmp_path / str(dtype), merge=False).unfolded.state()
         for key, value in loaded.items():
             kept = state[key] if key.startswith("scalars.") else state[key].to(dtype).float()
             assert value.dtype == torch.float32 and torch.equal(value, kept), key
         sizes.append((tmp_path / str(dtype) / "model.safetensors").stat().st_size)
     assert sizes[1] < 0.6 * sizes[0]
-
-
-def test_loading_spends_no_random_numbers(sampler_folder):
-    before = torch.get_rng_state()
-    UD2M.from_pretrained(sampler_folder)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -299,12 +277,6 @@ def edit_config(folder, edit):
     config = json.loads((folder / "config.json").read_text())
     edit(config)
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def test_shipped_samplers(tiny_sampler, sampler_folder, monkeypatch):
-    monkeypatch.setattr(module, "_SHIPPED", sampler_folder.parent)
-    monkeypatch.setitem(module.PRETRAINED, "tiny-denoising", sampler_folder.name)
-    assert torch.equal(sample(UD2M.from_pretrained("tiny-denoising", merge=False)), sample(tiny_sampler))
 
 
 def test_every_shipped_sampler_loads_and_is_of_the_present_format():
@@ -376,8 +348,6 @@ def test_a_simple_initializer_may_be_given_if_it_is_the_same(sampler_folder):
     with pytest.raises(ValueError, match=r"initializer: .*0\.4.*0\.25"):
         UD2M.from_pretrained(sampler_folder, initializer=LinearInitializer(0.25, reference_level=1 / 3))
 
-
-# -- The older format ----------------------------------------------------------------------------------
 
 FORMAT_1 = {
     "format": 1,

@@ -1,25 +1,19 @@
 """What the sampler refuses before any network runs, and what it warns of."""
 
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import deepinv as dinv
 import pytest
 import torch
+from conftest import seeded
 from deepinv.models import Denoiser
 from deepinv.physics import GaussianNoise
 from deepinv.utils import TensorList
 
 import deepinv_ud2m
-from deepinv_ud2m import (
-    UD2M,
-    LinearInitializer,
-    PriorInfo,
-    PseudoInverseInitializer,
-    UnfoldedDenoiser,
-    VPSchedule,
-    WienerInitializer,
-)
+from deepinv_ud2m import UD2M, LinearInitializer, PriorInfo, UnfoldedDenoiser, VPSchedule, WienerInitializer
 from deepinv_ud2m.priors.networks import PixelShuffledDenoiser
 from deepinv_ud2m.randomness import SampleStreams, draw_seeds, randn
 
@@ -106,7 +100,7 @@ def test_sigma_y_stands_in_for_a_noise_model():
         assert UD2M(UnfoldedDenoiser(Echo()), sigma_y=0.1)(y, physics).shape == GREY.shape
     samples = []
     for model.sigma_y, of_physics, given in ((None, 0.1, 0.5), (0.1, 0.1, 0.5), (0.1, 0.5, None)):
-        generator = torch.Generator().manual_seed(0)
+        generator = seeded(0)
         samples.append(model(GREY, _denoising(of_physics), sigma_y=given, generator=generator))
     assert torch.equal(samples[0], samples[1]), "the call's comes before the model's"
     assert not torch.equal(samples[0], samples[2]), "and the model's before the physics'"
@@ -132,9 +126,8 @@ def test_calls_it_cannot_take(model, name, value, error, message):
 
 def test_measurements_on_another_device(model):
     model.to("meta")  # stands for a GPU
-    for call in (model, model.sample):
-        with pytest.raises(ValueError, match="y must be on the device of the model, meta, got y on cpu"):
-            call(GREY, _denoising())
+    with pytest.raises(ValueError, match="y must be on the device of the model, meta, got y on cpu"):
+        model(GREY, _denoising())
 
 
 def _unfolded(**arguments):
@@ -163,6 +156,8 @@ ARGUMENTS = [
     (_sampler, "eta", [-0.1, 1.1, NAN, INF], ValueError, r"must be in \[0, 1\]"),
     (_sampler, "eta", ["1", None, True], TypeError, "must be a number"),
     (_sampler, "sigmas", NO_SIGMAS, ValueError, r"must be a sequence of positive.*\[1e-06, 1e\+06\]"),
+    (partial(_sampler, num_steps=2), "sigmas", [[1.0, 0.1]], ValueError, "stand in place"),
+    (partial(_sampler, schedule=VPSchedule()), "sigmas", [[1.0, 0.1]], ValueError, "stand in place"),
     (_sampler, "output_range", NO_RANGES, ValueError, "must be"),
     (_sampler, "output_range", [1.0, (0, 1, 2), "0", ("0", "1"), (0, None)], TypeError, "must be"),
     (_sampler, "schedule", ["cosine", VPSchedule], TypeError, "must be a VPSchedule"),
@@ -199,33 +194,19 @@ def test_arguments_that_are_refused(make, name, value, error, message):
         make(**{name: value})
 
 
-def test_sigmas_exclude_num_steps_and_schedule():
-    for other in ({"num_steps": 2}, {"schedule": VPSchedule()}):
-        with pytest.raises(ValueError, match="sigmas stand in place"):
-            _sampler(sigmas=[1.0, 0.1], **other)
-
-
 def _public_callables():
-    for name in deepinv_ud2m.__all__:
-        value = getattr(deepinv_ud2m, name)
-        if callable(value):
-            yield pytest.param(value, id=name)
-    sampler, unfolded, schedule = _sampler(), _unfolded(), VPSchedule()
-    modules = [sampler, unfolded, unfolded.initializer, PseudoInverseInitializer()]
-    for module in [*modules, PixelShuffledDenoiser(Untouchable())]:
-        yield pytest.param(module, id=f"{type(module).__name__}.forward")
-    methods = [sampler.sample, sampler.step, sampler.chain, sampler.first_state, sampler.save_pretrained]
-    methods += [unfolded.draw, unfolded.scalars, unfolded.check, unfolded.load_state]
-    methods += [schedule.sampling_sigmas, schedule.training_sigmas, schedule.sigma, schedule.timestep]
-    for method in [*methods, PixelShuffledDenoiser, SampleStreams, draw_seeds, randn]:
-        yield pytest.param(method, id=method.__qualname__)
+    sampler, unfolded = _sampler(), _unfolded()
+    callables = [value for name in deepinv_ud2m.__all__ if callable(value := getattr(deepinv_ud2m, name))]
+    callables += [sampler, unfolded, unfolded.initializer, PixelShuffledDenoiser(Untouchable())]
+    callables += [sampler.sample, sampler.step, sampler.chain, sampler.first_state, sampler.save_pretrained]
+    return [*callables, unfolded.draw, PixelShuffledDenoiser, SampleStreams, draw_seeds, randn]
 
 
-@pytest.mark.parametrize("function", list(_public_callables()))
-def test_misspelt_keywords(function, tmp_path):
-    arguments = [tmp_path] if "save_pretrained" in getattr(function, "__qualname__", "") else []
+@pytest.mark.parametrize("function", _public_callables(), ids=str)
+def test_misspelt_keywords(function):
+    given = ["folder"] if "save_pretrained" in getattr(function, "__qualname__", "") else []
     with pytest.raises(TypeError, match="unexpected keyword argument 'num_sampels'"):
-        function(*arguments, num_sampels=3)
+        function(*given, num_sampels=3)
 
 
 def _messages(call):
@@ -239,7 +220,7 @@ def _messages(call):
 def test_measurements_in_another_range_warn(scale, shift):
     """No sample in [0, 1] explains them: it says so, of one range and of several measurements alike."""
     model = UD2M(UnfoldedDenoiser(Echo()))
-    x = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(2, 1, 16, 16, generator=seeded(0))
     for physics in (_denoising(0.05), _stack(0.05, 0.05)):
         assert _messages(lambda physics=physics: model(physics(x), physics)) == []
         y = physics(scale * x + shift)

@@ -80,11 +80,19 @@ def test_to_the_hub_and_back(tiny_sampler, tiny_folder, hub, capsys):
     assert all(word in printed for word in ("model.safetensors", "'me/repo'", "v1", "Hugging Face Hub"))
 
 
-def test_model_card_of_others_is_kept(tiny_sampler, hub):
+def test_what_is_left_alone(tiny_sampler, sampler_folder, hub, monkeypatch):
+    with pytest.raises(TypeError, match="metadata"):
+        tiny_sampler.push_to_hub("me/repo", metadata={"x": object()})
+    assert not hub.calls, "what cannot be saved is not uploaded"
+    monkeypatch.chdir(sampler_folder.parent.parent)  # a folder comes before the Hub
+    loaded = UD2M.from_pretrained(f"{sampler_folder.parent.name}/{sampler_folder.name}", merge=False)
+    assert torch.equal(sample(loaded), sample(tiny_sampler)) and not hub.calls
     hub.files["me/repo"] = {"README.md": b"mine"}
     tiny_sampler.push_to_hub("me/repo")
     assert hub.files["me/repo"]["README.md"] == b"mine"
     assert "config.json" in hub.files["me/repo"]
+    with pytest.raises(OSError, match=r"'runs/typo' is neither a folder nor.*404 repository not found"):
+        UD2M.from_pretrained("runs/typo")
 
 
 def test_model_card(sampler_folder):
@@ -99,23 +107,6 @@ def test_model_card(sampler_folder):
     config["lora"] = None
     card = model_card("me/repo", config)
     assert 'from_pretrained("me/repo", initializer=initializer)' in card and "| LoRA | none |" in card
-
-
-def test_what_cannot_be_saved_is_not_uploaded(tiny_sampler, hub):
-    with pytest.raises(TypeError, match="metadata"):
-        tiny_sampler.push_to_hub("me/repo", metadata={"x": object()})
-    assert not hub.calls
-
-
-def test_a_download_that_fails(hub):
-    with pytest.raises(OSError, match=r"'runs/typo' is neither a folder nor.*404 repository not found"):
-        UD2M.from_pretrained("runs/typo")
-
-
-def test_a_folder_comes_before_the_hub(tiny_sampler, sampler_folder, hub, monkeypatch):
-    monkeypatch.chdir(sampler_folder.parent.parent)
-    loaded = UD2M.from_pretrained(f"{sampler_folder.parent.name}/{sampler_folder.name}", merge=False)
-    assert torch.equal(sample(loaded), sample(tiny_sampler)) and not hub.calls
 
 
 def test_without_huggingface_hub(tiny_sampler, monkeypatch):

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import PER_IMAGE, GaussianProblem, dense_matrix, per_image_physics, rand
+from conftest import PER_IMAGE, GaussianProblem, dense_matrix, per_image_physics, rand, seeded
 from conftest import flat as flat_image
 from deepinv.models import RAM
 from deepinv.physics import Denoising, GaussianNoise, Inpainting, LinearPhysics, ZeroNoise
@@ -93,9 +93,6 @@ def ram():
         return RAM(in_channels=(1,), pretrained=False)
 
 
-# The whitening
-
-
 @pytest.mark.parametrize("s", [0.01, 0.1, 3.0, 78.0])
 @pytest.mark.parametrize("make_physics", [inpainting, blur])
 def test_an_exact_network_gives_the_exact_posterior_mean(make_physics, s):
@@ -112,7 +109,7 @@ def test_an_exact_network_gives_the_exact_posterior_mean(make_physics, s):
 @pytest.mark.parametrize("name", PER_IMAGE)
 def test_per_sample_operators_and_levels_give_the_exact_posterior_means(name):
     d = N * N
-    factor = torch.randn(d, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    factor = torch.randn(d, d, generator=seeded(0), dtype=torch.float64)
     covariance = 0.1 * factor @ factor.T / d + 0.02 * torch.eye(d, dtype=torch.float64)
     problem, mean, x_s = problem_of(name), rand(d), rand(B, 1, N, N, seed=2)
     got, _ = RAMInitializer(ExactRAM(mean, covariance))(problem, x_s, LEVELS)
@@ -167,9 +164,6 @@ def test_the_joint_operator_has_its_adjoint_and_norm_at_most_one(name, dtype):
         u = joint.A_adjoint_A(u / u.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1))
     norm_of_A = 2 if name == "stack" else 1
     assert (u.flatten(1).norm(dim=1) < norm_of_A + 1e-6).all()
-
-
-# The network in its house
 
 
 def test_what_the_caller_owns_is_left_as_it_is(small_ram):
@@ -260,9 +254,6 @@ def test_errors_come_before_the_network_and_name_the_argument(small_ram):
             initializer(Problem(y, physics, 0.1), x_s, sigma)
 
 
-# RAM itself, untrained
-
-
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
@@ -270,7 +261,7 @@ def relative(a, b):
 @torch.no_grad()
 def test_ram_meets_the_reconstructor_and_the_denoiser_that_it_is(ram):
     x = torch.nn.functional.avg_pool2d(rand(1, 1, 256, 256, dtype=torch.float32), 4)
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(x.shape, generator=seeded(0))
     initializer, sigma_y = RAMInitializer(ram), 0.05
     physics = make("BlurFFT", 64, torch.float32, slice(0, 1))
     y = physics.A(x) + sigma_y * noise.roll(1, -1)

@@ -1,12 +1,12 @@
 """UD2M inside deepinv, unchanged: test, Trainer, DiffusionSampler, and the public benchmark."""
 
 import copy
-import math
 import warnings
 
 import deepinv as dinv
 import pytest
 import torch
+from conftest import seeded
 from deepinv.loss.metric import PSNR
 from deepinv.physics import GaussianNoise
 from deepinv.physics.functional.blur import gaussian_blur
@@ -34,10 +34,6 @@ class Digits(Dataset):
 @pytest.fixture
 def model(tiny_prior):
     return UD2M(UnfoldedDenoiser(tiny_prior, num_iterations=2), num_steps=2)
-
-
-def _seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def _kernels(batch):
@@ -78,15 +74,6 @@ def _test(model, physics, num, batch_size, **options):
     return results, outputs
 
 
-def test_trainer_test(model):
-    options = {"train_dataloader": None, "optimizer": None, "save_path": None, "device": "cpu"}
-    options |= {"verbose": False, "show_progress_bar": False, "online_measurements": True}
-    trainer = dinv.Trainer(model, physics=BENCHMARK["inpainting"](), metrics=PSNR(), **options)
-    results = trainer.test(DataLoader(Digits(4), batch_size=2))
-    assert math.isfinite(results["PSNR"])
-    assert model.nfe == 4 and not model.unfolded.denoiser.training
-
-
 @pytest.mark.parametrize(
     "context, problem",
     [("autocast", "deblurring"), ("autocast", "inpainting"), *(("inference", name) for name in BENCHMARK)],
@@ -100,10 +87,10 @@ def test_sampling_in_a_context(problem, context):
     y = physics(mnist_digits("test", num=1 if context == "autocast" else 2))
     noise = {"sigma_y": 0.05} if not isinstance(physics.noise_model, GaussianNoise) else {}
     num_samples = 1 if context == "autocast" else 2
-    expected = model.sample(y, physics, num_samples, generator=_seeded(), **noise)
+    expected = model.sample(y, physics, num_samples, generator=seeded(), **noise)
     half = torch.autocast("cpu", torch.bfloat16)
     with half if context == "autocast" else torch.inference_mode():
-        samples = model.sample(y, physics, num_samples, generator=_seeded(), **noise)
+        samples = model.sample(y, physics, num_samples, generator=seeded(), **noise)
     if context == "autocast":
         assert samples.dtype == torch.float32
         assert 0 < (samples - expected).square().mean().sqrt() < 0.02
@@ -154,15 +141,15 @@ def test_str_identifies_the_model(tiny_prior):
 def test_copies_and_state_dicts(model, tiny_prior, tmp_path):
     physics = BENCHMARK["denoising"]()
     y = physics(mnist_digits("test", num=2))
-    before, copied = model(y, physics, generator=_seeded()), copy.deepcopy(model)
+    before, copied = model(y, physics, generator=seeded()), copy.deepcopy(model)
     for parameter in (model.unfolded.log_rho, model.unfolded.log_delta, model.unfolded.log_lambda):
         parameter.data += 0.3
-    x_hat = model(y, physics, generator=_seeded())
-    assert torch.equal(copied(y, physics, generator=_seeded()), before) and not torch.equal(before, x_hat)
+    x_hat = model(y, physics, generator=seeded())
+    assert torch.equal(copied(y, physics, generator=seeded()), before) and not torch.equal(before, x_hat)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     twin = UD2M(UnfoldedDenoiser(copy.deepcopy(tiny_prior), num_iterations=2), num_steps=2)
     twin.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
-    assert torch.equal(twin(y, physics, generator=_seeded()), x_hat)
+    assert torch.equal(twin(y, physics, generator=seeded()), x_hat)
     # What was learned, and what it multiplies; the levels are the constructor's.
     keys = {key for key in model.state_dict() if not key.startswith("unfolded.denoiser.")}
     scalars = ("rho", "delta", "lambda")
@@ -173,12 +160,12 @@ def test_double_precision(model):
     """Of the model and the problem, or of the model alone."""
     physics = BENCHMARK["denoising"]()
     y = physics(mnist_digits("test", num=2))
-    single = model(y, physics, generator=_seeded())
+    single = model(y, physics, generator=seeded())
     model.to(torch.float64)
-    mixed = model(y, physics, generator=_seeded())
+    mixed = model(y, physics, generator=seeded())
     assert mixed.dtype == torch.float32
     torch.testing.assert_close(mixed, single, rtol=0, atol=1e-4)
-    x_hat = model(y.double(), physics.to(torch.float64), generator=_seeded())
+    x_hat = model(y.double(), physics.to(torch.float64), generator=seeded())
     assert x_hat.dtype == torch.float64
     assert x_hat.isfinite().all() and x_hat.shape == y.shape
 
@@ -205,36 +192,36 @@ def test_per_sample_operators(model, kind):
     make, operators, sigma = _blur, _kernels(3), torch.full((3,), 0.1)
     if kind != "blur":
         make, sigma = _inpainting, torch.tensor([0.02, 0.1, 0.5])
-        operators = (torch.rand(3, 1, 32, 32, generator=_seeded()) < 0.5).float()
+        operators = (torch.rand(3, 1, 32, 32, generator=seeded()) < 0.5).float()
     physics = make(operators, sigma)
     y, override = physics(mnist_digits("test", num=3)), {}
     if kind == "sigma_y":
         physics, override = make(operators, 10.0), {"sigma_y": sigma}
-    batch = model(y, physics, generator=_seeded(), **override)
+    batch = model(y, physics, generator=seeded(), **override)
     _assert_image(batch, (3, 1, 32, 32))
     # The initial estimate from a mask, which is not solved to the end, amplifies rounding.
     close = CLOSE if kind == "blur" else {"rtol": 0, "atol": 2e-3}
     # Several samples, in any split, keep each image with its operator.
-    samples = model.sample(y, physics, 4, generator=_seeded(1), **override)
-    split = model.sample(y, physics, 4, batch_size=6, generator=_seeded(1), **override)
+    samples = model.sample(y, physics, 4, generator=seeded(1), **override)
+    split = model.sample(y, physics, 4, batch_size=6, generator=seeded(1), **override)
     torch.testing.assert_close(split, samples, **close)
     # Alone, sample i of image i has the random stream of image i in the batch.
     for i in range(3):
         part = slice(i, i + 1)
-        alone = model.sample(y[part], make(operators[part], sigma[part]), i + 1, generator=_seeded())
+        alone = model.sample(y[part], make(operators[part], sigma[part]), i + 1, generator=seeded())
         torch.testing.assert_close(alone[i, 0], batch[i], **close)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_stacked_physics(model, batch):
-    masks = (torch.rand(batch, 1, 32, 32, generator=_seeded()) < 0.5).float()
+    masks = (torch.rand(batch, 1, 32, 32, generator=seeded()) < 0.5).float()
     physics = dinv.physics.StackedLinearPhysics([_blur(_kernels(batch), 0.1), _inpainting(masks, 0.1)])
     y = physics(mnist_digits("test", num=batch))
     assert isinstance(y, dinv.utils.TensorList)
     _assert_image(model(y, physics), (batch, 1, 32, 32))
-    samples = model.sample(y, physics, 3, generator=_seeded())
-    split = model.sample(y, physics, 3, batch_size=batch, generator=_seeded())
+    samples = model.sample(y, physics, 3, generator=seeded())
+    split = model.sample(y, physics, 3, batch_size=batch, generator=seeded())
     # Conjugate gradients stop at a relative residual of 1e-4, not at the same iterate.
     torch.testing.assert_close(split, samples, rtol=0, atol=5e-3)
-    with_level = model.sample(y, physics, 3, generator=_seeded(), sigma_y=0.1)
+    with_level = model.sample(y, physics, 3, generator=seeded(), sigma_y=0.1)
     torch.testing.assert_close(with_level, samples, rtol=0, atol=5e-3)

@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
+from conftest import seeded
 from deepinv.models import ADMUNet, Denoiser, DRUNet, NCSNpp, UNet
 from deepinv.models.precond import EDMPrecond
 from deepinv.models.utils import UpDownConv2d
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -114,7 +116,7 @@ def scatter(parameters, scale):
 
 
 def batch(size=16):
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     return torch.rand(2, 3, size, size, generator=generator), torch.tensor([0.1, 0.4])
 
 
@@ -380,6 +382,7 @@ def test_state_goes_through_safetensors(denoiser, tmp_path):
     add_lora(denoiser, rank=2)
     scatter(lora_parameters(denoiser), 0.1)
     state = lora_state_dict(denoiser)
+    assert state.keys() == get_peft_model_state_dict(denoiser).keys()
     assert sum(t.numel() for t in state.values()) == sum(p.numel() for p in lora_parameters(denoiser))
     save_file(state, tmp_path / "adapter.safetensors")
     add_lora(twin, **lora_config(denoiser))
@@ -387,69 +390,48 @@ def test_state_goes_through_safetensors(denoiser, tmp_path):
     assert torch.equal(run(twin), run(denoiser))
 
 
-def test_keys_are_those_of_peft():
-    from peft import get_peft_model_state_dict
-
-    model = tiny("ADMUNet")
-    names = add_lora(model)
-    assert lora_state_dict(model).keys() == get_peft_model_state_dict(model).keys()
-    assert f"{names[0]}.lora_A.weight" in lora_state_dict(model)
-
-
-def test_loading_into_a_merged_denoiser():
-    (model, _), (other, _) = adapted_twin(), adapted_twin(scale=0.2)
-    merge_lora(model)
-    load_lora_state_dict(model, lora_state_dict(other))
-    merge_lora(other)
-    assert torch.equal(run(model), run(other))
-
-
 def test_loading_what_does_not_fit_changes_nothing():
     model, _ = adapted_twin(rank=2)
     before = {key: value.clone() for key, value in lora_state_dict(model).items()}
     state = {key: torch.full_like(value, 7.0) for key, value in before.items()}
     a, b = "wide.lora_A.weight", "wide.lora_B.weight"
-    for unfit, words in (
-        ({k: v for k, v in state.items() if k != a}, ("missing", a)),
-        ({**state, "nowhere.lora_A.weight": torch.zeros(1)}, ("unexpected", "nowhere")),
-        ({**state, b: torch.zeros(8, 3, 1, 1)}, (b, "[8, 3, 1, 1] instead of [8, 2, 1, 1]")),
+    for fits_not, message in (
+        ({k: v for k, v in state.items() if k != a}, f"missing.*{a}"),
+        ({**state, "nowhere.lora_A.weight": torch.zeros(1)}, "unexpected.*nowhere"),
+        ({**state, b: torch.zeros(8, 3, 1, 1)}, rf"{b}.*\[8, 3, 1, 1\] instead of \[8, 2, 1, 1\]"),
     ):
-        with pytest.raises(ValueError) as info:
-            load_lora_state_dict(model, unfit)
-        assert all(word in str(info.value) for word in words), info.value
+        with pytest.raises(ValueError, match=message):
+            load_lora_state_dict(model, fits_not)
         assert equal(before, lora_state_dict(model))
     with pytest.raises(ValueError, match="unexpected"):
         load_lora_state_dict(tiny(), state)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"rank": 0}, ["rank must be an integer >= 1, got 0"]),
-        ({"rank": True}, ["rank", "True"]),
-        ({"alpha": 0}, ["alpha must be a positive number", "got 0"]),
-        ({"alpha": float("nan")}, ["alpha", "nan"]),
-        ({"targets": []}, ["targets=[]", "wide", "shrink"]),
-        ({"targets": ["to_q"]}, ["targets", "'to_q' is not the name of a layer"]),
-        ({"targets": ["wide", "ide"]}, ["targets", "'ide' is not the name"]),
-        ({"targets": "ide"}, ["targets='ide'", "matches no layer", "wide"]),
-        ({"targets": "(" }, ["targets='('", "regular expression"]),
-        ({"targets": [3]}, ["targets must be", "[3]"]),
-        ({"targets": ["wide", "grow"]}, ["grow (ConvTranspose2d)", "nn.Conv2d", "nn.Linear"]),
-        ({"targets": ["grouped"]}, ["grouped (Conv2d)", "groups=1"]),
-        ({"targets": "dropout|wide"}, ["dropout (Dropout)"]),
-        ({"targets": ["out_proj"]}, ["attention.out_proj"]),
-    ],
-)  # fmt: skip
-def test_refusals_change_nothing(arguments, words):
+def test_refusals_change_nothing():
     model = tiny()
     model.attention = nn.MultiheadAttention(8, 2)
     before, flags = repr(model), [p.requires_grad for p in model.parameters()]
-    with pytest.raises(ValueError) as info:
-        add_lora(model, **arguments)
-    assert all(word in str(info.value) for word in words), info.value
-    assert repr(model) == before and not has_lora(model) and not model._forward_pre_hooks
-    assert [p.requires_grad for p in model.parameters()] == flags
+    for name, value, *words in (
+        ("rank", 0, "rank must be an integer >= 1, got 0"),
+        ("rank", True, "True"),
+        ("alpha", 0, "alpha must be a positive number", "got 0"),
+        ("alpha", float("nan"), "nan"),
+        ("targets", [], "targets=[]", "wide", "shrink"),
+        ("targets", ["to_q"], "'to_q' is not the name of a layer"),
+        ("targets", ["wide", "ide"], "'ide' is not the name"),
+        ("targets", "ide", "targets='ide'", "matches no layer", "wide"),
+        ("targets", "(", "targets='('", "regular expression"),
+        ("targets", [3], "targets must be", "[3]"),
+        ("targets", ["wide", "grow"], "grow (ConvTranspose2d)", "nn.Conv2d", "nn.Linear"),
+        ("targets", ["grouped"], "grouped (Conv2d)", "groups=1"),
+        ("targets", "dropout|wide", "dropout (Dropout)"),
+        ("targets", ["out_proj"], "attention.out_proj"),
+    ):
+        with pytest.raises(ValueError) as info:
+            add_lora(model, **{name: value})
+        assert all(word in str(info.value) for word in (name, *words)), info.value
+        assert repr(model) == before and not has_lora(model) and not model._forward_pre_hooks
+        assert [p.requires_grad for p in model.parameters()] == flags
 
 
 def test_resampling_layers_and_a_second_adapter_are_refused():

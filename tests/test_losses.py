@@ -1,7 +1,7 @@
 """Losses of distillation against closed forms, brute force, metrics and other implementations."""
 
 import math
-from itertools import combinations, permutations
+from itertools import permutations
 from urllib.error import URLError
 
 import deepinv as dinv
@@ -29,9 +29,6 @@ LPIPS_NETWORKS = {
     "lpips-vgg": (torchvision.models.VGG16_Weights, "528 MB"),
     "lpips-squeeze": (torchvision.models.SqueezeNet1_1_Weights, "5 MB"),
 }
-
-
-# -- The convention -------------------------------------------------------------------------------
 
 
 LOSSES_OF_ONE_SAMPLE = [
@@ -76,14 +73,6 @@ def test_weights(cls):
             cls(weight=weight)
 
 
-def test_positional_arguments_are_refused():
-    # deepinv's own classes disagree whether x or x_net comes first.
-    x = torch.zeros(1, 1, 32, 32)
-    for loss in (L2Loss(), PerceptualLoss(), EnergyScoreLoss(), AdversarialDiscriminatorLoss()):
-        with pytest.raises(TypeError, match="positional"):
-            loss(x, x)
-
-
 @pytest.mark.parametrize("loss", [*LOSSES_OF_ONE_SAMPLE, EnergyScoreLoss()], ids=str)
 def test_shapes_that_would_broadcast_are_refused(loss):
     x = torch.zeros(2, 1, 32, 32)
@@ -96,6 +85,8 @@ def test_shapes_that_would_broadcast_are_refused(loss):
             loss(x=x, x_net=one, **arguments)
         with pytest.raises(ValueError, match="x, the clean images, is needed"):
             loss(x=None, x_net=x, **arguments)
+    with pytest.raises(TypeError, match="positional"):  # deepinv's classes disagree which comes first
+        loss(x, x)
 
 
 @pytest.mark.parametrize("loss", [*LOSSES_OF_ONE_SAMPLE, EnergyScoreLoss()], ids=str)
@@ -107,9 +98,6 @@ def test_samples_in_half_precision_are_compared_in_single(loss):
     assert value.dtype == torch.float32
     expected = loss(x_net=samples[0].float(), samples=samples.float(), **options)
     torch.testing.assert_close(value, expected, rtol=0, atol=0)
-
-
-# -- Squared error --------------------------------------------------------------------------------
 
 
 def test_the_squared_error_over_the_variance_of_the_state_is_that_of_the_noise():
@@ -125,9 +113,6 @@ def test_the_squared_error_over_the_variance_of_the_state_is_that_of_the_noise()
     torch.testing.assert_close(loss / s**2, (eps_hat - eps).square().mean((1, 2, 3)), rtol=1e-9, atol=0)
 
 
-# -- Gaussian likelihood --------------------------------------------------------------------------
-
-
 def test_the_likelihood_is_gaussian_and_highest_at_the_rms_error():
     x, estimate = rand(3, 1, 8, 8), rand(3, 1, 8, 8, seed=1)
     rmse = torch.tensor([0.1, 0.2, 0.5], dtype=torch.float64).reshape(3, 1, 1, 1)
@@ -138,9 +123,6 @@ def test_the_likelihood_is_gaussian_and_highest_at_the_rms_error():
     assert (GaussianNLLLoss()(x=x, x_net=estimate, rmse=rms) < loss).all()
     with pytest.raises(ValueError, match=r"rmse, the predicted RMSE .* stage='initial'"):
         GaussianNLLLoss()(x=x, x_net=estimate)
-
-
-# -- Perceptual distance --------------------------------------------------------------------------
 
 
 def test_perceptual_loss_is_the_metric_with_gradients():
@@ -187,16 +169,6 @@ def test_lpips_without_its_weights(network, no_weights, monkeypatch):
     with pytest.raises(RuntimeError, match="no route to host") as error:
         PerceptualLoss(network, download=True)
     assert f"put the file at {file}" in str(error.value)
-
-
-def test_perceptual_errors():
-    with pytest.raises(ValueError, match=r"network must be one of .*lpips-vgg"):
-        PerceptualLoss("inception")
-    with pytest.raises(ValueError, match=r"\[B, 1, 32, 32\]"):
-        PerceptualLoss("digits")(x=torch.zeros(1, 1, 28, 28), x_net=torch.zeros(1, 1, 28, 28))
-
-
-# -- Energy score ---------------------------------------------------------------------------------
 
 
 def _brute_force(samples, x, beta):
@@ -252,14 +224,6 @@ def test_a_diversity_weight_for_each_physics():
             loss(x=x, samples=samples, physics=physics)
 
 
-def test_energy_score_of_many_samples_is_that_of_all_pairs():
-    # Exactly, so its expectation and its minimum do not depend on the number of samples.
-    samples, x = rand(4, 2, 1, 3, 3), rand(2, 1, 3, 3, seed=1)
-    loss = EnergyScoreLoss()
-    pairs = [loss(x=x, samples=samples[list(pair)]) for pair in combinations(range(4), 2)]
-    torch.testing.assert_close(loss(x=x, samples=samples), torch.stack(pairs).mean(0))
-
-
 def test_energy_score_of_patches():
     samples, x = rand(3, 2, 2, 7, 9), rand(2, 2, 7, 9, seed=1)
     whole = EnergyScoreLoss()(x=x, samples=samples)
@@ -273,11 +237,8 @@ def test_energy_score_of_patches():
             scores.append(_brute_force(samples[window], x[window], 1.3))
     patches = EnergyScoreLoss(beta=1.3, patch_size=4)(x=x, samples=samples)
     torch.testing.assert_close(patches, torch.stack(scores).mean(0))
-
-
-def test_energy_score_of_pixels_is_the_crps():
-    samples, x = rand(4, 3, 1, 5, 6), rand(3, 1, 5, 6, seed=1)
-    torch.testing.assert_close(EnergyScoreLoss(patch_size=1)(x=x, samples=samples), crps(samples, x))
+    pixels = EnergyScoreLoss(patch_size=1)(x=x[:, :1], samples=samples[:, :, :1])
+    torch.testing.assert_close(pixels, crps(samples[:, :, :1], x[:, :1]))
 
 
 def test_energy_score_of_features():
@@ -370,27 +331,20 @@ def test_gradient_of_the_energy_score():
 
 
 def test_energy_score_errors():
-    x = torch.zeros(2, 1, 4, 4)
-    for num in (1, 0, 2.5, True):
-        with pytest.raises(ValueError, match="num_samples must be"):
-            EnergyScoreLoss(num)
-    for beta in (0.0, 2.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match=r"beta must be in \(0, 2\)"):
-            EnergyScoreLoss(beta=beta)
-    with pytest.raises(ValueError, match="patch_size must be an integer >= 1"):
-        EnergyScoreLoss(patch_size=0)
-    physics = dinv.physics.Denoising()
-    for c in (-0.1, 1.3, math.nan, {}, [1.0], "1", {physics: None}, {physics: 2.0}):
-        with pytest.raises(ValueError, match=r"diversity_weight must be a number in \[0, 1.2\]"):
-            EnergyScoreLoss(diversity_weight=c)
-    with pytest.raises(ValueError, match="features must be callable"):
-        EnergyScoreLoss(features="digits")
-    with pytest.raises(ValueError, match=r"samples must be at least two samples .* got none"):
-        EnergyScoreLoss()(x=x, x_net=x)
-    with pytest.raises(ValueError, match=r"samples must be at least two samples .* got 1"):
-        EnergyScoreLoss()(x=x, x_net=x, samples=x[None])
+    x, physics = torch.zeros(2, 1, 4, 4), dinv.physics.Denoising()
     samples = torch.stack([x, x])
-    with pytest.raises(ValueError, match=r"features must map \[6, 1, 4, 4\] to \[6, ...\], got \[6\]"):
-        EnergyScoreLoss(features=lambda z: z.sum((1, 2, 3)))(x=x, samples=samples)
-    with pytest.raises(ValueError, match=r"to maps \[6, D, h, w\], got \[6, 16\]"):
-        EnergyScoreLoss(features=lambda z: z.flatten(1), patch_size=2)(x=x, samples=samples)
+    weights = (-0.1, 1.3, math.nan, {}, [1.0], "1", {physics: None}, {physics: 2.0})
+    for options, message in (
+        *(({"num_samples": num}, "num_samples must be") for num in (1, 0, 2.5, True)),
+        *(({"beta": beta}, r"beta must be in \(0, 2\)") for beta in (0.0, 2.0, -1.0, math.nan)),
+        *(({"diversity_weight": c}, r"diversity_weight must be a number in \[0, 1.2\]") for c in weights),
+        ({"patch_size": 0}, "patch_size must be an integer >= 1"),
+        ({"features": "digits"}, "features must be callable"),
+        ({"features": lambda z: z.sum((1, 2, 3))}, r"must map \[6, 1, 4, 4\] to \[6, ...\], got \[6\]"),
+        ({"features": lambda z: z.flatten(1), "patch_size": 2}, r"to maps \[6, D, h, w\], got \[6, 16\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EnergyScoreLoss(**options)(x=x, samples=samples)
+    for given, message in (({}, "none"), ({"samples": x[None]}, "1")):
+        with pytest.raises(ValueError, match=rf"samples must be at least two samples .* got {message}"):
+            EnergyScoreLoss()(x=x, x_net=x, **given)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import seeded
 
 from deepinv_ud2m import Problem, posterior_prox
 from deepinv_ud2m.physics import (
@@ -65,7 +66,7 @@ def test_qualities():
 def test_each_image_has_its_own_operator(name):
     parameters = make_generator(name, SHAPE, (0.02, 0.1), seed=3).step(3)
     assert equal(parameters, make_generator(name, SHAPE, (0.02, 0.1), seed=3).step(3))
-    x = torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(3, *SHAPE, generator=seeded(0))
     physics = make_physics(name, SHAPE)
     physics.update(**parameters)
     y = physics.A(x)
@@ -86,17 +87,15 @@ def test_each_image_has_its_own_operator(name):
 
 
 def test_the_operator_of_a_task_is_the_same_each_time():
-    x = torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(2, 3, 48, 64, generator=seeded(0))
     for name, task in TASKS.items():
         physics = make_physics(name, (3, 48, 64), 0.1)
         assert torch.equal(physics.A(x), make_physics(name, (3, 48, 64)).A(x)), name
         assert torch.equal(physics(x), physics.A(x)) != task.noisy, name
 
 
-def test_parts_of_a_generator_are_found_and_seeded_apart():
+def test_parts_of_a_generator_are_seeded_apart():
     generator = make_generator("deblur-uniform", SHAPE)
-    rngs = {id(module.rng) for module in generator.modules() if hasattr(module, "rng")}
-    assert rngs == {id(part.rng) for part in generator.parts} and len(rngs) == 2
     first = generator.step(4)
     assert not equal(first, generator.step(4))
     generator.reset_rng()
@@ -110,9 +109,8 @@ def test_parts_of_a_generator_are_found_and_seeded_apart():
     assert torch.corrcoef(torch.stack([width, parameters["sigma"]]))[0, 1].abs() < 0.2
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
+def test_bad_arguments():
+    for make, message in (
         (lambda: UniformBlurGenerator(8), "psf_size must be odd"),
         (lambda: UniformBlurGenerator(9, 2, 11), "width_min <= width_max <= 9"),
         (lambda: BoxMaskGenerator(SHAPE, 0.2, 1.0), "side_min <= side_max"),
@@ -120,12 +118,9 @@ def test_parts_of_a_generator_are_found_and_seeded_apart():
         (lambda: make_generator("sr3", SHAPE), "task must be one of"),
         (lambda: make_generator("sr4", SHAPE, (0, 0.1)), "sigma_y must be a range"),
         (lambda: make_generator("sr4", SHAPE, 0.05), "sigma_y must be a range.*got 0.05"),
-        (lambda: make_physics("sr3", SHAPE), "task must be one of"),
         (lambda: make_physics("sr4", SHAPE, 0), "sigma_y must be positive, got 0"),
         (lambda: make_physics("sr4", (32, 32)), r"shape must be \(C, H, W\)"),
         (lambda: make_physics("sr4", (1, 32, 34)), "multiples of 4"),
-    ],
-)
-def test_bad_arguments(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()

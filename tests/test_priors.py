@@ -9,6 +9,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from conftest import seeded
 from deepinv.models import Denoiser
 from safetensors.torch import load_file, save_file
 from test_checkpoint import edit_config
@@ -27,34 +28,19 @@ def replace_weights(tiny_folder, **changes):
     edit_config(tiny_folder, lambda config: config.update(sha256=sha256(file)))
 
 
-# -- Saving and loading ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", PRIORS)
-def test_shipped_priors_load(name):
-    prior = load_prior(name)
-    assert prior.prior_info.name == name and not prior.training
-
-
-def test_round_trip(tiny_prior, tiny_folder):
+def test_round_trip(tiny_prior, tiny_config, tiny_folder):
     loaded = load_prior(str(tiny_folder))
+    assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert loaded.prior_info == PriorInfo(**tiny_config["prior"] | {"name": str(tiny_folder)})
+    assert load_prior(tiny_folder).prior_info == loaded.prior_info  # a Path will do
     rounded = {name: value.half().float() for name, value in tiny_prior.state_dict().items()}
     assert loaded.state_dict().keys() == rounded.keys()
     assert all(torch.equal(value, rounded[name]) for name, value in loaded.state_dict().items())
     assert any(not torch.equal(value, rounded[name]) for name, value in tiny_prior.state_dict().items())
-    x = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(2, 1, 32, 32, generator=seeded(0))
     sigma = torch.tensor([0.05, 3.0])
     # Half precision keeps 11 bits: a relative error of 5e-4 in each weight.
     torch.testing.assert_close(loaded(x, sigma), tiny_prior(x, sigma), rtol=0, atol=5e-3)
-
-
-def test_a_loaded_prior_is_frozen_and_says_what_it_is(tiny_config, tiny_folder):
-    loaded = load_prior(str(tiny_folder))
-    assert not loaded.training
-    assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    assert all(parameter.dtype == torch.float32 for parameter in loaded.parameters())
-    assert loaded.prior_info == PriorInfo(**tiny_config["prior"] | {"name": str(tiny_folder)})
-    assert load_prior(tiny_folder).prior_info == loaded.prior_info  # a Path will do
 
 
 def test_saving_twice_gives_the_same_file(tiny_prior, tiny_config, tiny_folder, tmp_path):
@@ -93,9 +79,6 @@ def test_what_could_not_be_loaded_is_not_saved(tiny_prior, tiny_config, tmp_path
     with pytest.raises(ValueError, match="in float16, hold NaN or infinite values"):
         save_prior(tiny_prior, tiny_config, tmp_path / "tiny")
     assert not (tmp_path / "tiny").exists()
-
-
-# -- What is refused ------------------------------------------------------------------------------
 
 
 def test_what_is_no_prior_is_told(tmp_path):
@@ -223,9 +206,6 @@ def test_config_that_is_not_json(content, tiny_folder):
         load_prior(tiny_folder)
 
 
-# -- Reordering of pixels -------------------------------------------------------------------------
-
-
 class Weighted(Denoiser):
     """Multiplies each channel by its own number, and all by 1 / (1 + sigma^2)."""
 
@@ -241,7 +221,7 @@ class Weighted(Denoiser):
 @pytest.mark.parametrize("factor", [1, 2, 4])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pixel_shuffle_is_a_reordering(factor, channels):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     weights = torch.rand(channels * factor**2, generator=generator)
     x = torch.rand(2, channels, 8, 12, generator=generator)
     sigma = torch.tensor([0.5, 2.0])
@@ -258,7 +238,7 @@ def test_other_sizes_are_padded_by_reflection(size):
             self.seen = x
             return 2 * x
 
-    x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(2, 3, *size, generator=seeded(0))
     inner = Recorder()
     denoised = PixelShuffledDenoiser(inner, 2, multiple=8)(x, 0.1)
     assert torch.equal(denoised, 2 * x)
@@ -266,11 +246,6 @@ def test_other_sizes_are_padded_by_reflection(size):
     assert all(n % 8 == 0 and n - m < 8 for n, m in zip(seen.shape[-2:], size, strict=True))
     reflected = np.pad(x.numpy(), [(0, 0), (0, 0), (0, -size[0] % 8), (0, -size[1] % 8)], mode="reflect")
     assert np.array_equal(seen.numpy(), reflected)
-
-
-def test_images_too_small_to_be_padded():
-    with pytest.raises(ValueError, match="at least 8, got 7x20"):
-        PixelShuffledDenoiser(Weighted(torch.ones(12)), 2, multiple=8)(torch.rand(1, 3, 7, 20), 0.1)
 
 
 def test_the_checkerboard_is_taken_out_and_images_stay():
@@ -288,58 +263,45 @@ def test_the_checkerboard_is_taken_out_and_images_stay():
         torch.testing.assert_close(inner, left * image[..., 8:-8, 8:-8], atol=2e-3, rtol=0)
     denoiser = PixelShuffledDenoiser(Weighted(torch.ones(12)), 2, checkerboard_filter=2.0)
     plain = PixelShuffledDenoiser(Weighted(torch.ones(12)), 2)
-    x = torch.rand(2, 3, 8, 6, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(2, 3, 8, 6, generator=seeded(0))
     found = denoiser(x, 0.1)
     torch.testing.assert_close(found, plain(x, 0.1) - checkerboard(plain(x, 0.1), 2.0))
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(denoiser(x, 0.1), found)
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
+def test_options_of_pixel_shuffle_that_are_refused():
+    for options, message in (
         ({"factor": 0}, "factor must be an integer >= 1, got 0"),
         ({"multiple": -1}, "multiple must be an integer >= 1, got -1"),
         ({"factor": 4, "checkerboard_filter": 2.0}, "checkerboard_filter must be positive"),
         ({"checkerboard_filter": 0.0}, "checkerboard_filter must be positive"),
-    ],
-)
-def test_options_of_pixel_shuffle_that_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        PixelShuffledDenoiser(torch.nn.Identity(), **options)
+    ):
+        with pytest.raises(ValueError, match=message):
+            PixelShuffledDenoiser(torch.nn.Identity(), **options)
+    with pytest.raises(ValueError, match="at least 8, got 7x20"):
+        PixelShuffledDenoiser(Weighted(torch.ones(12)), 2, multiple=8)(torch.rand(1, 3, 7, 20), 0.1)
 
-
-# -- What a prior says about itself ---------------------------------------------------------------
 
 INFO = PriorInfo("p", channels=2, sigma_min=0.01, sigma_max=10.0, size_multiple=4, image_size=32)
 
 
-@pytest.mark.parametrize(
-    "shape, message",
-    [
+def test_images_it_cannot_take():
+    for shape, message in (
         ((1, 1, 32, 32), r"2 channel\(s\), not 1 channel\(s\).*\[1, 1, 32, 32\]"),
-        ((1, 2, 30, 32), "multiples of 4.*30x32"),
-        ((1, 2, 32, 33), "multiples of 4.*32x33"),
-        ((1, 2, 0, 32), "multiples of 4"),
-        ((2, 32, 32), r"\[B, C, H, W\]"),
-        ((1, 2, 4, 32, 32), r"\[B, C, H, W\]"),
-        ((5,), r"\[B, C, H, W\]"),
-    ],
-)
-def test_images_it_cannot_take(shape, message):
-    with pytest.raises(ValueError, match=message):
-        INFO.check_images(torch.Size(shape))
+        *(((1, 2, *size), f"multiples of 4.*{size[0]}x{size[1]}") for size in ((30, 32), (32, 33), (0, 32))),
+        *((shape, r"\[B, C, H, W\]") for shape in ((2, 32, 32), (1, 2, 4, 32, 32), (5,))),
+    ):
+        with pytest.raises(ValueError, match=message):
+            INFO.check_images(torch.Size(shape))
 
 
-def test_images_of_another_size_than_in_training():
+def test_sizes_and_levels_outside_of_training():
     with pytest.warns(UserWarning, match="trained on 32x32 images.*64x32"):
         INFO.check_images(torch.Size((1, 2, 64, 32)))
-
-
-@pytest.mark.parametrize("levels", [[0.005, 1.0], [1.0, 20.0]])
-def test_levels_outside_its_range(levels):
-    with pytest.warns(UserWarning, match=r"noise levels from 0\.01 to 10\.0"):
-        INFO.check_levels(torch.tensor(levels))
+    for levels in ([0.005, 1.0], [1.0, 20.0]):
+        with pytest.warns(UserWarning, match=r"noise levels from 0\.01 to 10\.0"):
+            INFO.check_levels(torch.tensor(levels))
 
 
 @pytest.mark.filterwarnings("error")

@@ -10,6 +10,7 @@ import urllib.request
 import deepinv as dinv
 import pytest
 import torch
+from conftest import Bomb, seeded
 from deepinv.models import DiffUNet
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +23,7 @@ UNET = "diffusion_pytorch_model"
 
 def randomize(network: torch.nn.Module) -> None:
     """Weights such that no layer is zero, and the output is about white noise of level one."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     for parameter in network.parameters():
         if parameter.ndim > 1:
             fan_in = parameter[0].numel()
@@ -30,7 +31,7 @@ def randomize(network: torch.nn.Module) -> None:
 
 
 def images(batch_size=1):
-    return torch.rand(batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return torch.rand(batch_size, 3, 32, 32, generator=seeded(0))
 
 
 def digest(path) -> str:
@@ -85,7 +86,7 @@ def test_what_the_prior_says_about_itself(prior):
 @pytest.mark.parametrize("t", [0, 37, 400, 999])
 def test_equal_to_deepinvs_denoiser_at_integer_times(prior, reference, t):
     sigma = VPSchedule().sigma(t)
-    x = 0.5 + 0.2 * torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = 0.5 + 0.2 * torch.randn(1, 3, 32, 32, generator=seeded(0))
     with torch.no_grad():
         expected, denoised = reference(x, sigma), prior(x, sigma)
     inside = (expected > 0) & (expected < 1)
@@ -233,16 +234,6 @@ def test_damaged_and_foreign_files(file, tmp_path):
             load_prior("ffhq256", weights=other)
     with pytest.raises(FileNotFoundError, match="no file"):
         load_prior("ffhq256", weights=tmp_path / "nowhere.pt")
-
-
-class Bomb:
-    """What runs when it is unpickled."""
-
-    def __init__(self, victim):
-        self.victim = victim
-
-    def __reduce__(self):
-        return eval, (f"open({str(self.victim)!r}, 'w')",)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -2,24 +2,14 @@
 
 import pytest
 import torch
-from deepinv.physics import (
-    Blur,
-    CompressedSensing,
-    Downsampling,
-    DownsamplingMatlab,
-    Inpainting,
-    LinearPhysics,
-)
+from conftest import rand
+from deepinv import physics as dp
 from deepinv.physics.functional import gaussian_blur
 
 from deepinv_ud2m import Problem
 from deepinv_ud2m.structure import Convolution, Separable, find_structure
 
 SHAPE = torch.Size([2, 3, 40, 48])
-
-
-def rand(*shape, seed=0):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def kernels(*shape):
@@ -32,15 +22,15 @@ def gaussian():
 
 
 BORDERS = ("valid", "reflect", "replicate", "constant", "circular")
-SEPARABLE = {f"gaussian, {padding}": Blur(gaussian(), padding=padding) for padding in BORDERS[:-1]} | {
-    "matlab x2": DownsamplingMatlab(factor=2).double(),
-    "matlab x4": DownsamplingMatlab(factor=4).double(),
-    "bicubic x4": Downsampling(img_size=SHAPE[1:], filter="bicubic", factor=4, padding="replicate").double(),
+SEPARABLE = {f"gaussian, {padding}": dp.Blur(gaussian(), padding=padding) for padding in BORDERS[:-1]} | {
+    "matlab x2": dp.DownsamplingMatlab(factor=2).double(),
+    "matlab x4": dp.DownsamplingMatlab(factor=4).double(),
+    "bicubic x4": dp.Downsampling(SHAPE[1:], filter="bicubic", factor=4, padding="replicate").double(),
 }
-CONVOLUTIONS = {f"kernel, {padding}": Blur(kernels(1, 1, 5, 7), padding=padding) for padding in BORDERS} | {
-    "kernel per image": Blur(kernels(2, 1, 5, 7), padding="reflect"),
-    "kernel per channel": Blur(kernels(1, 3, 5, 5), padding="valid"),
-    "even kernel": Blur(kernels(1, 1, 4, 6), padding="valid"),
+CONVOLUTIONS = {f"kernel, {p}": dp.Blur(kernels(1, 1, 5, 7), padding=p) for p in BORDERS} | {
+    "kernel per image": dp.Blur(kernels(2, 1, 5, 7), padding="reflect"),
+    "kernel per channel": dp.Blur(kernels(1, 3, 5, 5), padding="valid"),
+    "even kernel": dp.Blur(kernels(1, 1, 4, 6), padding="valid"),
 }
 
 
@@ -82,25 +72,6 @@ def test_the_prox_has_no_gradient_left(name, gamma):
     assert gradient.abs().max() < 1e-5
 
 
-def test_copies_of_operators_per_image():
-    physics = CONVOLUTIONS["kernel per image"]
-    x = rand(6, *SHAPE[1:], seed=5)
-    problem = Problem(physics.A(rand(*SHAPE)), physics, 0.1)
-    expected = torch.cat([physics.A_adjoint_A(part) for part in x.split(2)])
-    torch.testing.assert_close(problem.repeat(3).A_adjoint_A(x), expected)
-
-
-def test_accuracy_in_units_of_the_image():
-    physics, gamma = CONVOLUTIONS["kernel, reflect"], torch.full((2, 1, 1, 1), 300.0, dtype=torch.float64)
-    y = physics.A(rand(*SHAPE))
-    problem, mean = Problem(y, physics, 0.1), rand(*SHAPE, seed=4)
-    tight = problem.prox(mean, gamma, tol=1e-10)
-    for atol in (1e-2, 1e-4):
-        error = (problem.prox(mean, gamma, atol=atol) - tight).square().mean((1, 2, 3)).sqrt()
-        assert bool((error < atol).all())
-    assert bool((error > 1e-8).all())  # it did stop early
-
-
 @pytest.mark.parametrize("name", SEPARABLE)
 def test_gradients_of_separable_operators(name):
     physics = SEPARABLE[name]
@@ -113,7 +84,7 @@ def test_gradients_of_separable_operators(name):
     assert gradient.item() == pytest.approx((higher - lower).item() / (2 * step), rel=1e-5)
 
 
-class Shear(LinearPhysics):
+class Shear(dp.LinearPhysics):
     """No convolution: rows move by their number."""
 
     def A(self, x, **kwargs):
@@ -126,8 +97,8 @@ class Shear(LinearPhysics):
 @pytest.mark.parametrize(
     "physics",
     [
-        Inpainting(SHAPE[1:], mask=(rand(1, 1, *SHAPE[2:]) < 0.5).double().expand(1, *SHAPE[1:])),
-        CompressedSensing(m=100, img_size=SHAPE[1:], channelwise=True).double(),
+        dp.Inpainting(SHAPE[1:], mask=(rand(1, 1, *SHAPE[2:]) < 0.5).double().expand(1, *SHAPE[1:])),
+        dp.CompressedSensing(m=100, img_size=SHAPE[1:], channelwise=True).double(),
         Shear(),
     ],
     ids=["mask", "compressed sensing", "shear"],
@@ -144,7 +115,7 @@ def test_large_images_get_the_convolution():
     assert isinstance(find_structure(physics, shape, physics.A(rand(*shape)), per_image=False), Separable)
 
 
-class Picky(LinearPhysics):
+class Picky(dp.LinearPhysics):
     """Takes images of one shape only, and refuses others by an error of its own."""
 
     class Refused(Exception):

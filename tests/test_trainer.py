@@ -6,6 +6,7 @@ from dataclasses import fields
 import deepinv as dinv
 import pytest
 import torch
+from conftest import seeded
 from deepinv.physics import GaussianNoise, Inpainting
 from distillation import Recorder, equal, eval_images, images, make_adversary, make_trainer, mask, values_of
 from torch.utils.data import DataLoader
@@ -210,7 +211,7 @@ def test_training_improves_the_samples_of_a_gaussian_problem(gaussian_problem, s
     physics = Inpainting(shape, mask=pixels, noise_model=GaussianNoise(0.1))
     problem = gaussian_problem(physics, shape)
     factor = torch.linalg.cholesky(problem.covariance)
-    draws = torch.randn(512, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    draws = torch.randn(512, 16, dtype=torch.float64, generator=seeded(0))
     x = (problem.mean + draws @ factor.T).reshape(-1, *shape)
     unfolded = UnfoldedDenoiser(problem.denoiser, num_iterations=2).double()
     trainer = DistillationTrainer(
