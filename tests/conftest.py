@@ -1,5 +1,7 @@
 """Oracles: problems whose posterior is known in closed form."""
 
+import sys
+
 import pytest
 import torch
 from deepinv import physics as dp
@@ -212,6 +214,18 @@ def tiny_sampler(tiny_folder):
 def sampler_folder(tiny_sampler, tiny_folder, tmp_path):
     tiny_sampler.save_pretrained(tmp_path / "sampler", prior=str(tiny_folder), metadata={"seed": 7})
     return tmp_path / "sampler"
+
+
+DRAWN = {"training.history": ["plot_curves"], "benchmark.report": ["plot_calibration", "_plot_sheet"]}
+
+
+@pytest.fixture(autouse=True)
+def figures_where_they_are_tested(request, monkeypatch):
+    """And nowhere else: they take most of the time of a short training and of a small benchmark."""
+    for module, names in DRAWN.items():
+        module = sys.modules.get(f"deepinv_ud2m.{module}")
+        for name in names if module and "figures" not in request.node.name else []:
+            monkeypatch.setattr(module, name, lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

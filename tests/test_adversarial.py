@@ -49,9 +49,8 @@ def test_adversarial_losses_against_cross_entropy(logits):
     D = Judge(scalar if logits == "one" else lambda x: 10 * x[:, :1] - 5)
     entropy = nn.BCEWithLogitsLoss(reduction="none")
     ones = torch.ones_like(D(x, c))
-    real, fake = (
-        entropy(D(image, c), label).reshape(3, -1).mean(1) for image, label in ((x, ones), (x_net, 0 * ones))
-    )
+    pairs = ((x, ones), (x_net, 0 * ones))
+    real, fake = (entropy(D(image, c), label).reshape(3, -1).mean(1) for image, label in pairs)
     arguments = {"x": x, "x_net": x_net, "D": D, "condition": c}
     loss = AdversarialDiscriminatorLoss(penalty_weight=0)(**arguments)
     torch.testing.assert_close(loss, real + fake)
@@ -242,9 +241,8 @@ def test_discriminator_takes_any_size(size, num_layers):
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 def test_a_logit_judges_a_window(num_layers):
     D = make_discriminator(num_layers=num_layers).double().eval()
-    x, c = (
-        rand(1, 1, 20 * 2**num_layers, 20 * 2**num_layers, seed=seed).requires_grad_() for seed in range(2)
-    )
+    shape = (1, 1, 20 * 2**num_layers, 20 * 2**num_layers)
+    x, c = (rand(*shape, seed=seed).requires_grad_() for seed in range(2))
     logits = D(x, c)
     centre = logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2]
     for gradient in torch.autograd.grad(centre, (x, c)):

@@ -177,14 +177,6 @@ def test_bad_methods_are_refused(tmp_path):
     )
 
 
-def test_a_measurement_depends_on_its_image_alone():
-    x = mnist_digits("test", num=4)
-    physics = make_physics("sr4", (1, 32, 32))
-    together = measure(physics, x, range(4), seed=3)
-    assert torch.equal(together[2:], measure(physics, x[2:], range(2, 4), seed=3))
-    assert not torch.equal(together, measure(physics, x, range(4), seed=4))
-
-
 @pytest.mark.parametrize("cut", ["another line", "the first line", "nothing"])
 def test_a_killed_run_resumes_to_the_same_rows(tiny_prior, tmp_path, cut):
     whole = computed(tmp_path / "whole", tiny_prior)

@@ -65,9 +65,8 @@ def test_covariance_and_denoiser_are_those_of_dense_formulas(prior, size):
     alone = torch.cat([prior(w[i : i + 1], sigma[i]) for i in range(3)])
     assert torch.allclose(prior(w, sigma), alone, atol=1e-12)
     assert torch.allclose(prior(w.float(), sigma).double(), prior(w, sigma), atol=1e-6)
-    assert torch.allclose(prior(w, 0.0), w, atol=1e-12) and torch.allclose(
-        prior(w, 1e6), 0 * w + 0.5, atol=1e-6
-    )
+    assert torch.allclose(prior(w, 0.0), w, atol=1e-12)
+    assert torch.allclose(prior(w, 1e6), 0 * w + 0.5, atol=1e-6)
 
 
 def test_draws_have_the_covariance_of_the_prior(prior):
@@ -183,7 +182,7 @@ def test_the_command_compares_methods(tmp_path, capsys):
     assert "exact" in capsys.readouterr().out
     lines, again = (pd.read_csv(tmp_path / folder / "summary.csv").drop(columns="seconds") for folder in "ab")
     of_task = lines[lines["task"] == "inpaint-random"]
-    pd.testing.assert_frame_equal(of_task, again)
+    pd.testing.assert_frame_equal(of_task.reset_index(drop=True), again)
     of_task = of_task.set_index("method")
     nfe = {"exact": 0, "ud2m": 9, "diffpir": 4, "ddrm": 3, "pigdm": 3, "dps": 3, "dpir": 8}
     assert of_task["nfe"].to_dict() == nfe and of_task["mean_error"].notna().all()

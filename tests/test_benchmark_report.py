@@ -13,7 +13,7 @@ from test_benchmark import computed, entry, study_of
 
 from deepinv_ud2m.benchmark.cost import STAGES, measure_cost
 from deepinv_ud2m.benchmark.methods import METHODS, Method, Search
-from deepinv_ud2m.benchmark.report import overview, reference_of, report, summarise
+from deepinv_ud2m.benchmark.report import overview, report, summarise
 from deepinv_ud2m.benchmark.rows import COLUMNS, read_rows
 from deepinv_ud2m.benchmark.run import Study, evaluate, measure, perceptual_metric, run
 from deepinv_ud2m.benchmark.tune import CRITERIA, tune
@@ -73,14 +73,6 @@ def test_means_are_compared_where_both_have_several_samples():
     line = line_of(summarise(rows_of(columns)), "ddrm")
     assert "psnr_mean_less" not in line, "of 16 and of 8 samples"
     assert line["energy_score_less"] == 0, "which their number does not bias"
-
-
-def test_lines_are_in_the_order_of_tasks_and_methods():
-    rows = pd.concat([rows_of({name: {"psnr": [20.0]} for name in ("pinv", "dps", "ud2m")}),
-                      rows_of({"ud2m": {"psnr": [20.0]}}).assign(task="inpaint-box")])  # fmt: skip
-    found = summarise(rows)[["task", "method"]].to_numpy().tolist()
-    assert found == [["sr4", "ud2m"], ["sr4", "dps"], ["sr4", "pinv"], ["inpaint-box", "ud2m"]]
-    assert reference_of(rows) == "pinv" and reference_of(rows_of({"a": {"psnr": [1]}})) == "a"
 
 
 def test_a_report_has_tables_and_figures(tiny_prior, tmp_path):

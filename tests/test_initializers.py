@@ -82,13 +82,6 @@ def test_one_level_for_all_images_is_that_of_each():
         torch.testing.assert_close(*estimates)
 
 
-@pytest.mark.parametrize("initializer", INITIALIZERS.values(), ids=INITIALIZERS)
-def test_settings_make_the_same_again(initializer):
-    again = Initializer.registry[type(initializer).__name__](**initializer.config())
-    assert again.config() == initializer.config() and repr(again) == repr(initializer)
-    assert not again.predicts_rmse and not again.networks and not again.trained_parameters()
-
-
 def test_a_new_initializer_is_an_estimate():
     class Constant(Initializer):
         def estimate(self, problem, x_s, sigma):

@@ -99,9 +99,8 @@ def test_an_exact_network_gives_the_exact_posterior_mean(make_physics, s):
     gaussian = GaussianProblem(make_physics(), SHAPE)
     x_s = 0.5 + s * (rand(2, *SHAPE) - 0.5)
     problem = Problem(gaussian.y.expand(2, *gaussian.y.shape[1:]), gaussian.physics)
-    got, h = RAMInitializer(ExactRAM(gaussian.mean, gaussian.covariance), reference_level=0.3)(
-        problem, x_s, s
-    )
+    exact = ExactRAM(gaussian.mean, gaussian.covariance)
+    got, h = RAMInitializer(exact, reference_level=0.3)(problem, x_s, s)
     torch.testing.assert_close(got.flatten(1), gaussian.posterior(x_s, s)[0], rtol=1e-8, atol=1e-8)
     assert h.flatten().tolist() == pytest.approx([(1 / (0.1**2 + 0.3**2) + s**-2) ** -0.5] * 2)
 
@@ -212,9 +211,8 @@ def test_it_is_frozen_unless_asked_and_always_in_evaluation_mode(small_ram, tiny
     y = physics(x.detach())
     first, second = (initializer(Problem(y, physics), x, 0.5)[0] for _ in range(2))
     assert torch.equal(first, second)
-    assert list(initializer.trained_parameters()) == (
-        [n for n, _ in initializer.named_parameters()] * trainable
-    )
+    names = [name for name, _ in initializer.named_parameters()]
+    assert list(initializer.trained_parameters()) == names * trainable
     unfolded(y, physics, x, LEVELS[:2]).square().sum().backward()
     assert x.grad.abs().sum() > 0
     for parameter in small_ram.parameters():
@@ -225,9 +223,7 @@ def test_it_is_frozen_unless_asked_and_always_in_evaluation_mode(small_ram, tiny
 
 def test_it_is_called_once_a_level_with_the_current_level(small_ram, tiny_prior):
     levels = []
-    small_ram.register_forward_pre_hook(
-        lambda module, args, kwargs: levels.append(kwargs["sigma"]), with_kwargs=True
-    )
+    small_ram.register_forward_pre_hook(lambda *given: levels.append(given[-1]["sigma"]), with_kwargs=True)
     model = UD2M(UnfoldedDenoiser(tiny_prior, 1, RAMInitializer(small_ram)), sigmas=[78.0, 0.3, 0.01])
     physics = Inpainting((1, 16, 16), mask=0.5, noise_model=GaussianNoise(0.1))
     model(physics(torch.rand(2, 1, 16, 16)), physics)
@@ -300,14 +296,12 @@ def test_ram_treats_each_image_as_alone_and_passes_gradients(ram, name, n):
     problems = [problem_of(name, n, torch.float32, part, NOISE_LEVELS[part]) for part in (both, image)]
     initializer = RAMInitializer(ram, trainable=True)
     # RAM has parameters that it does not use.
-    names, parameters = zip(
-        *((k, p) for k, p in ram.named_parameters() if "zero_conv_skip" not in k), strict=True
-    )
+    named = {key: p for key, p in ram.named_parameters() if "zero_conv_skip" not in key}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         together, _ = initializer(problems[0], x, LEVELS[both])
-        grads = torch.autograd.grad(together.square().sum(), [x, *parameters], allow_unused=True)
-    for key, grad in zip(["x_s", *names], grads, strict=True):
+        grads = torch.autograd.grad(together.square().sum(), [x, *named.values()], allow_unused=True)
+    for key, grad in zip(["x_s", *named], grads, strict=True):
         assert grad is not None and grad.isfinite().all() and grad.any(), key
     assert grads[0].flatten(1).any(1).all()
     with torch.no_grad():

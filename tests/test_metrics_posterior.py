@@ -165,9 +165,8 @@ def test_rank_against_leave_one_out_loop():
     intervals = rank(samples, x)
     for i in range(20):
         points = [x[i], *samples[:, i]]
-        distances = [
-            torch.stack(points[:k] + points[k + 1 :]).mean(0).sub(points[k]).norm() for k in range(8)
-        ]
+        means = [torch.stack(points[:k] + points[k + 1 :]).mean(0) for k in range(8)]
+        distances = [(mean - point).norm() for mean, point in zip(means, points, strict=True)]
         smaller = int(sum(d < distances[0] for d in distances))
         assert intervals[i].tolist() == pytest.approx([smaller / 8, (smaller + 1) / 8])
 

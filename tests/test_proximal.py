@@ -8,7 +8,6 @@ from deepinv import physics as dp
 from deepinv.utils import TensorList
 
 from deepinv_ud2m import Problem, UnfoldedDenoiser, posterior_prox
-from deepinv_ud2m.checks import expand_scalar
 from deepinv_ud2m.conjugate_gradients import regularised_least_squares
 from deepinv_ud2m.physics.traits import has_closed_form
 
@@ -281,10 +280,6 @@ def test_scalars_that_are_not_positive_are_refused(name, value):
     scalars = {"sigma": S, "rho": RHO, "lambda_": LAMBDA, "sigma_y": 0.05} | {name: value}
     with pytest.raises(TypeError if value == "0.1" else ValueError, match=f"{name} must be"):
         solve(*case("Denoising"), **scalars)
-
-
-def test_values_per_image_stay_with_their_image():
-    assert expand_scalar([1.0, 2.0], torch.zeros(2, 1, 2, 2), "rho").tolist() == [[[[1.0]]], [[[2.0]]]]
 
 
 @pytest.mark.parametrize("base", [dp.Physics, dp.LinearPhysics])

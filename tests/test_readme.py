@@ -12,11 +12,8 @@ import deepinv_ud2m
 
 ROOT = Path(__file__).parents[1]
 TEXTS = sorted(str(file.relative_to(ROOT)) for file in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-MODULES = sorted(
-    module.name
-    for module in pkgutil.walk_packages(deepinv_ud2m.__path__, "deepinv_ud2m.")
-    if not module.name.endswith("__main__")
-)
+PACKAGES = pkgutil.walk_packages(deepinv_ud2m.__path__, "deepinv_ud2m.")
+MODULES = sorted(module.name for module in PACKAGES if not module.name.endswith("__main__"))
 
 
 def test_python_blocks_run(capsys):

@@ -129,8 +129,8 @@ def test_accumulated_gradients_are_their_mean(tiny_prior):
             next(trainer.turns.streams[0])
         trainer.train_step(first)
         gradients.append([p.grad.clone() for p in trainer.trained.values()])
-    for first, second, both in zip(*gradients, strict=True):
-        torch.testing.assert_close(both, (first + second) / 2)
+    means = [(first + second) / 2 for first, second in zip(*gradients[:2], strict=True)]
+    torch.testing.assert_close(gradients[2], means)
 
 
 def test_checkpointing_computes_twice_and_changes_no_gradient(tiny_prior):
@@ -142,8 +142,7 @@ def test_checkpointing_computes_twice_and_changes_no_gradient(tiny_prior):
         trainer.train_step(0)
         gradients.append([p.grad for p in trainer.trained.values()])
     assert calls == [False] * 2 + [True] * 4
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, recomputed, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("clip", [1e-3, None])
@@ -283,11 +282,11 @@ def test_the_initial_stage_refuses_what_it_is_not_for(tiny_config, tiny_prior):
 
 
 def test_a_merged_adapter_is_refused_where_it_would_be_trained(tiny_config, tiny_prior):
-    trainer = make_trainer(tiny_prior)
-    merge_lora(trainer.unfolded.denoiser)
-    options = {"physics": trainer.physics, "train_dataloader": trainer.train_dataloader[0]}
+    unfolded = make_trainer(tiny_prior).unfolded
+    merge_lora(unfolded.denoiser)
+    options = {"physics": mask(), "train_dataloader": eval_images(), "losses": L2Loss()}
     with pytest.raises(ValueError, match=r"merged adapter.*merge=False.*unmerge_lora"):
-        DistillationTrainer(model=trainer.model, losses=L2Loss(), **options)
+        DistillationTrainer(model=UD2M(unfolded), **options)
     add_lora(tiny_prior, 2, targets="all-convs")
     merge_lora(tiny_prior)
     make_initial(tiny_prior, tiny_config, steps=1).train()
