@@ -216,15 +216,17 @@ def sampler_folder(tiny_sampler, tiny_folder, tmp_path):
     return tmp_path / "sampler"
 
 
-DRAWN = {"training.history": ["plot_curves"], "benchmark.report": ["plot_calibration", "_plot_sheet"]}
+DRAWN = {"training.history": ["plot_curves"], "training.evaluation": ["plot_samples"]}
+DRAWN |= {"benchmark.report": ["plot_calibration", "_plot_sheet"]}
 
 
 @pytest.fixture(autouse=True)
 def figures_where_they_are_tested(request, monkeypatch):
-    """And nowhere else: they take most of the time of a short training and of a small benchmark."""
+    """And in slow tests: they take most of the time of a short training and of a small benchmark."""
+    drawn = "figures" in request.node.name or request.node.get_closest_marker("slow")
     for module, names in DRAWN.items():
         module = sys.modules.get(f"deepinv_ud2m.{module}")
-        for name in names if module and "figures" not in request.node.name else []:
+        for name in names if module and not drawn else []:
             monkeypatch.setattr(module, name, lambda *_: None)
 
 

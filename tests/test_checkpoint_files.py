@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import assert_same, clone, contents, edit_config
 from torch import nn
 
-from deepinv_ud2m import UD2M, load_prior, merge_lora, remove_lora
+from deepinv_ud2m import UD2M, LinearInitializer, load_prior, merge_lora, remove_lora
 from deepinv_ud2m import checkpoint as module
 from deepinv_ud2m.checkpoint import fingerprint
 from deepinv_ud2m.priors import build_network, has_lora, lora_parameters, save_prior
@@ -309,9 +309,11 @@ def test_arguments_that_do_not_fit(sampler_folder):
         ({"prior": 3}, TypeError, "prior must be a deepinv Denoiser"),
         ({"initializer": "RAM"}, TypeError, "initializer must be an Initializer, got str"),
         ({"revision": "v2"}, ValueError, "revision='v2' is for the Hugging Face Hub"),
+        ({"initializer": LinearInitializer(0.25, 1 / 3)}, ValueError, r"initializer: .*0\.4.*0\.25"),
     ):
         with pytest.raises(error, match=message):
             UD2M.from_pretrained(sampler_folder, **arguments)
+    UD2M.from_pretrained(sampler_folder, initializer=LinearInitializer(0.4, reference_level=1 / 3))
     for name in ("elsewhere", None):
         edit_config(sampler_folder, lambda config, name=name: _set(config, "prior.name", name))
         with pytest.raises(ValueError, match=rf"trained with the prior {name!r} .*Give it as prior="):

@@ -173,18 +173,15 @@ def downloadable(folder, monkeypatch):
     monkeypatch.setattr(dinv.datasets, "Set14HR", Set14HR)
 
 
-def test_datasets_of_deepinv_by_name(folder, downloadable, tmp_path):
+def test_datasets_of_deepinv_by_name(folder, downloadable, tmp_path, monkeypatch):
     x = load_images("Set14HR", 3, 16, root=tmp_path / "here")
     assert torch.equal(x, load_images(folder, 3, 16))
     with pytest.raises(ValueError, match=r"Set14HR is not in .*offline and could not.*no internet"):
         load_images("Set14HR", 3, 16, root=tmp_path / "offline")
-
-
-def test_a_folder_comes_before_a_dataset_of_its_name(folder, downloadable, tmp_path, monkeypatch):
     (tmp_path / "Set14HR").mkdir()
     Image.new("L", (16, 16)).save(tmp_path / "Set14HR" / "x.png")
     monkeypatch.chdir(tmp_path)
-    assert len(load_images("Set14HR", 1, 16)) == 1
+    assert len(load_images("Set14HR", 1, 16)) == 1, "a folder comes before a dataset of its name"
 
 
 def test_bad_arguments_and_sources(folder, tmp_path):

@@ -238,14 +238,11 @@ def test_sizes_and_levels_outside_of_training_warn():
     _, message = _messages(lambda: model(GREY, _denoising(1e3)))  # the first is of sigma_y > 1
     assert "noise levels from 0.01 to 50.0" in message
     model = UD2M(_unfolded(denoiser=prior, initializer=LinearInitializer(reference_level=0.0)))
+    for level, delta in [(1e-5, 0.01), (70.0, 50.0)]:  # and levels are clamped
+        assert model.unfolded.scalars(0, torch.tensor(level))[1].item() == pytest.approx(delta)
     assert _messages(lambda: model(GREY, _denoising(0.02))) == []
     (message,) = _messages(lambda: model(GREY, _denoising(1e-3)))
     assert "noise levels from 0.01 to 50.0" in message
-
-
-def test_levels_outside_of_training_are_clamped():
-    for level, delta in [(1e-5, 0.01), (70.0, 50.0)]:
-        assert _unfolded().scalars(0, torch.tensor(level))[1].item() == pytest.approx(delta)
 
 
 def test_a_prior_that_says_nothing_is_trusted():

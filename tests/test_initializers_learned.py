@@ -62,7 +62,7 @@ def test_it_starts_as_the_prior_after_a_wiener_filter(tiny_folder):
     wiener = WienerInitializer(mean=0.3)
     initializer = PosteriorMeanInitializer.from_prior(tiny_folder, wiener, reference_level=0.1)
     both = initializer, PosteriorMeanInitializer(initializer.network_settings, 1)
-    first, fresh = (of.network.network.unet.enc["16x16_conv"].weight for of in both)
+    first, fresh = (of.network.unet.enc["16x16_conv"].weight for of in both)
     assert (first[:, 4:].std() / fresh[:, 4:].std()).item() == pytest.approx(0.3, rel=0.1)
     with torch.no_grad():  # the further images
         first[:, 4:] = 0

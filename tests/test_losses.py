@@ -5,6 +5,7 @@ from itertools import permutations
 from urllib.error import URLError
 
 import deepinv as dinv
+import lpips
 import numpy as np
 import pytest
 import torch
@@ -27,12 +28,9 @@ LPIPS_NETWORKS = {"lpips": ("AlexNet", "233 MB"), "lpips-alex": ("AlexNet", "233
 LPIPS_NETWORKS |= {"lpips-vgg": ("VGG16", "528 MB"), "lpips-squeeze": ("SqueezeNet1_1", "5 MB")}
 
 
-LOSSES_OF_ONE_SAMPLE = [
-    L2Loss(),
-    PerceptualLoss("digits"),
-    AdversarialGeneratorLoss(),
-    AdversarialDiscriminatorLoss(penalty_weight=0.0),
-]
+LOSSES = [L2Loss, PerceptualLoss, EnergyScoreLoss, AdversarialGeneratorLoss, AdversarialDiscriminatorLoss]
+LOSSES_OF_ONE_SAMPLE = [L2Loss(), PerceptualLoss("digits"), AdversarialGeneratorLoss()]
+LOSSES_OF_ONE_SAMPLE += [AdversarialDiscriminatorLoss(penalty_weight=0.0)]
 
 
 @pytest.mark.parametrize("loss", LOSSES_OF_ONE_SAMPLE, ids=str)
@@ -51,9 +49,7 @@ def test_losses_of_one_sample_are_averaged_over_samples(loss):
     torch.testing.assert_close(loss(x_net=samples[0, :1], **first), values[0][:1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "cls", [L2Loss, PerceptualLoss, EnergyScoreLoss, AdversarialGeneratorLoss, AdversarialDiscriminatorLoss]
-)
+@pytest.mark.parametrize("cls", LOSSES)
 def test_weights(cls):
     x = mnist_digits("test", num=2)
     samples = (x + 0.2 * randn(2, 2, 1, 32, 32, dtype=torch.float32)).requires_grad_()
@@ -179,6 +175,25 @@ def _brute_force(samples, x, beta):
         pairs = sum(np.linalg.norm(difference) ** beta for difference in differences)
         scores.append(error - pairs / (2 * num * (num - 1)))
     return torch.from_numpy(np.array(scores))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
+def test_lpips_as_a_loss(no_weights, monkeypatch):
+    """With made-up weights of SqueezeNet: what is tested is how they are found and used."""
+    squeezenet, place = torchvision.models.squeezenet1_1(), "torchvision.models._api.load_state_dict_from_url"
+    monkeypatch.setattr(place, lambda *_, **__: squeezenet.state_dict())
+    loss = PerceptualLoss("lpips-squeeze", download=True)
+    reference = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False)
+    for name, value in reference.net.state_dict().items():
+        value.copy_(squeezenet.features.state_dict()[name.split(".", 1)[1]])
+    x, x_net = (rand(2, 3, 40, 33, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    for truth, image in ((x, x_net), (x[:, :1], x_net[:, :1])):  # grey images are repeated
+        expected = reference(2 * image.expand_as(x) - 1, 2 * truth.expand_as(x) - 1).flatten()
+        torch.testing.assert_close(loss(x=truth, x_net=image), expected.detach())
+    for start in (x.clone(), torch.zeros_like(x), x_net.clone()):
+        loss(x=x, x_net=start.requires_grad_()).sum().backward()
+        assert start.grad.isfinite().all()
+    assert start.grad.any()
 
 
 @pytest.mark.parametrize("num", [2, 3, 5])

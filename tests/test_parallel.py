@@ -165,6 +165,7 @@ def test_a_process_that_is_lost_ends_the_others(tmp_path, tiny_config, fault):
     assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 4
 
 
+@pytest.mark.slow
 def test_a_number_of_processes_that_does_not_divide_the_batches(tmp_path, tiny_config):
     (result,) = train(tmp_path / "run", tiny_config, 2, accumulate=3)
     assert result.returncode != 0

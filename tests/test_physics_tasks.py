@@ -56,12 +56,6 @@ def test_boxes():
     assert abs(missing.mean(0)[:20].mean() - missing.mean(0)[20:].mean()) < 0.03
 
 
-def test_qualities():
-    generator = JPEGQualityGenerator(5, 40)
-    assert equal(generator.step(3, seed=1), generator.step(3, seed=1))
-    assert set(generator.step(2000)["quality"].tolist()) == set(range(5, 41))
-
-
 @pytest.mark.parametrize("name", TASKS)
 def test_each_image_has_its_own_operator(name):
     parameters = make_generator(name, SHAPE, (0.02, 0.1), seed=3).step(3)
@@ -94,7 +88,7 @@ def test_the_operator_of_a_task_is_the_same_each_time():
         assert torch.equal(physics(x), physics.A(x)) != task.noisy, name
 
 
-def test_parts_of_a_generator_are_seeded_apart():
+def test_generators_repeat_and_their_parts_are_seeded_apart():
     generator = make_generator("deblur-uniform", SHAPE)
     first = generator.step(4)
     assert not equal(first, generator.step(4))
@@ -103,6 +97,9 @@ def test_parts_of_a_generator_are_seeded_apart():
     seeded = generator.step(4, seed=1)
     assert equal(seeded, generator.step(4, seed=1)) and not equal(seeded, generator.step(4, seed=2))
     assert equal(copy.deepcopy(generator).step(4), generator.step(4))
+    qualities = JPEGQualityGenerator(5, 40)
+    assert equal(qualities.step(3, seed=1), qualities.step(3, seed=1))
+    assert set(qualities.step(2000)["quality"].tolist()) == set(range(5, 41))
     # One seed for both, as in deepinv's sums, would give width and level the same random number.
     parameters = generator.step(500, seed=0)
     width = parameters["filter"].amax((1, 2, 3)) ** -0.5

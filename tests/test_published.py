@@ -200,19 +200,17 @@ def test_downloads_are_checked_and_kept(pinned, file, hub, monkeypatch, capfd):
     assert (digest(file) in capfd.readouterr().err) is not pinned
 
 
-def test_another_file_in_the_cache_is_refused_and_stays(file, hub):
-    cached = shutil.copy(file, hub / "diffusion_ffhq_10m.pt")
-    with pytest.raises(ValueError, match=f"{digest(file)}, expected {PUBLISHED['ffhq256'].sha256}"):
-        load_prior("ffhq256", download=True)
-    assert digest(cached) == digest(file)
-
-
-def test_a_download_of_another_digest_is_refused(file, hub, monkeypatch):
-    response = urllib.request.urlopen(file.as_uri())
+def test_files_of_another_digest_are_refused(file, hub, monkeypatch):
+    """A download leaves nothing; what is in the cache stays."""
+    expected, response = PUBLISHED["ffhq256"].sha256, urllib.request.urlopen(file.as_uri())
     monkeypatch.setattr(torch.hub, "urlopen", lambda request: response)
-    with pytest.raises(OSError, match=f"{PUBLISHED['ffhq256'].sha256}.*{digest(file)}"):
+    with pytest.raises(OSError, match=f"{expected}.*{digest(file)}"):
         load_prior("ffhq256", download=True)
     assert not [*hub.iterdir()]
+    cached = shutil.copy(file, hub / "diffusion_ffhq_10m.pt")
+    with pytest.raises(ValueError, match=f"{digest(file)}, expected {expected}"):
+        load_prior("ffhq256", download=True)
+    assert digest(cached) == digest(file)
 
 
 def test_damaged_and_foreign_files(file, tmp_path):
@@ -259,13 +257,9 @@ def test_other_names():
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     diffusers = pytest.importorskip("diffusers")
-    network = diffusers.UNet2DModel(
-        sample_size=32,
-        block_out_channels=(32, 32),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-    )
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D")}
+    blocks |= {"up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "block_out_channels": (32, 32)}
+    network = diffusers.UNet2DModel(32, layers_per_block=1, **blocks)
     randomize(network)
     folder = tmp_path_factory.mktemp("pipeline")
     diffusers.DDPMPipeline(network, diffusers.DDPMScheduler()).save_pretrained(folder)

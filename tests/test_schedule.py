@@ -53,15 +53,12 @@ def test_sigma_and_timestep_are_inverse(kind):
     torch.testing.assert_close(schedule.sigma(schedule.timestep(levels)), levels, rtol=2e-4, atol=0)
 
 
-def test_between_times_levels_are_geometric_means():
-    schedule = VPSchedule()
+def test_levels_between_the_times_and_outside_of_the_table():
+    """They are geometric means, and its ends."""
+    schedule, levels = VPSchedule(), torch.tensor([[0.0, 1e-6], [1e3, float("inf")]])
     expected = (schedule.sigma(500) ** 0.75) * (schedule.sigma(501) ** 0.25)
     assert schedule.sigma(500.25) == pytest.approx(expected.item(), rel=1e-6)
-
-
-def test_levels_outside_the_table_give_its_ends():
-    levels = torch.tensor([[0.0, 1e-6], [1e3, float("inf")]])
-    assert VPSchedule().timestep(levels).tolist() == [[0, 0], [999, 999]]
+    assert schedule.timestep(levels).tolist() == [[0, 0], [999, 999]]
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])

@@ -34,28 +34,14 @@ CONVOLUTIONS = {f"kernel, {p}": dp.Blur(kernels(1, 1, 5, 7), padding=p) for p in
 }
 
 
-def find(physics):
-    x = rand(*SHAPE)
-    return find_structure(physics, SHAPE, physics.A(x), per_image=physics.filter.shape[0] > 1), x
-
-
-@pytest.mark.parametrize("name", SEPARABLE)
-def test_separable_operators(name):
-    physics = SEPARABLE[name]
-    structure = find_structure(physics, SHAPE, physics.A(rand(*SHAPE)), per_image=False)
-    assert isinstance(structure, Separable)
-    x = rand(*SHAPE, seed=3)
+@pytest.mark.parametrize("name", [*SEPARABLE, *CONVOLUTIONS])
+def test_structures_equal_their_operators(name):
+    physics = (SEPARABLE | CONVOLUTIONS)[name]
+    y, x = physics.A(rand(*SHAPE)), rand(*SHAPE, seed=3)
+    structure = find_structure(physics, SHAPE, y, per_image=name == "kernel per image")
+    assert isinstance(structure, Separable if name in SEPARABLE else Convolution)
     torch.testing.assert_close(structure.A(x), physics.A(x), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(structure.normal(x), physics.A_adjoint_A(x), rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolutions(name):
-    physics = CONVOLUTIONS[name]
-    structure, x = find(physics)
-    assert isinstance(structure, Convolution)
-    torch.testing.assert_close(structure.A(x), physics.A(x))
-    torch.testing.assert_close(structure.normal(x), physics.A_adjoint_A(x))
 
 
 @pytest.mark.parametrize("name", [*SEPARABLE, *CONVOLUTIONS])

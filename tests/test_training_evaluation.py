@@ -106,7 +106,7 @@ def test_learning_rates_follow_their_schedule(tiny_prior):
 
 
 @pytest.mark.parametrize("stage", ["single", "end_to_end"])
-def test_the_noise_level_of_the_model_stands_in_in_training_too(tiny_prior, tmp_path, stage):
+def test_the_noise_level_of_the_model_stands_in_in_training_and_figures_too(tiny_prior, tmp_path, stage):
     """As it does for samples: equal steps for a physics that states it and one that states none."""
 
     def history(noise_model, sigma_y, folder):

@@ -241,9 +241,6 @@ def test_noise_level():
     assert noise_level(blur(dp.ZeroNoise())) == NOISE_FLOOR
     assert noise_level(blur(dp.GaussianNoise(0.03)), sigma_y=0.5) == 0.5
     assert noise_level(blur(noises.PoissonNoise()), sigma_y=0.5) == 0.5
-
-
-def test_noise_level_of_stacks():
     blurs = [blur(dp.GaussianNoise(level)) for level in (0.1, torch.tensor([0.1]))]
     assert noise_level(dp.StackedLinearPhysics(blurs)).item() == pytest.approx(0.1)
     for other in (dp.GaussianNoise(0.2), dp.ZeroNoise(), noises.PoissonNoise()):
