@@ -110,10 +110,14 @@ def test_full_photo(file, helpers, small, tmp_path):
 
 
 @pytest.mark.slow
-def test_any_physics_uncertainty_and_in_deepinv(helpers, small, tmp_path):
+def test_in_deepinv(small):
     printed = run("in_deepinv.py")
     scores = [float(line.split("PSNR ")[1].split()[0]) for line in printed.splitlines()[:4]]
     assert min(scores) > 24 and "mean of 16 by DiffusionSampler" in printed
+
+
+@pytest.mark.slow
+def test_any_physics_and_uncertainty(helpers, tmp_path):
     for line in run("any_physics.py").splitlines()[1:5]:
         inverse, _, mean = map(float, line[20:].split())
         assert mean > inverse + 1
