@@ -1,17 +1,11 @@
 """Oracles: problems whose posterior is known in closed form."""
 
+import sys
+
 import pytest
 import torch
+from deepinv import physics as dp
 from deepinv.models import Denoiser
-from deepinv.physics import (
-    Blur,
-    BlurFFT,
-    Denoising,
-    Downsampling,
-    GaussianNoise,
-    Inpainting,
-    StackedLinearPhysics,
-)
 from deepinv.utils import TensorList
 
 from deepinv_ud2m import UD2M, LinearInitializer, UnfoldedDenoiser
@@ -46,7 +40,7 @@ class GaussianProblem:
     """x ~ N(mean, covariance), y = A x + sigma_y n, everything dense and in float64."""
 
     def __init__(self, physics, shape, seed=0):
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
         d = int(torch.tensor(shape).prod())
         factor = torch.randn(d, d, generator=generator, dtype=torch.float64) / d**0.5
         self.shape, self.d, self.physics = shape, d, physics
@@ -89,8 +83,29 @@ class ExactUnfolded(torch.nn.Module):
 
 def rand(*shape, seed=0, dtype=torch.float64):
     """The same numbers in every dtype."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+class Bomb:
+    """What makes a file, the trace, where it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return open, (str(self.trace), "w")
+
+
+def refused(*cases):
+    """Cases are a call, the error that it raises if it is no ValueError, and the pattern of its message."""
+    for call, *error, message in cases:
+        with pytest.raises(*error or [ValueError], match=message):
+            call()
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def pick(y, images):
@@ -105,14 +120,14 @@ def per_image_physics(name, shape, images=slice(0, 3), dtype=torch.float64):
     """A physics with an operator of its own for each of three images, or for some of them."""
     kernels = rand(3, 1, 3, 3, dtype=dtype)[images]
     kernels = kernels / kernels.sum((-2, -1), keepdim=True)
-    blur = Blur(kernels, padding="valid")
-    inpainting = Inpainting(shape, (rand(3, 1, *shape[1:], seed=1) < 0.5).to(dtype)[images])
+    blur = dp.Blur(kernels, padding="valid")
+    inpainting = dp.Inpainting(shape, (rand(3, 1, *shape[1:], seed=1) < 0.5).to(dtype)[images])
     return {
-        "BlurFFT": lambda: BlurFFT(shape, kernels),
+        "BlurFFT": lambda: dp.BlurFFT(shape, kernels),
         "Blur": lambda: blur,
-        "Downsampling": lambda: Downsampling(shape, kernels, 2, padding="circular"),
+        "Downsampling": lambda: dp.Downsampling(shape, kernels, 2, padding="circular"),
         "Inpainting": lambda: inpainting,
-        "stack": lambda: StackedLinearPhysics([blur, inpainting]),
+        "stack": lambda: dp.StackedLinearPhysics([blur, inpainting]),
     }[name]()
 
 
@@ -177,7 +192,7 @@ def trained_sampler(prior, num_iterations=2, seed=0, lora=True, **settings):
 
 
 def scatter(tensors, seed=0, std=0.1):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     with torch.no_grad():
         for tensor in tensors:
             tensor.copy_(std * torch.randn(tensor.shape, generator=generator))
@@ -185,9 +200,9 @@ def scatter(tensors, seed=0, std=0.1):
 
 def sample(model):
     """Two samples of one seed, which tell samplers of the tiny prior apart."""
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     y = torch.rand(1, 1, 16, 16, generator=generator)
-    return model.sample(y, Denoising(GaussianNoise(0.1)), 2, generator=generator)
+    return model.sample(y, dp.Denoising(dp.GaussianNoise(0.1)), 2, generator=generator)
 
 
 @pytest.fixture
@@ -201,7 +216,21 @@ def sampler_folder(tiny_sampler, tiny_folder, tmp_path):
     return tmp_path / "sampler"
 
 
+DRAWN = {"training.history": ["plot_curves"], "training.evaluation": ["plot_samples"]}
+DRAWN |= {"benchmark.report": ["plot_calibration", "_plot_sheet"]}
+
+
 @pytest.fixture(autouse=True)
-def seeded():
+def figures_where_they_are_tested(request, monkeypatch):
+    """And in slow tests: they take most of the time of a short training and of a small benchmark."""
+    drawn = "figures" in request.node.name or request.node.get_closest_marker("slow")
+    for module, names in DRAWN.items():
+        module = sys.modules.get(f"deepinv_ud2m.{module}")
+        for name in names if module and not drawn else []:
+            monkeypatch.setattr(module, name, lambda *_: None)
+
+
+@pytest.fixture(autouse=True)
+def same_noise_in_every_run():
     """Noise models without a generator of their own draw from PyTorch's: the same in every run."""
     torch.manual_seed(0)

@@ -1,8 +1,11 @@
 """What tests of training share: a small trainer, and its parts."""
 
 import copy
+import random
 
+import numpy as np
 import torch
+from conftest import seeded
 from deepinv.physics import BlurFFT, GaussianNoise, Inpainting
 from deepinv.physics.functional import gaussian_blur
 from deepinv.physics.generator import BernoulliSplittingMaskGenerator, GaussianBlurGenerator, SigmaGenerator
@@ -25,7 +28,7 @@ SHAPE = (1, 16, 16)
 
 
 def images(num=10):
-    return torch.rand(num, *SHAPE, generator=torch.Generator().manual_seed(0))
+    return torch.rand(num, *SHAPE, generator=seeded(0))
 
 
 def eval_images(num=2):
@@ -75,6 +78,19 @@ def full_options(folder, **options):
     return full | {"eval_interval": 2, "eval_samples": 2, **two_physics(), **options}
 
 
+class Recorder(L2Loss):
+    """The squared error, which notes how it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.autocast, self.draws = [], []
+
+    def forward(self, **batch):
+        self.autocast.append(torch.is_autocast_enabled("cpu"))
+        self.draws.append((np.random.rand(), random.random()))  # noqa: NPY002
+        return super().forward(**batch)
+
+
 def values_of(trainer):
     return [parameter.detach().clone() for parameter in trainer.trained.values()]
 
@@ -84,11 +100,11 @@ def equal(a, b):
 
 
 def rand(*shape, seed=0, dtype=torch.float64):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return torch.rand(*shape, generator=seeded(seed), dtype=dtype)
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return torch.randn(*shape, generator=seeded(seed), dtype=dtype)
 
 
 def make_discriminator(seed=0, **options):

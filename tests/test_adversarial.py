@@ -1,8 +1,11 @@
 """Adversarial training: its losses, the condition, and the discriminator."""
 
+from functools import partial
+
 import deepinv as dinv
 import pytest
 import torch
+from conftest import refused
 from distillation import make_discriminator, rand, randn
 from torch import nn
 
@@ -39,9 +42,6 @@ class Linear(nn.Module):
         return ((x - condition) * self.weight).sum((1, 2, 3))
 
 
-# -- Losses ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("logits", ["one", "map"])
 def test_adversarial_losses_against_cross_entropy(logits):
     x, x_net, c = (rand(3, 2, 5, 5, seed=seed) for seed in range(3))
@@ -49,9 +49,8 @@ def test_adversarial_losses_against_cross_entropy(logits):
     D = Judge(scalar if logits == "one" else lambda x: 10 * x[:, :1] - 5)
     entropy = nn.BCEWithLogitsLoss(reduction="none")
     ones = torch.ones_like(D(x, c))
-    real, fake = (
-        entropy(D(image, c), label).reshape(3, -1).mean(1) for image, label in ((x, ones), (x_net, 0 * ones))
-    )
+    pairs = ((x, ones), (x_net, 0 * ones))
+    real, fake = (entropy(D(image, c), label).reshape(3, -1).mean(1) for image, label in pairs)
     arguments = {"x": x, "x_net": x_net, "D": D, "condition": c}
     loss = AdversarialDiscriminatorLoss(penalty_weight=0)(**arguments)
     torch.testing.assert_close(loss, real + fake)
@@ -66,8 +65,7 @@ def test_adversarial_losses_of_large_logits_are_finite():
         loss = AdversarialGeneratorLoss()(x=x.detach(), x_net=x, D=D, condition=x)
         (gradient,) = torch.autograd.grad(loss.sum(), x)
         assert loss.isfinite().all() and gradient.isfinite().all()
-        # A certain discriminator still tells the generator where to go.
-        assert bool(gradient.any()) == (value < 0)
+        assert bool(gradient.any()) == (value < 0), "a certain discriminator tells where to go"
 
 
 def test_penalty_of_a_linearmake_discriminator():
@@ -131,31 +129,16 @@ def test_gradients_stay_on_their_side():
     x, c = mnist_digits("test", num=2), mnist_digits("validation", num=2)
     x_net = (x + 0.1 * randn(*x.shape, dtype=torch.float32)).requires_grad_()
     D = make_discriminator()
+    before = {name: value.clone() for name, value in D.train().state_dict().items()}
     options = {"x": x, "x_net": x_net, "D": D, "condition": c}
     AdversarialGeneratorLoss()(**options).sum().backward()
     assert x_net.grad.any() and all(p.grad is None and p.requires_grad for p in D.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in D.state_dict().items())
     x_net.grad = None
     AdversarialDiscriminatorLoss()(**options).sum().backward()
     assert x_net.grad is None
     # The bias of the last layer cancels for equal logits only; all parameters take part.
     assert all(p.grad is not None and p.grad.isfinite().all() for p in D.parameters())
-
-
-def test_generator_gradient_is_that_through_themake_discriminator():
-    x, c = mnist_digits("test", num=2), mnist_digits("validation", num=2)
-    x_net, D = mnist_digits("test", num=2).requires_grad_(), make_discriminator().eval()
-    (gradient,) = torch.autograd.grad(
-        AdversarialGeneratorLoss()(x=x, x_net=x_net, D=D, condition=c).sum(), x_net
-    )
-    expected = nn.functional.softplus(-D(x_net, c)).mean((1, 2, 3)).sum()
-    torch.testing.assert_close(gradient, torch.autograd.grad(expected, x_net)[0])
-
-
-def test_the_generator_loss_leaves_the_discriminator_as_it_is():
-    D, x = make_discriminator().train(), mnist_digits("test", num=2)
-    before = {name: value.clone() for name, value in D.state_dict().items()}
-    AdversarialGeneratorLoss()(x=x, x_net=x, D=D, condition=x)
-    assert all(torch.equal(value, before[name]) for name, value in D.state_dict().items())
 
 
 def test_samples_meet_the_condition_of_their_image():
@@ -193,18 +176,25 @@ def test_adversarial_losses_can_be_evaluated_without_gradients():
         torch.testing.assert_close(values[0], values[1].detach())
 
 
-def test_adversarial_errors():
-    x = torch.zeros(2, 1, 32, 32)
-    D = make_discriminator()
+def test_what_is_refused():
+    x, D, wide = torch.zeros(2, 1, 32, 32), make_discriminator(), make_discriminator(channels=3)
     for loss in (AdversarialGeneratorLoss(), AdversarialDiscriminatorLoss()):
-        with pytest.raises(ValueError, match="D, the discriminator, must be given"):
-            loss(x=x, x_net=x, condition=x)
-        with pytest.raises(ValueError, match="condition, or y and physics"):
-            loss(x=x, x_net=x, D=D, y=x)
-        with pytest.raises(ValueError, match="condition must be of 2 images, one for each of x, got 1"):
-            loss(x=x, x_net=x, D=D, condition=x[:1])
-    with pytest.raises(ValueError, match="penalty_weight must be finite and >= 0, got -1"):
-        AdversarialDiscriminatorLoss(penalty_weight=-1)
+        of_x = partial(loss, x=x, x_net=x)
+        refused(
+            (partial(of_x, condition=x), "D, the discriminator, must be given"),
+            (partial(of_x, D=D, y=x), "condition, or y and physics"),
+            (partial(of_x, D=D, condition=x[:1]), "of 2 images, one for each of x, got 1"),
+        )
+    colour = torch.zeros(2, 3, 16, 16)
+    refused(
+        (lambda: AdversarialDiscriminatorLoss(penalty_weight=-1), "penalty_weight must be finite .*, got -1"),
+        (lambda: ConditionalDiscriminator(channels=0), "channels must be an integer >= 1"),
+        (lambda: ConditionalDiscriminator(1, num_layers=0), "num_layers must be an integer >= 1"),
+        (lambda: ConditionalDiscriminator(1, base_channels=0), "base_channels must be an integer >= 1"),
+        (lambda: wide(colour[:, :1], colour), r"x must be images \[B, 3, H, W\], got \[2, 1, 16, 16\]"),
+        (lambda: wide(colour, colour[:1]), r"condition must be \[2, 3, 16, 16\]"),
+        (lambda: wide(colour, colour[..., :8]), r"condition must be \[2, 3, 16, 16\]"),
+    )
 
 
 # -- The condition --------------------------------------------------------------------------------
@@ -223,29 +213,10 @@ def test_condition_against_dense_matrices(gaussian_problem):
     assert condition(Problem(20 * problem.y, physics)).max() == 2
 
 
-def test_condition_of_a_blur():
-    x = mnist_digits("test", num=8)
-    blur = dinv.physics.functional.gaussian_blur(sigma=(1.5, 1.5))
-    physics = dinv.physics.BlurFFT((1, 32, 32), filter=blur, noise_model=dinv.physics.GaussianNoise(0.05))
-    y = (physics.A(x) + 0.05 * randn(*x.shape, dtype=torch.float32)).requires_grad_()
-
-    def correlation(image):
-        return torch.corrcoef(torch.stack([image.flatten(), x.flatten()]))[0, 1]
-
-    image = condition(Problem(y, physics))
-    assert image.shape == x.shape and not image.requires_grad
-    # What the documentation says of it.
-    assert correlation(image) > 0.8
-    assert correlation(physics.A_dagger(y).detach().clamp(-1, 2)) < 0.1
-
-
 def test_condition_of_stacks_and_of_other_noise():
-    x = mnist_digits("test", num=2)
-    children = [
-        dinv.physics.Inpainting((1, 32, 32), mask=mask, noise_model=dinv.physics.GaussianNoise(0.1))
-        for mask in (0.3, 0.4)
-    ]
-    physics = dinv.physics.StackedLinearPhysics(children)
+    x, noise = mnist_digits("test", num=2), dinv.physics.GaussianNoise(0.1)
+    masks = [dinv.physics.Inpainting((1, 32, 32), mask=mask, noise_model=noise) for mask in (0.3, 0.4)]
+    physics = dinv.physics.StackedLinearPhysics(masks)
     image = condition(Problem(physics(x), physics))
     assert image.shape == x.shape and image.isfinite().all()
     poisson = dinv.physics.Denoising(dinv.physics.PoissonNoise(0.1))
@@ -255,7 +226,7 @@ def test_condition_of_stacks_and_of_other_noise():
 # -- The discriminator ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(4, 4), (32, 32), (33, 47), (256, 128)])
+@pytest.mark.parametrize("size", [(4, 4), (32, 32), (33, 47)])
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 def test_discriminator_takes_any_size(size, num_layers):
     D = make_discriminator(channels=3, num_layers=num_layers)
@@ -270,7 +241,8 @@ def test_discriminator_takes_any_size(size, num_layers):
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 def test_a_logit_judges_a_window(num_layers):
     D = make_discriminator(num_layers=num_layers).double().eval()
-    x, c = (rand(1, 1, 160, 160, seed=seed).requires_grad_() for seed in range(2))
+    shape = (1, 1, 20 * 2**num_layers, 20 * 2**num_layers)
+    x, c = (rand(*shape, seed=seed).requires_grad_() for seed in range(2))
     logits = D(x, c)
     centre = logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2]
     for gradient in torch.autograd.grad(centre, (x, c)):
@@ -284,25 +256,8 @@ def test_discriminator_judges_images_separately_and_by_their_condition():
     one_by_one = torch.cat([D(x[i : i + 1], c[i : i + 1]) for i in range(4)])
     torch.testing.assert_close(D(x, c), one_by_one)
     assert ((D(x, c) - D(x, c.roll(1, 0))).abs().amax((1, 2, 3)) > 1e-3).all()
-    kinds = (nn.modules.batchnorm._BatchNorm, nn.Sigmoid)
-    assert not any(isinstance(module, kinds) for module in D.modules())
-
-
-def test_discriminator_is_normalised():
     for module in make_discriminator(channels=2).eval().modules():
+        assert not isinstance(module, nn.modules.batchnorm._BatchNorm | nn.Sigmoid)
         if isinstance(module, nn.Conv2d):
             norm = torch.linalg.matrix_norm(module.weight.flatten(1), 2)
             assert norm.item() == pytest.approx(1, abs=0.1)
-
-
-def test_discriminator_errors():
-    for options in ({"channels": 0}, {"num_layers": 0}, {"base_channels": 0}):
-        with pytest.raises(ValueError, match=f"{next(iter(options))} must be an integer >= 1"):
-            ConditionalDiscriminator(**({"channels": 1} | options))
-    D = make_discriminator(channels=3)
-    x = torch.zeros(2, 3, 16, 16)
-    with pytest.raises(ValueError, match=r"x must be images \[B, 3, H, W\], got \[2, 1, 16, 16\]"):
-        D(x[:, :1], x)
-    for c in (x[:1], x[:, :1], x[..., :8]):
-        with pytest.raises(ValueError, match=r"condition must be \[2, 3, 16, 16\]"):
-            D(x, c)

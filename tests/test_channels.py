@@ -3,13 +3,13 @@
 import deepinv as dinv
 import pytest
 import torch
-from conftest import dense_matrix
+from conftest import dense_matrix, seeded
 
 from deepinv_ud2m import UD2M, Problem
 from deepinv_ud2m.physics import ChannelMap
 
-MASK = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(0)).lt(0.4).float()
-KERNEL = torch.rand(1, 1, 5, 3, generator=torch.Generator().manual_seed(1))
+MASK = torch.rand(1, 1, 16, 16, generator=seeded(0)).lt(0.4).float()
+KERNEL = torch.rand(1, 1, 5, 3, generator=seeded(1))
 KERNEL = KERNEL / KERNEL.sum()
 ORTHOGONAL = torch.tensor([[0.6, 0.8, 0.0], [0.8, -0.6, 0.0]])
 PHYSICS = {
@@ -30,7 +30,7 @@ PHYSICS = {
 def test_operator_adjoint_and_prox_against_dense_algebra(name):
     physics = PHYSICS[name]
     shape = torch.Size([1, physics.weights.shape[1], 16, 16])
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     x, mean = (torch.rand(shape, generator=generator) for _ in range(2))
     A, y = dense_matrix(physics, shape[1:], torch.float32).double(), physics.A(x)
     channels = torch.kron(physics.weights.double(), torch.eye(256, dtype=torch.float64))
@@ -47,8 +47,8 @@ def test_operator_adjoint_and_prox_against_dense_algebra(name):
 
 def test_operators_of_each_image():
     physics = ChannelMap.grey(dinv.physics.BlurFFT((1, 16, 16), filter=KERNEL))
-    kernels = torch.rand(2, 1, 5, 3, generator=torch.Generator().manual_seed(3)) / 8
-    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(4))
+    kernels = torch.rand(2, 1, 5, 3, generator=seeded(3)) / 8
+    x = torch.rand(2, 3, 16, 16, generator=seeded(4))
     y = physics(x, filter=kernels)
     problem = Problem(y, physics, 0.1)
     assert problem.is_per_image and problem.has_closed_form()
@@ -62,14 +62,14 @@ def test_operators_of_each_image():
 
 def test_a_sampler_of_colour_images_restores_grey_ones():
     photos = UD2M.from_pretrained("photos-posterior")
-    x = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(5))
+    x = torch.rand(2, 1, 16, 16, generator=seeded(5))
     physics = dinv.physics.Inpainting((1, 16, 16), mask=MASK)
     physics.set_noise_model(dinv.physics.GaussianNoise(0.05))
     y = physics(x)
-    samples = photos.sample(y, physics, 2, generator=torch.Generator().manual_seed(6))
+    samples = photos.sample(y, physics, 2, generator=seeded(6))
     assert samples.shape == (2, 2, 1, 16, 16)
     photos.output_range, mapped = None, ChannelMap.grey(physics)
-    colour = photos.sample(y, mapped, 2, generator=torch.Generator().manual_seed(6))
+    colour = photos.sample(y, mapped, 2, generator=seeded(6))
     assert colour.shape == (2, 2, 3, 16, 16)
     assert torch.allclose(
         colour.mean(2, keepdim=True).clamp(0, 1), samples, atol=3e-3

@@ -6,9 +6,9 @@ import os
 import subprocess
 import sys
 
-import deepinv as dinv
 import pytest
 import torch
+from conftest import seeded
 from PIL import Image
 from scripts import EXAMPLES, run
 from torchvision.utils import save_image
@@ -101,14 +101,6 @@ def test_your_prior(helpers, tmp_path):
     check_figure(tmp_path / "your_prior.webp")
 
 
-@pytest.mark.slow
-def test_in_deepinv(small):
-    printed = run("in_deepinv.py")
-    scores = [float(line.split("PSNR ")[1].split()[0]) for line in printed.splitlines()[:4]]
-    assert min(scores) > 24
-    assert "mean of 16 by DiffusionSampler" in printed
-
-
 @pytest.mark.parametrize("file", ["photo.png", pytest.param(None, marks=pytest.mark.slow)])
 def test_full_photo(file, helpers, small, tmp_path):
     save_image(deepinv_ud2m.data.photograph("chelsea"), tmp_path / "photo.png")
@@ -118,41 +110,27 @@ def test_full_photo(file, helpers, small, tmp_path):
 
 
 @pytest.mark.slow
-def test_any_physics(helpers, tmp_path):
-    printed = run("any_physics.py").splitlines()
-    for line in printed[1:5]:
-        inverse, _, mean = map(float, line[20:].split())
-        assert mean > inverse + 1
-    check_figure(tmp_path / "any_physics.webp")
+def test_in_deepinv(small):
+    printed = run("in_deepinv.py")
+    scores = [float(line.split("PSNR ")[1].split()[0]) for line in printed.splitlines()[:4]]
+    assert min(scores) > 24 and "mean of 16 by DiffusionSampler" in printed
 
 
 @pytest.mark.slow
-def test_uncertainty(helpers, tmp_path):
+def test_any_physics_and_uncertainty(helpers, tmp_path):
+    for line in run("any_physics.py").splitlines()[1:5]:
+        inverse, _, mean = map(float, line[20:].split())
+        assert mean > inverse + 1
     printed = run("uncertainty.py")
     assert float(printed.splitlines()[0].split()[-1]) > 0.1
     assert printed.count("holds the truth in") == 8
-    check_figure(tmp_path / "uncertainty.webp")
-
-
-def test_measurements_as_images(helpers):
-    x = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    small = dinv.physics.Downsampling(img_size=(1, 32, 32), filter=None, factor=4)
-    shown = helpers.as_images(small.A(x), small, x)
-    assert torch.equal(shown[..., ::4, ::4], small.A(x).clamp(0, 1)) and shown.shape == x.shape
-    spectrum = dinv.physics.DecomposablePhysics(
-        V_adjoint=lambda image: torch.fft.fft2(image, norm="ortho"),
-        V=lambda image: torch.fft.ifft2(image, norm="ortho").real,
-        mask=torch.ones(1, 1, 32, 32),
-        img_size=(1, 32, 32),
-    )
-    torch.testing.assert_close(helpers.as_images(spectrum.A(x), spectrum, x), x)
-    whole, centre = helpers.with_centre(x)
-    assert torch.equal(whole, x[0]) and torch.equal(centre[..., ::4, ::4], x[0, :, 12:20, 12:20])
+    for name in ("any_physics", "uncertainty"):
+        check_figure(tmp_path / f"{name}.webp")
 
 
 @pytest.fixture
 def folder(tmp_path):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     (tmp_path / "in").mkdir()
     for i in range(3):
         image = torch.nn.functional.interpolate(torch.rand(1, 3, 5, 6, generator=generator), (34, 41))
@@ -176,20 +154,15 @@ def test_a_folder_is_restored_and_a_run_goes_on(folder, tmp_path):
     assert (out / "2.png_mean.png").stat().st_mtime_ns > kept
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--images", "EMPTY"], "has no images"),
-        (["--samples", 1], "--samples must be at least 2"),
-        (["--out", "FOLDER"], "--out must be another folder"),
-    ],
-)
-def test_what_a_folder_cannot_be_restored_with(options, message, folder, tmp_path):
+def test_what_a_folder_cannot_be_restored_with(folder, tmp_path):
     (tmp_path / "empty").mkdir()
-    paths = {"EMPTY": tmp_path / "empty", "FOLDER": folder}
-    options = ["--images", folder, *(paths.get(option, option) for option in options)]
-    printed = run("sample_folder.py", *options)
-    assert message in printed and "stopped: 2" in printed
+    for options, message in (
+        (["--images", tmp_path / "empty"], "has no images"),
+        (["--samples", 1], "--samples must be at least 2"),
+        (["--out", folder], "--out must be another folder"),
+    ):
+        printed = run("sample_folder.py", "--images", folder, *options)
+        assert message in printed and "stopped: 2" in printed
 
 
 @pytest.mark.slow

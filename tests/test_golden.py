@@ -12,15 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from deepinv.physics import (
-    Blur,
-    BlurFFT,
-    CompressedSensing,
-    Downsampling,
-    GaussianNoise,
-    Inpainting,
-    StackedLinearPhysics,
-)
+from conftest import seeded
+from deepinv import physics as dp
 from deepinv.physics.functional import gaussian_blur
 
 from deepinv_ud2m import UD2M
@@ -39,7 +32,7 @@ def images(channels):
 
 
 def rand(*shape, seed=0):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(shape, generator=seeded(seed))
 
 
 def kernels(batch):
@@ -52,20 +45,21 @@ def masks(channels, batch):
 
 
 def stack(shape):
-    return StackedLinearPhysics([Blur(kernels(1), padding="valid"), Inpainting(shape, masks(shape[0], 1))])
+    inpainting = dp.Inpainting(shape, masks(shape[0], 1))
+    return dp.StackedLinearPhysics([dp.Blur(kernels(1), padding="valid"), inpainting])
 
 
 PHYSICS = {
-    "blur, closed form": lambda shape: BlurFFT(shape, gaussian_blur(sigma=(1.5, 1.5))),
-    "mask for each image": lambda shape: Inpainting(shape, masks(shape[0], 2)),
-    "super-resolution": lambda shape: Downsampling(
+    "blur, closed form": lambda shape: dp.BlurFFT(shape, gaussian_blur(sigma=(1.5, 1.5))),
+    "mask for each image": lambda shape: dp.Inpainting(shape, masks(shape[0], 2)),
+    "super-resolution": lambda shape: dp.Downsampling(
         img_size=shape, filter="gaussian", factor=2, padding="circular"
     ),
-    "valid blur": lambda shape: Blur(gaussian_blur(sigma=(1.0, 1.0)), padding="valid"),
-    "kernel for each image": lambda shape: Blur(kernels(2), padding="reflect"),
+    "valid blur": lambda shape: dp.Blur(gaussian_blur(sigma=(1.0, 1.0)), padding="valid"),
+    "kernel for each image": lambda shape: dp.Blur(kernels(2), padding="reflect"),
     "stack": stack,
-    "compressed sensing": lambda shape: CompressedSensing(
-        m=400, img_size=shape, channelwise=True, rng=torch.Generator().manual_seed(3)
+    "compressed sensing": lambda shape: dp.CompressedSensing(
+        m=400, img_size=shape, channelwise=True, rng=seeded(3)
     ),
     "JPEG": lambda shape: JPEG(shape, quality=torch.tensor([10.0, 30.0])),
 }
@@ -79,20 +73,20 @@ def measure(name, x):
     physics = PHYSICS[name](tuple(x.shape[1:]))
     if name == "JPEG":
         return physics, physics(x)
-    rng = torch.Generator().manual_seed(4)
+    rng = seeded(4)
     sigma = torch.tensor([0.03, 0.06]) if name == "mask for each image" else 0.05
     if name == "stack":
         for child in physics.physics_list:
-            child.set_noise_model(GaussianNoise(sigma, rng=rng))
+            child.set_noise_model(dp.GaussianNoise(sigma, rng=rng))
     else:
-        physics.set_noise_model(GaussianNoise(sigma, rng=rng))
+        physics.set_noise_model(dp.GaussianNoise(sigma, rng=rng))
     return physics, physics(x)
 
 
 def draw(model, name, x):
     """Two samples of two images, in two batches; every third pixel."""
     physics, y = measure(name, x)
-    generator = torch.Generator().manual_seed(5)
+    generator = seeded(5)
     return model.sample(y, physics, 2, batch_size=2, generator=generator)[..., 1::3, 1::3]
 
 

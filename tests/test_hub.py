@@ -41,9 +41,8 @@ class FakeHub:
 
     def upload_folder(self, repo_id, folder_path, commit_message):
         self.calls.append(("upload", repo_id, commit_message))
-        self.files.setdefault(repo_id, {}).update(
-            {p.name: p.read_bytes() for p in Path(folder_path).iterdir()}
-        )
+        files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        self.files.setdefault(repo_id, {}).update(files)
 
     def snapshot_download(self, repo_id, revision=None, allow_patterns=None):
         self.calls.append(("download", repo_id, revision))
@@ -67,11 +66,8 @@ def hub(tmp_path, monkeypatch):
 def test_to_the_hub_and_back(tiny_sampler, tiny_folder, hub, capsys):
     url = tiny_sampler.push_to_hub("repo", private=True, token="t", prior=tiny_folder, metadata={"data": "x"})
     assert url == "https://huggingface.co/me/repo"
-    assert hub.calls == [
-        ("token", "t"),
-        ("create", "repo", True, True),
-        ("upload", "me/repo", "Upload UD2M sampler"),
-    ]
+    upload = ("upload", "me/repo", "Upload UD2M sampler")
+    assert hub.calls == [("token", "t"), ("create", "repo", True, True), upload]
     assert hub.files["me/repo"].keys() == {"config.json", "model.safetensors", "README.md"}
     loaded = UD2M.from_pretrained("me/repo", revision="v1", merge=False)
     assert hub.calls[-1] == ("download", "me/repo", "v1")
@@ -80,42 +76,31 @@ def test_to_the_hub_and_back(tiny_sampler, tiny_folder, hub, capsys):
     assert all(word in printed for word in ("model.safetensors", "'me/repo'", "v1", "Hugging Face Hub"))
 
 
-def test_model_card_of_others_is_kept(tiny_sampler, hub):
+def test_what_is_left_alone(tiny_sampler, sampler_folder, hub, monkeypatch):
+    with pytest.raises(TypeError, match="metadata"):
+        tiny_sampler.push_to_hub("me/repo", metadata={"x": object()})
+    assert not hub.calls, "what cannot be saved is not uploaded"
+    monkeypatch.chdir(sampler_folder.parent.parent)  # a folder comes before the Hub
+    loaded = UD2M.from_pretrained(f"{sampler_folder.parent.name}/{sampler_folder.name}", merge=False)
+    assert torch.equal(sample(loaded), sample(tiny_sampler)) and not hub.calls
     hub.files["me/repo"] = {"README.md": b"mine"}
     tiny_sampler.push_to_hub("me/repo")
     assert hub.files["me/repo"]["README.md"] == b"mine"
     assert "config.json" in hub.files["me/repo"]
+    with pytest.raises(OSError, match=r"'runs/typo' is neither a folder nor.*404 repository not found"):
+        UD2M.from_pretrained("runs/typo")
 
 
 def test_model_card(sampler_folder):
     config = json.loads((sampler_folder / "config.json").read_text())
     card = model_card("me/repo", config)
     assert card.startswith("---\nlibrary_name: deepinv\n")
-    assert 'UD2M.from_pretrained("me/repo", prior=prior)' in card
-    assert '"seed": 7' in card and config["prior"]["fingerprint"] in card
-    assert "3.3, 0.7, 0.1" in card and "rank 2 on" in card
+    parts = ['UD2M.from_pretrained("me/repo", prior=prior)', '"seed": 7', config["prior"]["fingerprint"]]
+    assert all(part in card for part in [*parts, "3.3, 0.7, 0.1", "rank 2 on"])
+    config |= {"initializer": {"kind": "RAMInitializer"}, "lora": None}
     config["prior"] |= {"name": "mnist", "channels": None}
-    config["initializer"] = {"kind": "RAMInitializer"}
-    config["lora"] = None
     card = model_card("me/repo", config)
     assert 'from_pretrained("me/repo", initializer=initializer)' in card and "| LoRA | none |" in card
-
-
-def test_what_cannot_be_saved_is_not_uploaded(tiny_sampler, hub):
-    with pytest.raises(TypeError, match="metadata"):
-        tiny_sampler.push_to_hub("me/repo", metadata={"x": object()})
-    assert not hub.calls
-
-
-def test_a_download_that_fails(hub):
-    with pytest.raises(OSError, match=r"'runs/typo' is neither a folder nor.*404 repository not found"):
-        UD2M.from_pretrained("runs/typo")
-
-
-def test_a_folder_comes_before_the_hub(tiny_sampler, sampler_folder, hub, monkeypatch):
-    monkeypatch.chdir(sampler_folder.parent.parent)
-    loaded = UD2M.from_pretrained(f"{sampler_folder.parent.name}/{sampler_folder.name}", merge=False)
-    assert torch.equal(sample(loaded), sample(tiny_sampler)) and not hub.calls
 
 
 def test_without_huggingface_hub(tiny_sampler, monkeypatch):

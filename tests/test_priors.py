@@ -9,77 +9,52 @@ import os
 import numpy as np
 import pytest
 import torch
+from conftest import seeded
 from deepinv.models import Denoiser
 from safetensors.torch import load_file, save_file
+from test_checkpoint import edit_config
 
 from deepinv_ud2m import UD2M, PriorInfo, load_prior, save_prior
 from deepinv_ud2m.files import sha256
-from deepinv_ud2m.priors import PRIORS, build_network
+from deepinv_ud2m.priors import PRIORS
 from deepinv_ud2m.priors.networks import PixelShuffledDenoiser, checkerboard
 
 
-@pytest.fixture
-def folder(tiny_prior, tiny_config, tmp_path):
-    save_prior(tiny_prior, tiny_config, tmp_path / "tiny")
-    return tmp_path / "tiny"
-
-
-def edit_config(folder, edit):
-    config = json.loads((folder / "config.json").read_text())
-    edit(config)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def replace_weights(folder, **changes):
+def replace_weights(tiny_folder, **changes):
     """Other tensors, with a digest that is right; None takes a tensor out."""
-    file = folder / "model.safetensors"
+    file = tiny_folder / "model.safetensors"
     state = load_file(file) | changes
     save_file({name: value for name, value in state.items() if value is not None}, file)
-    edit_config(folder, lambda config: config.update(sha256=sha256(file)))
+    edit_config(tiny_folder, lambda config: config.update(sha256=sha256(file)))
 
 
-# -- Saving and loading ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", PRIORS)
-def test_shipped_priors_load(name):
-    prior = load_prior(name)
-    assert prior.prior_info.name == name and not prior.training
-
-
-def test_round_trip(tiny_prior, folder):
-    loaded = load_prior(str(folder))
+def test_round_trip(tiny_prior, tiny_config, tiny_folder):
+    loaded = load_prior(str(tiny_folder))
+    assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert loaded.prior_info == PriorInfo(**tiny_config["prior"] | {"name": str(tiny_folder)})
+    assert load_prior(tiny_folder).prior_info == loaded.prior_info  # a Path will do
     rounded = {name: value.half().float() for name, value in tiny_prior.state_dict().items()}
     assert loaded.state_dict().keys() == rounded.keys()
     assert all(torch.equal(value, rounded[name]) for name, value in loaded.state_dict().items())
     assert any(not torch.equal(value, rounded[name]) for name, value in tiny_prior.state_dict().items())
-    x = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(2, 1, 32, 32, generator=seeded(0))
     sigma = torch.tensor([0.05, 3.0])
     # Half precision keeps 11 bits: a relative error of 5e-4 in each weight.
     torch.testing.assert_close(loaded(x, sigma), tiny_prior(x, sigma), rtol=0, atol=5e-3)
 
 
-def test_a_loaded_prior_is_frozen_and_says_what_it_is(tiny_config, folder):
-    loaded = load_prior(str(folder))
-    assert not loaded.training
-    assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    assert all(parameter.dtype == torch.float32 for parameter in loaded.parameters())
-    assert loaded.prior_info == PriorInfo(**tiny_config["prior"] | {"name": str(folder)})
-    assert load_prior(folder).prior_info == loaded.prior_info  # a Path will do
-
-
-def test_saving_twice_gives_the_same_file(tiny_prior, tiny_config, folder, tmp_path):
-    config = json.loads((folder / "config.json").read_text())
-    assert config == tiny_config | {"sha256": sha256(folder / "model.safetensors")}
+def test_saving_twice_gives_the_same_file(tiny_prior, tiny_config, tiny_folder, tmp_path):
+    config = json.loads((tiny_folder / "config.json").read_text())
+    assert config == tiny_config | {"sha256": sha256(tiny_folder / "model.safetensors")}
     for again in (tiny_config, config | {"sha256": "that of another"}):
-        save_prior(load_prior(folder), again, tmp_path / "again")
+        save_prior(load_prior(tiny_folder), again, tmp_path / "again")
         for name in ("model.safetensors", "config.json"):
-            assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
-    assert len([*folder.iterdir()]) == 2
+            assert (tmp_path / "again" / name).read_bytes() == (tiny_folder / name).read_bytes()
+    assert len([*tiny_folder.iterdir()]) == 2
 
 
-def test_a_full_disk_leaves_the_earlier_prior(tiny_prior, tiny_config, folder, monkeypatch):
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+def test_a_full_disk_leaves_the_earlier_prior(tiny_prior, tiny_config, tiny_folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in tiny_folder.iterdir()}
     with torch.no_grad():
         next(tiny_prior.parameters()).add_(1)
     opened = builtins.open
@@ -91,8 +66,8 @@ def test_a_full_disk_leaves_the_earlier_prior(tiny_prior, tiny_config, folder, m
 
     monkeypatch.setattr(builtins, "open", open_on_a_full_disk)
     with pytest.raises(OSError, match=r"config\.json cannot be written.*No space left"):
-        save_prior(tiny_prior, tiny_config, folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        save_prior(tiny_prior, tiny_config, tiny_folder)
+    assert {path.name: path.read_bytes() for path in tiny_folder.iterdir()} == before
 
 
 def test_what_could_not_be_loaded_is_not_saved(tiny_prior, tiny_config, tmp_path):
@@ -104,27 +79,6 @@ def test_what_could_not_be_loaded_is_not_saved(tiny_prior, tiny_config, tmp_path
     with pytest.raises(ValueError, match="in float16, hold NaN or infinite values"):
         save_prior(tiny_prior, tiny_config, tmp_path / "tiny")
     assert not (tmp_path / "tiny").exists()
-
-
-def test_the_network_depends_on_the_level(tiny_prior):
-    x = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    inner = tiny_prior.denoiser
-    unshuffled = torch.nn.functional.pixel_unshuffle(x, 2)
-    outputs = [inner.forward_unet(unshuffled, torch.tensor([c])) for c in (-1.0, 1.0)]
-    assert (outputs[0] - outputs[1]).abs().max() > 1e-3
-
-
-def test_build_network_draws_weights_from_the_global_generator(tiny_config):
-    networks = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        networks.append(torch.cat([p.flatten() for p in build_network(tiny_config).parameters()]))
-    assert torch.equal(networks[0], networks[1])
-    assert not torch.equal(networks[0], networks[2])
-    assert "pixel_shuffle" in tiny_config["network"]  # the caller's config is left as it was
-
-
-# -- What is refused ------------------------------------------------------------------------------
 
 
 def test_what_is_no_prior_is_told(tmp_path):
@@ -140,21 +94,21 @@ def test_what_is_no_prior_is_told(tmp_path):
         load_prior(tmp_path)
 
 
-def test_damaged_weights(folder):
-    weights = folder / "model.safetensors"
+def test_damaged_weights(tiny_folder):
+    weights = tiny_folder / "model.safetensors"
     content = weights.read_bytes()
     flipped = bytearray(content)
     flipped[-7] ^= 4
     for damaged in (content[: len(content) // 2], content[:5], b"", b"no weights", bytes(flipped)):
         weights.write_bytes(damaged)
         with pytest.raises(ValueError, match=rf"weights .* are damaged.* {sha256(weights)}, expected"):
-            load_prior(folder)
+            load_prior(tiny_folder)
         assert weights.read_bytes() == damaged
-    edit_config(folder, lambda config: config.update(sha256=sha256(weights)))
-    load_prior(folder)  # of one flipped bit, only the digest tells
+    edit_config(tiny_folder, lambda config: config.update(sha256=sha256(weights)))
+    load_prior(tiny_folder)  # of one flipped bit, only the digest tells
     weights.unlink()
     with pytest.raises(ValueError, match=r"weights .* cannot be read"):
-        load_prior(folder)
+        load_prior(tiny_folder)
 
 
 @pytest.mark.parametrize(
@@ -168,10 +122,10 @@ def test_damaged_weights(folder):
         ({"denoiser.out_conv.bias": torch.tensor([0, 0, -torch.inf, 0])}, "NaN or infinite values in"),
     ],
 )
-def test_weights_of_another_network(changes, message, folder):
-    replace_weights(folder, **changes)
+def test_weights_of_another_network(changes, message, tiny_folder):
+    replace_weights(tiny_folder, **changes)
     with pytest.raises(ValueError, match=message):
-        load_prior(folder)
+        load_prior(tiny_folder)
 
 
 REFUSED = {
@@ -217,14 +171,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(
-    "section, key, value, message",
-    [(section, *case) for section, cases in REFUSED.items() for case in cases],
+    "section, key, value, message", [(section, *case) for section, cases in REFUSED.items() for case in cases]
 )
-def test_settings_that_are_refused(section, key, value, message, folder):
-    edit_config(folder, lambda config: config[section].update({key: value}))
+def test_settings_that_are_refused(section, key, value, message, tiny_folder):
+    edit_config(tiny_folder, lambda config: config[section].update({key: value}))
     with pytest.raises(ValueError, match=rf"config\.json cannot be used.*{message}|{message}") as error:
-        load_prior(folder)
-    assert str(folder / "config.json") in str(error.value)
+        load_prior(tiny_folder)
+    assert str(tiny_folder / "config.json") in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -240,20 +193,17 @@ def test_settings_that_are_refused(section, key, value, message, folder):
         (lambda config: config["prior"].update(channels=10**30), "cannot be used"),
     ],
 )
-def test_config_of_another_prior(folder, edit, message):
-    edit_config(folder, edit)
+def test_config_of_another_prior(tiny_folder, edit, message):
+    edit_config(tiny_folder, edit)
     with pytest.raises(ValueError, match=message):
-        load_prior(folder)
+        load_prior(tiny_folder)
 
 
 @pytest.mark.parametrize("content", ['{"network": ', "", "[1]", "[" * 100_000, "\xff\xfe"])
-def test_config_that_is_not_json(content, folder):
-    (folder / "config.json").write_text(content, encoding="latin-1")
+def test_config_that_is_not_json(content, tiny_folder):
+    (tiny_folder / "config.json").write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=r"config\.json cannot be used"):
-        load_prior(folder)
-
-
-# -- Reordering of pixels -------------------------------------------------------------------------
+        load_prior(tiny_folder)
 
 
 class Weighted(Denoiser):
@@ -271,7 +221,7 @@ class Weighted(Denoiser):
 @pytest.mark.parametrize("factor", [1, 2, 4])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pixel_shuffle_is_a_reordering(factor, channels):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     weights = torch.rand(channels * factor**2, generator=generator)
     x = torch.rand(2, channels, 8, 12, generator=generator)
     sigma = torch.tensor([0.5, 2.0])
@@ -288,7 +238,7 @@ def test_other_sizes_are_padded_by_reflection(size):
             self.seen = x
             return 2 * x
 
-    x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(2, 3, *size, generator=seeded(0))
     inner = Recorder()
     denoised = PixelShuffledDenoiser(inner, 2, multiple=8)(x, 0.1)
     assert torch.equal(denoised, 2 * x)
@@ -296,11 +246,6 @@ def test_other_sizes_are_padded_by_reflection(size):
     assert all(n % 8 == 0 and n - m < 8 for n, m in zip(seen.shape[-2:], size, strict=True))
     reflected = np.pad(x.numpy(), [(0, 0), (0, 0), (0, -size[0] % 8), (0, -size[1] % 8)], mode="reflect")
     assert np.array_equal(seen.numpy(), reflected)
-
-
-def test_images_too_small_to_be_padded():
-    with pytest.raises(ValueError, match="at least 8, got 7x20"):
-        PixelShuffledDenoiser(Weighted(torch.ones(12)), 2, multiple=8)(torch.rand(1, 3, 7, 20), 0.1)
 
 
 def test_the_checkerboard_is_taken_out_and_images_stay():
@@ -318,72 +263,46 @@ def test_the_checkerboard_is_taken_out_and_images_stay():
         torch.testing.assert_close(inner, left * image[..., 8:-8, 8:-8], atol=2e-3, rtol=0)
     denoiser = PixelShuffledDenoiser(Weighted(torch.ones(12)), 2, checkerboard_filter=2.0)
     plain = PixelShuffledDenoiser(Weighted(torch.ones(12)), 2)
-    x = torch.rand(2, 3, 8, 6, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(2, 3, 8, 6, generator=seeded(0))
     found = denoiser(x, 0.1)
     torch.testing.assert_close(found, plain(x, 0.1) - checkerboard(plain(x, 0.1), 2.0))
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(denoiser(x, 0.1), found)
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
+def test_options_of_pixel_shuffle_that_are_refused():
+    for options, message in (
         ({"factor": 0}, "factor must be an integer >= 1, got 0"),
         ({"multiple": -1}, "multiple must be an integer >= 1, got -1"),
         ({"factor": 4, "checkerboard_filter": 2.0}, "checkerboard_filter must be positive"),
         ({"checkerboard_filter": 0.0}, "checkerboard_filter must be positive"),
-    ],
-)
-def test_options_of_pixel_shuffle_that_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        PixelShuffledDenoiser(torch.nn.Identity(), **options)
+    ):
+        with pytest.raises(ValueError, match=message):
+            PixelShuffledDenoiser(torch.nn.Identity(), **options)
+    with pytest.raises(ValueError, match="at least 8, got 7x20"):
+        PixelShuffledDenoiser(Weighted(torch.ones(12)), 2, multiple=8)(torch.rand(1, 3, 7, 20), 0.1)
 
-
-def test_pixel_shuffle_takes_no_further_arguments(tiny_prior):
-    with pytest.raises(TypeError, match="sigm"):
-        tiny_prior(torch.rand(1, 1, 32, 32), sigma=0.1, sigm=0.2)
-
-
-# -- What a prior says about itself ---------------------------------------------------------------
 
 INFO = PriorInfo("p", channels=2, sigma_min=0.01, sigma_max=10.0, size_multiple=4, image_size=32)
 
 
-@pytest.mark.parametrize(
-    "shape, message",
-    [
+def test_images_it_cannot_take():
+    for shape, message in (
         ((1, 1, 32, 32), r"2 channel\(s\), not 1 channel\(s\).*\[1, 1, 32, 32\]"),
-        ((1, 2, 30, 32), "multiples of 4.*30x32"),
-        ((1, 2, 32, 33), "multiples of 4.*32x33"),
-        ((1, 2, 0, 32), "multiples of 4"),
-        ((2, 32, 32), r"\[B, C, H, W\]"),
-        ((1, 2, 4, 32, 32), r"\[B, C, H, W\]"),
-        ((5,), r"\[B, C, H, W\]"),
-    ],
-)
-def test_images_it_cannot_take(shape, message):
-    with pytest.raises(ValueError, match=message):
-        INFO.check_images(torch.Size(shape))
-
-
-def test_images_of_another_size_than_in_training():
-    with pytest.warns(UserWarning, match="trained on 32x32 images.*64x32"):
-        INFO.check_images(torch.Size((1, 2, 64, 32)))
-
-
-@pytest.mark.parametrize("levels", [[0.005, 1.0], [1.0, 20.0]])
-def test_levels_outside_its_range(levels):
-    with pytest.warns(UserWarning, match=r"noise levels from 0\.01 to 10\.0"):
-        INFO.check_levels(torch.tensor(levels))
+        *(((1, 2, *size), f"multiples of 4.*{size[0]}x{size[1]}") for size in ((30, 32), (32, 33), (0, 32))),
+        *((shape, r"\[B, C, H, W\]") for shape in ((2, 32, 32), (1, 2, 4, 32, 32), (5,))),
+    ):
+        with pytest.raises(ValueError, match=message):
+            INFO.check_images(torch.Size(shape))
 
 
 @pytest.mark.filterwarnings("error")
-def test_what_it_was_trained_for_passes_in_silence():
+def test_sizes_and_levels_outside_of_training_warn():
     INFO.check_images(torch.Size((3, 2, 32, 32)))
     INFO.check_levels(torch.tensor([[0.01, 1.0], [10.0, 3.0]]))
     dataclasses.replace(INFO, image_size=None).check_images(torch.Size((1, 2, 64, 4)))
-
-
-def test_prior_info_does_not_change():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        INFO.channels = 1
+    with pytest.warns(UserWarning, match="trained on 32x32 images.*64x32"):
+        INFO.check_images(torch.Size((1, 2, 64, 32)))
+    for levels in ([0.005, 1.0], [1.0, 20.0]):
+        with pytest.warns(UserWarning, match=r"noise levels from 0\.01 to 10\.0"):
+            INFO.check_levels(torch.tensor(levels))

@@ -5,17 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import dense_matrix, flat, pick, rand
-from deepinv.physics import (
-    MRI,
-    Blur,
-    BlurFFT,
-    Decolorize,
-    Denoising,
-    Downsampling,
-    Inpainting,
-    LinearPhysics,
-    StackedLinearPhysics,
-)
+from deepinv import physics as dp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:posterior_prox stopped after")
 examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
-class Users(LinearPhysics):
+class Users(dp.LinearPhysics):
     """A weight per image, in a place that nobody knows of."""
 
     def __init__(self, weights):
@@ -68,19 +58,19 @@ class Case(NamedTuple):
         kernels = kernels / kernels.sum((-2, -1), keepdim=True)
         masks = (self.rand(several, 1, *self.size, seed=1) < 0.6).to(self.dtype)[images]
         masks = masks.expand(-1, self.channels, -1, -1)
-        inpainting, blur = Inpainting(self.shape, masks), Blur(kernels, padding="valid")
+        inpainting, blur = dp.Inpainting(self.shape, masks), dp.Blur(kernels, padding="valid")
         return {
-            "Denoising": lambda: Denoising(),
-            "Decolorize": lambda: Decolorize().to(self.dtype),
+            "Denoising": lambda: dp.Denoising(),
+            "Decolorize": lambda: dp.Decolorize().to(self.dtype),
             "Inpainting": lambda: inpainting,
-            "BlurFFT": lambda: BlurFFT(self.shape, kernels),
+            "BlurFFT": lambda: dp.BlurFFT(self.shape, kernels),
             "Blur valid": lambda: blur,
-            "Blur circular": lambda: Blur(kernels, padding="circular"),
-            "Blur reflect": lambda: Blur(kernels, padding="reflect"),
-            "Downsampling circular": lambda: Downsampling(self.shape, kernels, 2, padding="circular"),
-            "Downsampling replicate": lambda: Downsampling(self.shape, kernels, 2, padding="replicate"),
-            "MRI": lambda: MRI(masks, self.shape),
-            "stack": lambda: StackedLinearPhysics([blur, inpainting]),
+            "Blur circular": lambda: dp.Blur(kernels, padding="circular"),
+            "Blur reflect": lambda: dp.Blur(kernels, padding="reflect"),
+            "Downsampling circular": lambda: dp.Downsampling(self.shape, kernels, 2, padding="circular"),
+            "Downsampling replicate": lambda: dp.Downsampling(self.shape, kernels, 2, padding="replicate"),
+            "MRI": lambda: dp.MRI(masks, self.shape),
+            "stack": lambda: dp.StackedLinearPhysics([blur, inpainting]),
             "user's": lambda: Users(0.1 + self.rand(several, 1, 1, 1, seed=2)[images]),
         }[self.name]()
 

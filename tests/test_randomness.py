@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import seeded
 from deepinv.physics import GaussianNoise, Inpainting
 from torch import nn
 
@@ -13,18 +14,14 @@ from deepinv_ud2m.randomness import SampleStreams, draw_seeds, randn
 CLOSE = {"rtol": 0, "atol": 2e-4}
 
 
-def _seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
 @pytest.fixture
 def physics():
-    return Inpainting((1, 32, 32), mask=0.5, noise_model=GaussianNoise(0.1), rng=_seeded(0))
+    return Inpainting((1, 32, 32), mask=0.5, noise_model=GaussianNoise(0.1), rng=seeded(0))
 
 
 @pytest.fixture
 def y(physics):
-    return physics(torch.rand(3, 1, 32, 32, generator=_seeded(1)))
+    return physics(torch.rand(3, 1, 32, 32, generator=seeded(1)))
 
 
 @pytest.fixture
@@ -32,16 +29,13 @@ def model(tiny_prior):
     return UD2M(UnfoldedDenoiser(tiny_prior, num_iterations=2), num_steps=3)
 
 
-# -- Samples --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("seed", [0, 2**40])
 @pytest.mark.parametrize(("images", "sizes"), [(3, (1, 6, 14, 100)), (1, (1, 2, 3))])
 def test_samples_do_not_depend_on_the_split(model, y, physics, images, sizes, seed):
     y = y[:images]
-    whole = model.sample(y, physics, 5, generator=_seeded(seed))
+    whole = model.sample(y, physics, 5, generator=seeded(seed))
     for batch_size in sizes:
-        split = model.sample(y, physics, 5, batch_size=batch_size, generator=_seeded(seed))
+        split = model.sample(y, physics, 5, batch_size=batch_size, generator=seeded(seed))
         torch.testing.assert_close(split, whole, **CLOSE)
 
 
@@ -55,55 +49,45 @@ def test_batch_size_bounds_the_batches(model, y, physics, tiny_prior):
         assert sum(seen) == 5 * 3 * 3 * 2
 
 
-def test_seeds_differ_and_a_generator_moves_on(model, y, physics):
-    generator = _seeded(0)
-    generators = [generator, generator, _seeded(1)]
-    samples = [model(y, physics, generator=generator) for generator in generators]
-    for i in range(3):
-        assert (samples[i] - samples[i - 1]).abs().mean() > 1e-3
-
-
 def test_samples_of_one_call_differ(model, y, physics):
     # The three measurements are the same here: images of a batch must differ too.
-    samples = model.sample(y[:1].expand(3, -1, -1, -1), physics, 4, generator=_seeded(0)).flatten(0, 1)
+    samples = model.sample(y[:1].expand(3, -1, -1, -1), physics, 4, generator=seeded(0)).flatten(0, 1)
     distances = torch.cdist(samples.flatten(1), samples.flatten(1), p=1) / samples[0].numel()
     assert distances[~torch.eye(12, dtype=torch.bool)].min() > 1e-3
 
 
-def test_forward_is_one_sample(model, y, physics):
-    sample = model.sample(y, physics, 1, generator=_seeded(3))
-    assert torch.equal(model(y, physics, generator=_seeded(3)), sample[0])
-
-
-def test_global_generator(model, y, physics):
-    draws = []
+def test_a_generator_moves_on_and_is_the_only_source(model, y, physics):
+    generator, draws = seeded(0), []
+    samples = [model(y, physics, generator=given) for given in (generator, generator, seeded(1))]
+    for i in range(3):
+        assert (samples[i] - samples[i - 1]).abs().mean() > 1e-3
+    assert torch.equal(model.sample(y, physics, 1, generator=seeded(0))[0], samples[0]), "one sample"
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         draws.append(model.sample(y, physics, 2))
     assert torch.equal(draws[0], draws[1])
     assert (draws[0] - draws[2]).abs().mean() > 1e-3
-    torch.manual_seed(0)
     before = torch.get_rng_state()
-    model.sample(y, physics, 2, generator=_seeded(0))
-    assert torch.equal(torch.get_rng_state(), before)  # a generator is the only source
+    model.sample(y, physics, 2, generator=seeded(0))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_image_does_not_depend_on_the_others(model, y, physics):
-    batch = model(y, physics, generator=_seeded(0))
-    others = torch.cat([y[:1], physics(torch.rand(2, 1, 32, 32, generator=_seeded(9)))])
-    torch.testing.assert_close(model(others, physics, generator=_seeded(0))[0], batch[0], **CLOSE)
+    batch = model(y, physics, generator=seeded(0))
+    others = torch.cat([y[:1], physics(torch.rand(2, 1, 32, 32, generator=seeded(9)))])
+    torch.testing.assert_close(model(others, physics, generator=seeded(0))[0], batch[0], **CLOSE)
     # Image i of a batch and sample i of a single image have the same stream.
     for i in range(3):
-        alone = model.sample(y[i : i + 1], physics, i + 1, generator=_seeded(0))
+        alone = model.sample(y[i : i + 1], physics, i + 1, generator=seeded(0))
         torch.testing.assert_close(alone[i, 0], batch[i], **CLOSE)
-
-
-# -- Network evaluations --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 4])
 @pytest.mark.parametrize("num_iterations", [1, 3])
 def test_nfe_is_steps_times_iterations(tiny_prior, y, physics, num_steps, num_iterations):
+    model = UD2M(Wasteful(tiny_prior, calls=5), num_steps)  # which says nothing about its calls
+    model.sample(y, physics, 3, batch_size=3)
+    assert model.nfe == 5 * num_steps and not tiny_prior._forward_hooks
     model = UD2M(UnfoldedDenoiser(tiny_prior, num_iterations), num_steps)
     assert model.nfe is None
     for num_samples, batch_size in [(1, None), (3, None), (3, 3), (3, 6)]:
@@ -123,16 +107,6 @@ class Wasteful(nn.Module):
         for _ in range(self.calls):
             x = self.denoiser(x_s, sigma)
         return x + 0.1 * randn(x, generator)
-
-
-def test_nfe_is_counted_not_computed(tiny_prior, y, physics):
-    model = UD2M(Wasteful(tiny_prior, calls=5), num_steps=2)
-    model.sample(y, physics, 3, batch_size=3)
-    assert model.nfe == 10
-    assert not tiny_prior._forward_hooks
-
-
-# -- Streams --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block", [1, 2, 4, 7])
@@ -158,14 +132,14 @@ def test_blocks_of_any_size_serve_any_number_of_draws(tiny_prior, y, physics, dr
             return self.denoiser(x_s, sigma)
 
     model = UD2M(Draws(tiny_prior, 1))
-    whole = model.sample(y, physics, 4, generator=_seeded(0))
-    split = model.sample(y, physics, 4, batch_size=6, generator=_seeded(0))
+    whole = model.sample(y, physics, 4, generator=seeded(0))
+    split = model.sample(y, physics, 4, batch_size=6, generator=seeded(0))
     torch.testing.assert_close(split, whole, **CLOSE)
 
 
 @pytest.mark.parametrize("block", [1, 3])
 def test_streams_are_independent_standard_normal(block):
-    streams = SampleStreams(draw_seeds(4, _seeded(0)), "cpu", block)
+    streams = SampleStreams(draw_seeds(4, seeded(0)), "cpu", block)
     like = torch.zeros(4, 1, 50, 50)
     noise = torch.stack([randn(like, streams) for _ in range(6)], 1).reshape(24, -1)
     # 24 x 2500 draws: 5 standard errors. Two streams, or two draws of one, do not correlate.
@@ -186,15 +160,11 @@ def test_streams_give_what_is_asked_for_or_refuse():
         randn(torch.zeros(2, 1, 8, 8), streams)
 
 
-def test_randn_without_streams():
+def test_seeds_and_noise_without_streams():
     like = torch.zeros(2, 3, dtype=torch.float64)
-    expected = torch.randn(2, 3, generator=_seeded(0), dtype=like.dtype)
+    expected = torch.randn(2, 3, generator=seeded(0), dtype=like.dtype)
     torch.manual_seed(0)
-    assert torch.equal(randn(like, _seeded(0)), expected)
-    assert torch.equal(randn(like), expected)
-
-
-def test_seeds():
-    assert draw_seeds(5, _seeded(0)) == draw_seeds(5, _seeded(0))
-    assert draw_seeds(5, _seeded(0))[:2] == draw_seeds(2, _seeded(0))
-    assert len(set(draw_seeds(1000, _seeded(0)))) == 1000
+    assert torch.equal(randn(like, seeded(0)), expected) and torch.equal(randn(like), expected)
+    assert draw_seeds(5, seeded(0)) == draw_seeds(5, seeded(0))
+    assert draw_seeds(5, seeded(0))[:2] == draw_seeds(2, seeded(0))
+    assert len(set(draw_seeds(1000, seeded(0)))) == 1000

@@ -5,6 +5,7 @@ import warnings
 import deepinv as dinv
 import pytest
 import torch
+from conftest import seeded
 from deepinv.physics import Blur, BlurFFT, GaussianNoise, Inpainting
 from torch.nn.functional import interpolate
 
@@ -18,10 +19,6 @@ from deepinv_ud2m.residual import relative_residual
 QUICK = {"mnist", "photos"}
 SAMPLERS = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PRETRAINED]
 KERNEL = torch.ones(1, 1, 9, 9) / 81
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def images_of(name):

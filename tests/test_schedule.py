@@ -1,13 +1,16 @@
 """Noise levels against the textbook, and the border to networks that think in VP times."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import rand
-from deepinv.models import DiffUNet
+from conftest import rand, refused, seeded
 
+from deepinv_ud2m import UD2M
 from deepinv_ud2m.schedule import VPSchedule, check_sigmas, from_vp_state, to_vp_state
+from deepinv_ud2m.training import SamplerSigmas
 
 T = 1000
 
@@ -29,20 +32,12 @@ def alphas_bar_of(kind: str) -> np.ndarray:
     return np.array(alphas_bar)
 
 
-# -- Levels ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_levels_against_the_recurrence(kind):
     alphas_bar = alphas_bar_of(kind)
     # In [0, 1] a VP state is x + s n with s half the noise-to-signal ratio of [-1, 1].
     expected = 0.5 * np.sqrt((1 - alphas_bar) / alphas_bar)
     np.testing.assert_allclose(VPSchedule(kind).sigma(torch.arange(T)), expected, rtol=1e-6)
-
-
-def test_ends_of_the_linear_schedule():
-    low, high = VPSchedule().sigma(torch.tensor([0.0, 999.0])).tolist()
-    assert (low, high) == (pytest.approx(0.005, rel=1e-4), pytest.approx(78.70, abs=0.01))
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
@@ -58,26 +53,12 @@ def test_sigma_and_timestep_are_inverse(kind):
     torch.testing.assert_close(schedule.sigma(schedule.timestep(levels)), levels, rtol=2e-4, atol=0)
 
 
-def test_between_times_levels_are_geometric_means():
-    schedule = VPSchedule()
+def test_levels_between_the_times_and_outside_of_the_table():
+    """They are geometric means, and its ends."""
+    schedule, levels = VPSchedule(), torch.tensor([[0.0, 1e-6], [1e3, float("inf")]])
     expected = (schedule.sigma(500) ** 0.75) * (schedule.sigma(501) ** 0.25)
     assert schedule.sigma(500.25) == pytest.approx(expected.item(), rel=1e-6)
-
-
-def test_levels_outside_the_table_give_its_ends():
-    levels = torch.tensor([[0.0, 1e-6], [1e3, float("inf")]])
-    assert VPSchedule().timestep(levels).tolist() == [[0, 0], [999, 999]]
-
-
-def test_shapes_and_types():
-    schedule = VPSchedule()
-    assert schedule.sigma(3).shape == schedule.timestep(0.1).shape == ()
-    for shape in [(5,), (5, 1, 1, 1), (0,)]:
-        times = torch.full(shape, 7)
-        assert schedule.sigma(times).shape == schedule.timestep(schedule.sigma(times)).shape == shape
-    assert schedule.sigma(torch.tensor(3)).dtype == torch.float32
-    assert schedule.state_dict() == {}
-    torch.testing.assert_close(VPSchedule().float().sigma(3.5), schedule.sigma(3.5))
+    assert schedule.timestep(levels).tolist() == [[0, 0], [999, 999]]
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
@@ -89,9 +70,6 @@ def test_other_numbers_of_times(kind, num_timesteps):
     # In 50 steps or in 4000 it is the same diffusion: (beta in 50 steps is up to 0.4, hence 30%).
     if num_timesteps >= 50 and kind == "linear":
         assert levels[-1].log() == pytest.approx(np.log(78.7), rel=0.3)
-
-
-# -- The published grid ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5, 8, 16])
@@ -123,18 +101,15 @@ def test_sampling_levels_decrease_strictly(kind):
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_training_times_are_uniform(kind):
     schedule = VPSchedule(kind)
-    levels = schedule.training_sigmas(20_000, torch.Generator().manual_seed(0))
+    levels = schedule.training_sigmas(20_000, seeded(0))
     assert levels.shape == (20_000,) and levels.dtype == torch.float32
     times = schedule.timestep(levels).double().numpy()
     # Over seeds, a right law fails this with probability 1e-6.
     assert scipy.stats.kstest(times, "uniform", (1, T - 2)).pvalue > 1e-6
     # Nor does it miss the first or the last unit of time, (1 - 1/998)^20000 = 2e-9.
     assert 1 - 1e-3 < times.min() < 2 and T - 2 < times.max() < T - 1 + 1e-3
-    again = schedule.training_sigmas(20_000, torch.Generator().manual_seed(0))
+    again = schedule.training_sigmas(20_000, seeded(0))
     assert torch.equal(levels, again)
-
-
-# -- States ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sigma", [0.3, torch.tensor(2.0), torch.tensor([0.01, 1.0, 70.0])])
@@ -158,104 +133,18 @@ def test_state_map_is_the_forward_diffusion(kind):
     torch.testing.assert_close(to_vp_state(x_s, sigma), v, rtol=1e-5, atol=1e-6)
 
 
-class Recorder:
-    """Stands for the network inside an adapter and keeps what it was given."""
-
-    def __init__(self, channels):
-        self.channels = channels
-
-    def __call__(self, x, times, **kwargs):
-        self.x, self.times = x, times
-        return torch.zeros(x.shape[0], self.channels, *x.shape[2:])
-
-
-def all_states(channels=3, size=32):
-    sigma = VPSchedule().sigma(torch.arange(T))
-    x = torch.rand(T, channels, size, size)
-    return x + sigma.reshape(-1, 1, 1, 1) * torch.randn_like(x), sigma
-
-
-def test_diffunet_sees_the_state_and_the_time():
-    with torch.device("meta"):  # its 93 M weights are not needed
-        denoiser = DiffUNet(pretrained=None)
-    denoiser.sqrt_1m_alphas_cumprod, denoiser.sqrt_alphas_cumprod = denoiser.get_alpha_prod()[-2:]
-    denoiser.forward_diffusion = network = Recorder(channels=6)
-    x_s, sigma = all_states()
-    denoiser(x_s, sigma, type_t="noise_level")
-    assert torch.equal(network.times, torch.arange(T))
-    # deepinv scales the input by the exact alpha-bar of sigma, as we do: float32 rounding is left.
-    torch.testing.assert_close(network.x, to_vp_state(x_s, sigma), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_diffunet_by_level_equals_by_time():
-    torch.manual_seed(0)
-    denoiser = DiffUNet(pretrained=None).eval()
-    torch.nn.init.normal_(denoiser.out[-1].weight, std=1e-2)  # zero in a new network
-    schedule, times = VPSchedule(), torch.tensor([0, 3, 40, 111, 250, 444])
-    sigma = schedule.sigma(times)
-    scale = sigma.reshape(-1, 1, 1, 1)
-    x_s = torch.rand(len(times), 3, 32, 32) + scale * torch.randn(len(times), 3, 32, 32)
-    with torch.no_grad():
-        by_level = denoiser(x_s, sigma, type_t="noise_level")
-        v = to_vp_state(x_s, sigma)
-        noise = denoiser(v, times, type_t="timestep")[:, :3]
-    # x0 = x_s - s n in units of [0, 1]; deepinv clamps it.
-    by_time = (x_s - scale * noise).clamp(0, 1)
-    inside = (by_time > 0) & (by_time < 1)
-    assert inside.flatten(1).float().mean(1).min() > 0.1
-    # deepinv multiplies the noise by the exact sqrt(1 - alpha-bar) of sigma but divides by the
-    # float32 table of sqrt(alpha-bar); they differ by 2.4e-7 (relative). The rest is rounding.
-    torch.testing.assert_close(by_level, by_time, rtol=0, atol=2e-5)
-
-
-def test_diffusers_wrapper_sees_the_state_and_the_time(tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    from deepinv.models import DiffusersDenoiserWrapper
-
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-    unet = diffusers.UNet2DModel(8, block_out_channels=(32,), layers_per_block=1, **blocks)
-    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path)
-    denoiser = DiffusersDenoiserWrapper(mode_id=str(tmp_path), clip_output=False)
-    x_s, sigma = all_states(size=8)
-    some = torch.arange(0, T, 100)
-    with torch.no_grad():
-        by_level = denoiser(x_s[some], sigma[some])
-        noise = unet(to_vp_state(x_s, sigma)[some], some).sample
-    expected = x_s[some] - sigma[some].reshape(-1, 1, 1, 1) * noise
-    torch.testing.assert_close(by_level, expected, rtol=1e-4, atol=1e-4)
-
-    del denoiser.model
-    denoiser.model = network = Recorder(channels=3)
-    with torch.no_grad():
-        denoiser(x_s, sigma)
-    assert torch.equal(network.times, torch.arange(T))
-    # The wrapper scales by the table of its scheduler, a float32 product of 1000 factors.
-    torch.testing.assert_close(network.x, to_vp_state(x_s, sigma), rtol=1e-4, atol=1e-4)
-
-
-# -- Errors ---------------------------------------------------------------------------------------
-
-
-def test_bad_arguments():
-    with pytest.raises(ValueError, match="kind must be one of"):
-        VPSchedule("quadratic")
-    for num_timesteps in (0, 1, -3, 10.0):
-        with pytest.raises(ValueError, match="num_timesteps"):
-            VPSchedule(num_timesteps=num_timesteps)
-    for num_steps in (0, -1, 501, 3.0, "3", None):
-        with pytest.raises(ValueError, match="num_steps must be an integer"):
-            VPSchedule().sampling_sigmas(num_steps)
-
-
-NO_LEVELS = [[], [1.0, 1.0], [0.1, 1.0], [1.0, 0.0], [1.0, -1.0], [float("inf"), 1.0], [float("nan")]]
-NO_LEVELS += [[1.0, 1e-30], [1e7, 1.0], [[1.0]], [[1.0], 0.5], ["a"], 3.0, None, torch.tensor([0.1, 1.0])]
-
-
-@pytest.mark.parametrize("sigmas", NO_LEVELS)
-def test_levels_that_are_none(sigmas):
-    with pytest.raises(ValueError, match="sigmas must be a sequence of"):
-        check_sigmas(sigmas)
+def test_bad_arguments(sampler):
+    schedule = VPSchedule()
+    levels = [[], [1.0, 1.0], [0.1, 1.0], [1.0, 0.0], [1.0, -1.0], [float("inf"), 1.0], [float("nan")]]
+    levels += [[1.0, 1e-30], [1e7, 1.0], [[1.0]], [[1.0], 0.5], ["a"], 3.0, None, torch.tensor([0.1, 1.0])]
+    counts, shares = (0, -1, 501, 3.0, "3", None), (-0.1, 1.5, float("nan"))
+    refused(
+        (partial(VPSchedule, "quadratic"), "kind must be one of"),
+        *((partial(VPSchedule, num_timesteps=times), "num_timesteps") for times in (0, 1, -3, 10.0)),
+        *((partial(schedule.sampling_sigmas, n), "num_steps must be an integer") for n in counts),
+        *((partial(check_sigmas, sigmas), "sigmas must be a sequence of") for sigmas in levels),
+        *((partial(SamplerSigmas, sampler, share), "share must be in") for share in shares),
+    )
 
 
 def test_levels_by_hand():
@@ -264,3 +153,31 @@ def test_levels_by_hand():
     given = torch.tensor([2.0, 1.0])
     check_sigmas(given).zero_()
     assert given.tolist() == [2, 1]
+
+
+@pytest.fixture
+def sampler() -> UD2M:
+    unfolded = torch.nn.Identity()
+    unfolded.draw = lambda *arguments: None
+    return UD2M(unfolded, sigmas=[50.0, 2.0, 0.3])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_share_of_own_sigmas(sampler, share):
+    torch.manual_seed(0)
+    sigmas = SamplerSigmas(sampler, share)(4000)
+    assert sigmas.shape == (4000,) and bool((sigmas > 0).all())
+    for own in sampler.sigmas:  # five standard deviations: false alarm of 6e-7 for each
+        p = share / 3
+        assert abs((sigmas == own).sum().item() - 4000 * p) <= 5 * (4000 * p * (1 - p)) ** 0.5
+
+
+def test_other_sigmas_are_those_of_the_schedule(sampler):
+    schedule = VPSchedule()
+    torch.manual_seed(0)
+    sigmas = SamplerSigmas(sampler, 0.0, schedule)(4000).log()
+    reference = schedule.training_sigmas(4000).log()
+    # Kolmogorov-Smirnov at a false alarm of 1e-4
+    grid = torch.cat([sigmas, reference])
+    gap = [(a[:, None] <= grid).double().mean(0) for a in (sigmas, reference)]
+    assert (gap[0] - gap[1]).abs().max() < 2.226 * (2 / 4000) ** 0.5

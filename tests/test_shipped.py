@@ -3,6 +3,7 @@
 import deepinv as dinv
 import pytest
 import torch
+from conftest import seeded
 from deepinv.physics import BlurFFT, Downsampling, GaussianNoise, Inpainting
 from deepinv.physics.functional import gaussian_blur
 
@@ -14,15 +15,8 @@ from deepinv_ud2m.metrics import PerceptualDistance, energy_score
 SHAPE = (3, 128, 128)
 
 
-def seeded():
-    return torch.Generator().manual_seed(0)
-
-
 def random_mask(kept: float, size: int = 128):
     return (torch.rand(1, 1, size, size, generator=seeded()) < kept).float().expand(1, 3, size, size)
-
-
-# -- Trained against untrained ------------------------------------------------------------------------
 
 
 # Bounds of two ratios: energy score over that of zero-shot UD2M, and perceptual distance of samples over that
@@ -81,8 +75,6 @@ def _crops(size, top, left):
     rows, columns = slice(top, top + size), slice(left, left + size)
     return torch.cat([photograph(name)[..., rows, columns] for name in ("astronaut", "chelsea")])
 
-
-# -- Outside of training -------------------------------------------------------------------------------
 
 # Beyond the ranges of training, which end at noise 0.1, width 4, 10 % of the pixels, factor 4.
 OUTSIDE = {

@@ -3,6 +3,7 @@
 import deepinv as dinv
 import pytest
 import torch
+from conftest import seeded
 
 from deepinv_ud2m import Problem
 from deepinv_ud2m.physics import TabulatedPhysics, tabulate
@@ -21,7 +22,7 @@ def physics_of(name):
     if name in TOMOGRAPHY:
         options = {"angles": 7, "img_width": SIZE, "normalize": True} | TOMOGRAPHY[name]
         return dinv.physics.Tomography(**options)
-    kernel = torch.rand(1, 1, 5, 3, generator=torch.Generator().manual_seed(0))
+    kernel = torch.rand(1, 1, 5, 3, generator=seeded(0))
     return dinv.physics.Blur(kernel / kernel.sum(), padding="reflect")
 
 
@@ -31,7 +32,7 @@ def test_the_matrix_is_the_operator(name):
     physics.set_noise_model(dinv.physics.GaussianNoise(0.1))
     table = tabulate(physics, shape)
     assert table.noise_model is physics.noise_model
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     x = torch.rand(3, *shape, generator=generator, requires_grad=True)
     y = physics.A(x)
     torch.testing.assert_close(table.A(x), y, atol=1e-5, rtol=1e-5)

@@ -19,9 +19,8 @@ from deepinv_ud2m.training.checkpoints import read_checkpoint
 def test_the_average_is_what_is_evaluated_exported_and_returned(tiny_prior, tmp_path):
     seen = []
     options = {"eval_dataloader": eval_images(), "eval_interval": 3, "steps": 6}
-    options["sample_metrics"] = {
-        "score": lambda s, x: (seen.append(values_of(trainer)), s.mean((0, 2, 3, 4)))[1]
-    }
+    score = lambda s, x: (seen.append(values_of(trainer)), s.mean((0, 2, 3, 4)))[1]  # noqa: E731
+    options["sample_metrics"] = {"score": score}
     trainer = make_trainer(tiny_prior, ema_decay=0.5, save_path=tmp_path, **options)
     average, step = values_of(trainer), trainer.train_step
     averages, last = [], []
@@ -107,7 +106,7 @@ def test_learning_rates_follow_their_schedule(tiny_prior):
 
 
 @pytest.mark.parametrize("stage", ["single", "end_to_end"])
-def test_the_noise_level_of_the_model_stands_in_in_training_too(tiny_prior, tmp_path, stage):
+def test_the_noise_level_of_the_model_stands_in_in_training_and_figures_too(tiny_prior, tmp_path, stage):
     """As it does for samples: equal steps for a physics that states it and one that states none."""
 
     def history(noise_model, sigma_y, folder):

@@ -1,6 +1,7 @@
 """Training a prior: what a run learns, and that it resumes."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from deepinv_ud2m.training.prior import edm_loss, training_sigmas
 from deepinv_ud2m.training.updates import Update
 
 
-def train(tiny_config, epochs, file=None, seed=0, workers=0, **options):
-    digits = mnist_digits("validation", num=64)
-    loader = DataLoader(digits, batch_size=16, shuffle=True, num_workers=workers)
+def train(tiny_config, epochs, file=None, seed=0, workers=0, num=64, **options):
+    digits = mnist_digits("validation", num=num)
+    loader = DataLoader(digits, batch_size=num // 4, shuffle=True, num_workers=workers)
     options = {"checkpoint": file, "seed": seed, "device": "cpu", "verbose": False} | options
     return train_prior(tiny_config, loader, epochs, **options)
 
@@ -28,14 +29,14 @@ def test_a_prior_learns_to_denoise_and_is_saved(tiny_config, tmp_path):
     prior = train(tiny_config, 1)
     assert not prior.training and not any(p.requires_grad for p in prior.parameters())
     save_prior(prior, tiny_config, tmp_path)
-    assert denoising_psnr(load_prior(tmp_path), x, 0.3) == pytest.approx(
-        denoising_psnr(prior, x, 0.3), abs=0.01
-    )
+    psnr = [denoising_psnr(one, x, 0.3) for one in (prior, load_prior(tmp_path))]
+    assert psnr[1] == pytest.approx(psnr[0], abs=0.01)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stopped_run_resumes_to_the_same_bits(tiny_config, tmp_path, monkeypatch, workers):
-    whole = train(tiny_config, 3).state_dict()  # workers change nothing
+    run = partial(train, tiny_config, num=16)
+    whole = run(3).state_dict()  # workers change nothing
     file = tmp_path / "checkpoint.pt"
     with monkeypatch.context() as patch:
         update, calls = Update.apply, []
@@ -48,17 +49,17 @@ def test_a_stopped_run_resumes_to_the_same_bits(tiny_config, tmp_path, monkeypat
 
         patch.setattr(Update, "apply", killed)
         with pytest.raises(KeyboardInterrupt):
-            train(tiny_config, 3, file, workers=workers)
+            run(3, file, workers=workers)
     assert read_checkpoint(file)["epoch"] == 1
-    resumed = train(tiny_config, 3, file, workers=workers).state_dict()
+    resumed = run(3, file, workers=workers).state_dict()
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
     with pytest.raises(ValueError, match=r"its lr is 0\.002, here it is 0\.1"):
-        train(tiny_config, 3, file, lr=0.1)
+        run(3, file, lr=0.1)
     file.write_bytes(content := file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be resumed from: .* Delete it"):
-        train(tiny_config, 3, file)
+        run(3, file)
     assert file.read_bytes() == content
-    other = train(tiny_config, 3, seed=1).state_dict()
+    other = run(3, seed=1).state_dict()
     assert not all(torch.equal(value, other[key]) for key, value in whole.items())
 
 

@@ -4,37 +4,12 @@ import warnings
 
 import pytest
 import torch
-from conftest import flat, rand
-from deepinv.physics import (
-    MRI,
-    Blur,
-    BlurFFT,
-    ComposedLinearPhysics,
-    CompressedSensing,
-    CompressiveSpectralImaging,
-    Decolorize,
-    DecomposablePhysics,
-    Demosaicing,
-    Denoising,
-    Downsampling,
-    GaussianNoise,
-    HyperSpectralUnmixing,
-    Inpainting,
-    LinearPhysics,
-    MultiCoilMRI,
-    Pansharpen,
-    SinglePixelCamera,
-    SpaceVaryingBlur,
-    StackedLinearPhysics,
-    StructuredRandom,
-    Tomography,
-    ZeroNoise,
-)
+from conftest import flat, rand, seeded
+from deepinv import physics as dp
 from deepinv.physics import noise as noises
 from test_problem import copy_of
 
 from deepinv_ud2m import Problem
-from deepinv_ud2m.physics import JPEG
 from deepinv_ud2m.physics.traits import (
     NOISE_FLOOR,
     has_closed_form,
@@ -48,14 +23,12 @@ N = 8
 SHAPE = (1, N, N)
 KERNEL = torch.ones(1, 1, 3, 3) / 9
 
-# -- What a physics says itself --------------------------------------------------------------------------
 
-
-class Scaling(LinearPhysics):
+class Scaling(dp.LinearPhysics):
     """A is 2, and the prox, of which it may say that it is exact, is no prox."""
 
     def __init__(self, **said):
-        super().__init__(noise_model=GaussianNoise(0.1))
+        super().__init__(noise_model=dp.GaussianNoise(0.1))
         self.asked, self.calls = [], 0
         for name, answer in said.items():
             setattr(self, name, lambda argument, answer=answer: self.asked.append(argument) or answer)
@@ -108,17 +81,17 @@ def test_a_physics_complains_of_measurements():
 def test_closed_forms_of_subclasses():
     """An own operator without an own prox has no closed form any more."""
 
-    class OwnOperator(BlurFFT):
+    class OwnOperator(dp.BlurFFT):
         def A(self, x, **kwargs):
             return 2 * super().A(x, **kwargs)
 
         def A_adjoint(self, y, **kwargs):
             return 2 * super().A_adjoint(y, **kwargs)
 
-    class OwnName(BlurFFT):
+    class OwnName(dp.BlurFFT):
         pass
 
-    class OwnDownsampling(Downsampling):
+    class OwnDownsampling(dp.Downsampling):
         def A(self, x, **kwargs):
             return 2 * super().A(x, **kwargs)
 
@@ -128,59 +101,48 @@ def test_closed_forms_of_subclasses():
     assert not has_closed_form(OwnDownsampling(SHAPE, KERNEL, 2, padding="circular"), shape)
 
 
-# -- An operator for each image --------------------------------------------------------------------------
-
-
-def ones(*shape):
-    return torch.ones(shape)
-
-
 def mask(*shape):
     return (rand(*shape, dtype=torch.float32) < 0.6).float()
 
 
 def camera():
-    return SinglePixelCamera(12, SHAPE, rng=torch.Generator().manual_seed(0))
+    return dp.SinglePixelCamera(12, SHAPE, rng=seeded(0))
 
 
 def cassi(b):
-    return CompressiveSpectralImaging((3, N, N), mask=mask(b, 1, N, N))
+    return dp.CompressiveSpectralImaging((3, N, N), mask=mask(b, 1, N, N))
 
 
 def coils(b):
-    return MultiCoilMRI(mask(1, 1, N, N), torch.complex(ones(b, 5, N, N), ones(b, 5, N, N)), (2, N, N))
+    return dp.MultiCoilMRI(mask(1, 1, N, N), torch.ones(b, 5, N, N) * (1 + 1j), (2, N, N))
 
 
 def varying(b):
-    return SpaceVaryingBlur(ones(b, 1, 4, 3, 3) / 9, ones(b, 1, 4, N, N) / 4, padding="valid")
-
-
-def unmixing():
-    return HyperSpectralUnmixing(ones(4, 6) / 6)
+    return dp.SpaceVaryingBlur(torch.ones(b, 1, 4, 3, 3) / 9, torch.ones(b, 1, 4, N, N) / 4, padding="valid")
 
 
 # Images, and operators that are the same for all images: their tensors have leading dimensions of all sizes.
 SHARED = {
-    "Inpainting": (SHAPE, lambda: Inpainting(SHAPE, mask(*SHAPE))),
-    "Inpainting, colour": ((3, N, N), lambda: Inpainting((3, N, N), mask(3, N, N))),
-    "Demosaicing": ((3, N, N), lambda: Demosaicing((3, N, N))),
-    "Denoising": (SHAPE, lambda: Denoising()),
-    "Decolorize": ((3, N, N), lambda: Decolorize()),
-    "BlurFFT": (SHAPE, lambda: BlurFFT(SHAPE, KERNEL)),
-    "Blur": (SHAPE, lambda: Blur(KERNEL, padding="reflect")),
+    "Inpainting": (SHAPE, lambda: dp.Inpainting(SHAPE, mask(*SHAPE))),
+    "Inpainting, colour": ((3, N, N), lambda: dp.Inpainting((3, N, N), mask(3, N, N))),
+    "Demosaicing": ((3, N, N), lambda: dp.Demosaicing((3, N, N))),
+    "Denoising": (SHAPE, lambda: dp.Denoising()),
+    "Decolorize": ((3, N, N), lambda: dp.Decolorize()),
+    "BlurFFT": (SHAPE, lambda: dp.BlurFFT(SHAPE, KERNEL)),
+    "Blur": (SHAPE, lambda: dp.Blur(KERNEL, padding="reflect")),
     "SpaceVaryingBlur": (SHAPE, lambda: varying(1)),
-    "Downsampling": (SHAPE, lambda: Downsampling(SHAPE, "bicubic", 2)),
-    "MRI": ((2, N, N), lambda: MRI(mask(2, N, N), (2, N, N))),
+    "Downsampling": (SHAPE, lambda: dp.Downsampling(SHAPE, "bicubic", 2)),
+    "MRI": ((2, N, N), lambda: dp.MRI(mask(2, N, N), (2, N, N))),
     "MultiCoilMRI": ((2, N, N), lambda: coils(1)),
-    "CompressedSensing": (SHAPE, lambda: CompressedSensing(5, SHAPE)),
+    "CompressedSensing": (SHAPE, lambda: dp.CompressedSensing(5, SHAPE)),
     "SinglePixelCamera": (SHAPE, camera),
-    "StructuredRandom": (SHAPE, lambda: StructuredRandom(SHAPE, SHAPE)),
-    "Tomography": (SHAPE, lambda: Tomography(6, N, normalize=True)),
+    "StructuredRandom": (SHAPE, lambda: dp.StructuredRandom(SHAPE, SHAPE)),
+    "Tomography": (SHAPE, lambda: dp.Tomography(6, N, normalize=True)),
     "CompressiveSpectralImaging": ((3, N, N), lambda: cassi(1)),
-    "HyperSpectralUnmixing": ((4, N, N), unmixing),
-    "Pansharpen": ((3, N, N), lambda: Pansharpen((3, N, N), factor=2)),
-    "stack": (SHAPE, lambda: StackedLinearPhysics([camera(), Tomography(6, N, normalize=True)])),
-    "composition": (SHAPE, lambda: ComposedLinearPhysics(BlurFFT(SHAPE, KERNEL), camera())),
+    "HyperSpectralUnmixing": ((4, N, N), lambda: dp.HyperSpectralUnmixing(torch.ones(4, 6) / 6)),
+    "Pansharpen": ((3, N, N), lambda: dp.Pansharpen((3, N, N), factor=2)),
+    "stack": (SHAPE, lambda: dp.StackedLinearPhysics([camera(), dp.Tomography(6, N, normalize=True)])),
+    "composition": (SHAPE, lambda: dp.ComposedLinearPhysics(dp.BlurFFT(SHAPE, KERNEL), camera())),
 }
 
 
@@ -209,28 +171,28 @@ def test_the_same_operator_for_any_number_of_images(name):
         assert_copies_are_right(physics, shape, batch)
 
 
+def masks(b):
+    return dp.Inpainting(SHAPE, mask(b, *SHAPE))
+
+
+def stack(physics):
+    return dp.StackedLinearPhysics([dp.Denoising(), physics])
+
+
 OF_EACH = {
-    "Inpainting": (SHAPE, lambda b: Inpainting(SHAPE, mask(b, *SHAPE))),
-    "BlurFFT": (SHAPE, lambda b: BlurFFT(SHAPE, rand(b, 1, 3, 3, dtype=torch.float32))),
-    "Blur": (SHAPE, lambda b: Blur(rand(b, 1, 3, 3, dtype=torch.float32), padding="valid")),
+    "Inpainting": (SHAPE, lambda b: masks(b)),
+    "BlurFFT": (SHAPE, lambda b: dp.BlurFFT(SHAPE, rand(b, 1, 3, 3, dtype=torch.float32))),
+    "Blur": (SHAPE, lambda b: dp.Blur(rand(b, 1, 3, 3, dtype=torch.float32), padding="valid")),
     "SpaceVaryingBlur": (SHAPE, varying),
-    "Downsampling": (SHAPE, lambda b: Downsampling(SHAPE, rand(b, 1, 3, 3, dtype=torch.float32), 2)),
-    "MRI": ((2, N, N), lambda b: MRI(mask(b, 2, N, N), (2, N, N))),
+    "Downsampling": (SHAPE, lambda b: dp.Downsampling(SHAPE, rand(b, 1, 3, 3, dtype=torch.float32), 2)),
+    "MRI": ((2, N, N), lambda b: dp.MRI(mask(b, 2, N, N), (2, N, N))),
     "MultiCoilMRI": ((2, N, N), coils),
     "CompressiveSpectralImaging": ((3, N, N), cassi),
-    "stack": (SHAPE, lambda b: StackedLinearPhysics([Denoising(), Inpainting(SHAPE, mask(b, *SHAPE))])),
-    "stack of stacks": (
-        SHAPE,
-        lambda b: StackedLinearPhysics(
-            [Denoising(), StackedLinearPhysics([Inpainting(SHAPE, mask(b, *SHAPE))])]
-        ),
-    ),
-    "composition": (
-        SHAPE,
-        lambda b: ComposedLinearPhysics(BlurFFT(SHAPE, KERNEL), Inpainting(SHAPE, mask(b, *SHAPE))),
-    ),
-    "function": (SHAPE, lambda b: weighted(LinearPhysics, "A", "A_adjoint", b)),
-    "functions of a decomposition": (SHAPE, lambda b: weighted(DecomposablePhysics, "U", "U_adjoint", b)),
+    "stack": (SHAPE, lambda b: stack(masks(b))),
+    "stack of stacks": (SHAPE, lambda b: stack(stack(masks(b)))),
+    "composition": (SHAPE, lambda b: dp.ComposedLinearPhysics(dp.BlurFFT(SHAPE, KERNEL), masks(b))),
+    "function": (SHAPE, lambda b: weighted(dp.LinearPhysics, "A", "A_adjoint", b)),
+    "functions of a decomposition": (SHAPE, lambda b: weighted(dp.DecomposablePhysics, "U", "U_adjoint", b)),
 }
 
 
@@ -248,75 +210,52 @@ def test_an_operator_of_each_image(name):
         assert_copies_are_right(physics, shape, batch)
 
 
-@pytest.mark.parametrize("batch", [2, 8])
-def test_jpeg_of_one_quality_and_of_several(batch):
-    """It has tensors of 8 rows whatever the number of images, and says so itself."""
-    assert not is_per_image(JPEG(SHAPE, 50), batch)
-    assert is_per_image(JPEG(SHAPE, torch.linspace(10, 90, batch)), batch)
-
-
 def test_the_noise_level_does_not_count():
-    noisy = Inpainting(SHAPE, mask(*SHAPE), noise_model=GaussianNoise(torch.tensor([0.1, 0.2])))
+    noisy = dp.Inpainting(SHAPE, mask(*SHAPE), noise_model=dp.GaussianNoise(torch.tensor([0.1, 0.2])))
     assert not is_per_image(noisy, 2)
     assert not any(t.shape == (2,) for t, _ in operator_tensors(noisy))
 
 
-# -- A circular convolution ------------------------------------------------------------------------------
-
-
 def test_circular_convolutions():
     shape = torch.Size((1, 2, N, N))
-    assert is_circular(BlurFFT((2, N, N), KERNEL), shape)
-    assert is_circular(Downsampling((2, N, N), KERNEL, 2, padding="circular"), shape)
+    assert is_circular(dp.BlurFFT((2, N, N), KERNEL), shape)
+    assert is_circular(dp.Downsampling((2, N, N), KERNEL, 2, padding="circular"), shape)
     for physics in (
-        BlurFFT((2, N, N), torch.cat([KERNEL, 2 * KERNEL], 1)),
-        Downsampling((2, N, N), KERNEL, 2, padding="reflect"),
-        Downsampling((2, N, N), None, 2, padding="circular"),
-        Blur(KERNEL, padding="circular"),
-        Denoising(),
+        dp.BlurFFT((2, N, N), torch.cat([KERNEL, 2 * KERNEL], 1)),
+        dp.Downsampling((2, N, N), KERNEL, 2, padding="reflect"),
+        dp.Downsampling((2, N, N), None, 2, padding="circular"),
+        dp.Blur(KERNEL, padding="circular"),
+        dp.Denoising(),
     ):
         assert not is_circular(physics, shape)
 
 
-# -- Noise levels ----------------------------------------------------------------------------------------
-
-
 def blur(noise_model):
-    return Blur(KERNEL, padding="valid", noise_model=noise_model)
+    return dp.Blur(KERNEL, padding="valid", noise_model=noise_model)
 
 
 def test_noise_level():
-    assert noise_level(blur(GaussianNoise(0.03))).item() == pytest.approx(0.03)
+    assert noise_level(blur(dp.GaussianNoise(0.03))).item() == pytest.approx(0.03)
     levels = torch.tensor([0.1, 0.2])
-    assert torch.equal(noise_level(blur(GaussianNoise(levels))), levels)
-    assert noise_level(blur(ZeroNoise())) == NOISE_FLOOR
-    assert noise_level(blur(GaussianNoise(0.03)), sigma_y=0.5) == 0.5
+    assert torch.equal(noise_level(blur(dp.GaussianNoise(levels))), levels)
+    assert noise_level(blur(dp.ZeroNoise())) == NOISE_FLOOR
+    assert noise_level(blur(dp.GaussianNoise(0.03)), sigma_y=0.5) == 0.5
     assert noise_level(blur(noises.PoissonNoise()), sigma_y=0.5) == 0.5
-
-
-def test_noise_level_of_stacks():
-    equal = StackedLinearPhysics([blur(GaussianNoise(0.1)), blur(GaussianNoise(torch.tensor([0.1])))])
-    assert noise_level(equal).item() == pytest.approx(0.1)
-    for other in (GaussianNoise(0.2), ZeroNoise(), noises.PoissonNoise()):
-        different = StackedLinearPhysics([blur(GaussianNoise(0.1)), blur(other)])
+    blurs = [blur(dp.GaussianNoise(level)) for level in (0.1, torch.tensor([0.1]))]
+    assert noise_level(dp.StackedLinearPhysics(blurs)).item() == pytest.approx(0.1)
+    for other in (dp.GaussianNoise(0.2), dp.ZeroNoise(), noises.PoissonNoise()):
+        different = dp.StackedLinearPhysics([blurs[0], blur(other)])
         with pytest.raises(ValueError, match="sigma_y"):
             noise_level(different)
         assert noise_level(different, 0.3) == 0.3
 
 
-@pytest.mark.parametrize(
-    "noise_model",
-    [
-        noises.PoissonNoise(),
-        noises.PoissonGaussianNoise(),
-        noises.RicianNoise(),
-        noises.UniformNoise(),
-        noises.UniformGaussianNoise(),
-        noises.PoissonNoise() * GaussianNoise(0.1),
-        GaussianNoise(0.2) * GaussianNoise(0.1),
-    ],
-    ids=lambda model: type(model).__name__,
-)
+NOISES = [noises.PoissonNoise(), noises.PoissonGaussianNoise(), noises.RicianNoise(), noises.UniformNoise()]
+NOISES += [noises.UniformGaussianNoise(), dp.GaussianNoise(0.2) * dp.GaussianNoise(0.1)]
+NOISES += [noises.PoissonNoise() * dp.GaussianNoise(0.1)]
+
+
+@pytest.mark.parametrize("noise_model", NOISES, ids=lambda model: type(model).__name__)
 def test_other_noise_is_refused(noise_model):
     with pytest.raises(ValueError, match="sigma_y"):
         noise_level(blur(noise_model))

@@ -1,0 +1,205 @@
+"""What the benchmark reports of its rows; the search of settings; the cost of samples."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import seeded
+from deepinv.physics import Denoising, GaussianNoise
+from PIL import Image
+from test_benchmark import computed, entry, study_of
+
+from deepinv_ud2m.benchmark.cost import STAGES, measure_cost
+from deepinv_ud2m.benchmark.methods import METHODS, Method, Search
+from deepinv_ud2m.benchmark.report import overview, report, summarise
+from deepinv_ud2m.benchmark.rows import COLUMNS, read_rows
+from deepinv_ud2m.benchmark.run import Study, evaluate, measure, perceptual_metric, run
+from deepinv_ud2m.benchmark.tune import CRITERIA, tune
+from deepinv_ud2m.data import mnist_digits
+from deepinv_ud2m.metrics import frechet_influence, gaussian_frechet
+from deepinv_ud2m.physics.tasks import make_physics
+
+
+def rows_of(values, **given):
+    """Rows of one task; ``values`` are columns by method, and lists are one value per image."""
+    rows = []
+    for method, columns in values.items():
+        head = {"task": "sr4", "method": method, "name": method, "settings": "{}", "criterion": "energy"}
+        head |= {"weights": "", "searched_on": 4, "num_samples": 1, "nfe": 1, "nfe_backward": 0, "seconds": 1}
+        frame = pd.DataFrame(given | columns).reset_index(names="row")
+        rows.append(frame.assign(**{key: value for key, value in head.items() if key not in frame}))
+    rows = pd.concat(rows).reindex(columns=["row", *COLUMNS])
+    return rows.assign(image=rows["image"].fillna(rows["row"]).astype(int))
+
+
+def line_of(lines, method):
+    return lines.set_index("method").loc[method]
+
+
+def test_the_psnr_of_the_mean_is_of_sixteen_samples():
+    samples = torch.rand(20, 2, 1, 20, 20, generator=seeded(0))
+    x = torch.full((2, 1, 20, 20), 0.5)
+    few, all_ = (evaluate(s, x, x, Denoising(GaussianNoise(0.1)), None)[0] for s in (samples[:16], samples))
+    error = (samples[:16].mean(0) - x).square().mean((1, 2, 3))
+    assert few["psnr_mean"] == all_["psnr_mean"] == pytest.approx((-10 * error.log10()).tolist())
+    assert few["squared_error"] == pytest.approx(error.tolist())
+    assert few["energy_score"] != all_["energy_score"]
+
+
+def test_differences_are_of_the_same_images():
+    """Images that one method lacks do not count, however much they differ."""
+    ours = {"image": range(4), "psnr": [20.0, 27.0, 34.0, 41.0], "num_samples": 1}
+    theirs = {"image": [1, 3], "psnr": [26.0, 39.0], "num_samples": 1}
+    lines = summarise(rows_of({"pinv": theirs, "ud2m-distilled": ours}))
+    assert np.isnan(line_of(lines, "ud2m-distilled")["psnr_less"])
+    line = line_of(lines, "pinv")
+    assert line["psnr_less"] == pytest.approx(-1.5)
+    assert line["psnr_less_se"] == pytest.approx(0.5)  # standard deviation 0.5 sqrt(2), of two images
+
+
+def test_means_are_compared_where_both_have_several_samples():
+    """The mean of one sample is that sample, which says nothing of the mean of several."""
+    columns = {}
+    for name, several, mean in (("ud2m-distilled", {0, 1, 2}, 20.0), ("ddrm", {1, 2, 3}, 19.0)):
+        psnr = [mean + 7 * i + (i == 1 and mean == 20) for i in range(4)]
+        numbers = [8 if i in several else 1 for i in range(4)]
+        columns[name] = {"psnr_mean": psnr, "num_samples": numbers, "energy_score": 2.0, "psnr": 20.0}
+    line = line_of(summarise(rows_of(columns)), "ddrm")
+    assert line["psnr_less"] == 0 and line["energy_score_less"] == 0
+    assert line["psnr_mean_less"] == pytest.approx(-1.5)  # -2 and -1, on images 1 and 2
+    columns["ud2m-distilled"]["num_samples"] = [16, 16, 16, 2]
+    line = line_of(summarise(rows_of(columns)), "ddrm")
+    assert "psnr_mean_less" not in line, "of 16 and of 8 samples"
+    assert line["energy_score_less"] == 0, "which their number does not bias"
+
+
+def test_a_report_has_tables_and_figures(tiny_prior, tmp_path):
+    rows = computed(tmp_path, tiny_prior)
+    lines = report(tmp_path)
+    assert set(zip(lines["method"], lines["images"], strict=True)) == {("ud2m", 4), ("pinv", 4)}
+    of_ud2m, line = rows.loc[rows["method"] == "ud2m", "energy_score"], line_of(lines, "ud2m")
+    assert line["energy_score"] == pytest.approx(of_ud2m.mean())
+    assert line["energy_score_se"] == pytest.approx(of_ud2m.std() / 2)
+    text = (tmp_path / "report.md").read_text()
+    assert f"{line['energy_score']:.2f} ± {line['energy_score_se']:.2f}" in text
+    assert text.count("DigitClassifier (deepinv_ud2m mnist-classifier)") == 2, "setup and legend"
+    assert "| perceptual distance, DigitClassifier |" in text
+    assert f"{line['spread_skill']:.2f}" in overview(lines, "spread_skill")
+    assert overview(lines, "spread_skill") in text
+    stored = pd.read_csv(tmp_path / "summary.csv")
+    assert stored["psnr"].tolist() == pytest.approx(lines["psnr"].tolist(), rel=1e-4)
+    for figure in ("calibration.webp", "sheet_sr4.webp"):
+        with Image.open(tmp_path / figure) as picture:
+            assert len(picture.convert("L").getcolors()) > 50
+
+
+def test_frechet_distances_are_those_of_the_stored_features(tiny_prior, tmp_path):
+    run(tmp_path, study_of(tiny_prior, ["pinv"], images=66, samples=1, batch_size=33))
+    line = report(tmp_path).iloc[0]
+    x = mnist_digits("test", num=66)
+    physics = make_physics("sr4", (1, 32, 32))
+    samples = physics.A_dagger(measure(physics, x, range(66), 0)).clamp(0, 1)
+    features = perceptual_metric(x).distance.backbone.features
+    z, other = (features(images).half().double() for images in (samples, x))
+    fit = other.mean(0), torch.cov(other.T)
+    distance = gaussian_frechet(z.mean(0), torch.cov(z.T), *fit).item()
+    assert line["frechet"] == pytest.approx(distance, rel=1e-4)
+    error = frechet_influence(z, *fit).std().item() / 66**0.5
+    assert line["frechet_se"] == pytest.approx(error, rel=1e-4)
+    (tmp_path / "reference.npz").unlink()
+    assert report(tmp_path)["frechet"].item() == pytest.approx(line["frechet"], rel=1e-4), "from its table"
+
+
+@pytest.mark.parametrize("other", [{"settings": '{"eta": 0.5}'}, {"weights": "abc"}])
+def test_joined_rows_of_several_settings_are_refused(other, tiny_prior, tmp_path):
+    computed(tmp_path, tiny_prior, methods=["ud2m"])
+    report(tmp_path)
+    before = (tmp_path / "report.md").read_text()
+    rows = pd.concat([(rows := read_rows(tmp_path)), rows[:1].assign(image=9, **other)])
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    with pytest.raises(ValueError, match=r"rows of \('sr4', 'ud2m'\) with several settings or weights"):
+        report(tmp_path)
+    assert (tmp_path / "report.md").read_text() == before
+
+
+# -- Search ---------------------------------------------------------------------------------------
+
+
+def _scaled():
+    """One setting for each criterion: an exact image, one without spread, too much of it, and a failure."""
+
+    def build(prior, sigma_y, kind=""):
+        def sample(y, physics, seed):
+            x = mnist_digits("validation", num=len(y))
+            noise = torch.randn(x.shape, generator=seeded(seed))
+            return {"biased": x * 0.7 + 0.1, "noisy": x + 0.3 * noise, "failed": x * np.nan}[kind]
+
+        return sample
+
+    return Method(build, {"kind": ["failed", "biased", "noisy"]})
+
+
+def test_winners_are_those_of_each_criterion(tiny_prior, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "scaled", _scaled())
+    study = study_of(tiny_prior, ["scaled"], samples=4, seed=7)
+    study.x = mnist_digits("validation", num=4)
+    result = tune(tmp_path / "s.json", study)
+    scores = result["scores"]["sr4"]["scaled"]
+    assert [one["settings"]["kind"] for one in scores] == ["failed", "biased", "noisy"]
+    assert scores[0] == {"settings": {"kind": "failed"}, **dict.fromkeys(CRITERIA)}
+    for criterion, (_, sign) in CRITERIA.items():
+        best = min(scores[1:], key=lambda one: sign * one[criterion])["settings"]
+        found = Search([tmp_path / "s.json"], criterion).best("sr4", study.methods[0])
+        assert found == (best, criterion, 4)
+        study.search = Search([tmp_path / "s.json"], criterion)
+        run(tmp_path / criterion, study)
+        rows = read_rows(tmp_path / criterion)
+        assert set(rows["criterion"]) == {criterion} and set(rows["searched_on"]) == {4}
+    report(tmp_path / "crps")
+    assert "| crps, 4 images |" in (tmp_path / "crps" / "report.md").read_text()
+    assert len({json.dumps(result["winners"][criterion]) for criterion in CRITERIA}) == 2
+
+
+def test_a_search_resumes_and_finds_the_minimum(tiny_prior, tmp_path):
+    file, study = tmp_path / "s.json", study_of(tiny_prior, images=2, samples=2)
+    result = tune(file, study)
+    scores = result["scores"]["sr4"]["ud2m"]
+    assert [one["settings"] for one in scores] == entry("ud2m").candidates() and len(scores) == 12
+    assert result["scores"]["sr4"]["pinv"] == [] and "pinv" not in result["winners"]["energy"]["sr4"]
+    best = min(scores, key=lambda one: one["energy"])["settings"]
+    search = Search([file])
+    assert search.best("sr4", entry("ud2m")) == (best, "energy", 2)
+    assert search.best("inpaint-box", entry("ud2m")) == ({}, "", 0) == search.best("sr4", entry("dps"))
+    with pytest.raises(ValueError, match="its num_steps is 2, here it is 5"):
+        search.best("sr4", entry("ud2m", num_steps=5))
+    with tiny_prior.register_forward_hook(lambda *_: pytest.fail("the network was called")):
+        assert tune(file, study) == result
+    before = file.read_text()
+    for other in ({"sigma_y": 0.1}, {"samples": 3}, {"images": 3}, {"names": {"data": "mine"}}):
+        with pytest.raises(ValueError, match="is of another setup"):
+            tune(file, study_of(tiny_prior, **{"images": 2, "samples": 2} | other))
+    assert file.read_text() == before
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no settings that were searched for 'crps'"):
+        Search([tmp_path / "other.json"], "crps")
+
+
+# -- Cost -----------------------------------------------------------------------------------------
+
+
+def test_the_cost_of_samples_is_measured(tiny_prior, tmp_path):
+    x = torch.rand(2, 1, 16, 16)
+    methods = [entry("ud2m", num_steps=3), entry("pigdm"), entry("pinv"), entry("ddrm")]
+    study = Study(tiny_prior, x, ["inpaint-random", "sr2"], methods)
+    lines = measure_cost(tmp_path, study, [x], [2], rounds=2)
+    assert len(lines) == 4 + 3, "DDRM does not apply to super-resolution"
+    ours = lines[lines["method"] == "ud2m"]
+    assert set(ours["nfe"]) == {9} and set(lines.loc[lines["method"] == "pigdm", "nfe_backward"]) == {3}
+    assert ours[[*STAGES, "other"]].sum(axis=1).tolist() == pytest.approx(2 * [1])
+    assert (ours[list(STAGES)] > 0).all().all() and (ours["denoise"] > ours["noise"]).all()
+    assert (ours["overhead_low"] <= ours["overhead"]).all() and (ours["overhead"] > 0.5).all()
+    assert lines.loc[lines["method"] == "pinv", "overhead"].isna().all() and (lines["peak_gb"] > 0).all()
+    assert len(pd.read_csv(tmp_path / "cost.csv")) == len(lines)
+    assert json.loads((tmp_path / "machine.json").read_text())["parameters"] > 0
