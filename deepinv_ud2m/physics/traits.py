@@ -5,7 +5,7 @@ A physics may say these things itself, by methods of these names:
 - ``has_closed_form_prox(shape) -> bool``: its ``prox_l2`` is exact for images of this shape;
 - ``is_per_image(batch_size) -> bool``: each image of a batch of this size has an operator of its own;
 - ``find_structure(find, shape, y, like, per_image)``: its :mod:`structure <deepinv_ud2m.structure>`, where
-  ``find`` finds that of another physics;
+  ``find`` finds that of another physics, or ``NotImplemented``;
 - ``complaint(y) -> str | None``: a warning, if these measurements do not look like its own.
 
 For deepinv's physics the answers are here. No other file names their classes.

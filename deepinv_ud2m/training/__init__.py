@@ -8,7 +8,8 @@ from deepinv_ud2m.training.adversarial import (
 )
 from deepinv_ud2m.training.losses import EnergyScoreLoss, GaussianNLLLoss, L2Loss, PerceptualLoss
 from deepinv_ud2m.training.prior import denoising_psnr, train_prior
-from deepinv_ud2m.training.sigmas import SamplerSigmas
+from deepinv_ud2m.training.recipe import DiversityController, Recipe, Stage, distill
+from deepinv_ud2m.training.sigmas import SamplerSigmas, StateSigmas
 from deepinv_ud2m.training.trainer import DistillationTrainer
 from deepinv_ud2m.training.updates import parameter_groups, warmup_cosine
 
@@ -18,12 +19,17 @@ __all__ = [
     "Adversary",
     "ConditionalDiscriminator",
     "DistillationTrainer",
+    "DiversityController",
     "EnergyScoreLoss",
     "GaussianNLLLoss",
     "L2Loss",
     "PerceptualLoss",
+    "Recipe",
     "SamplerSigmas",
+    "Stage",
+    "StateSigmas",
     "denoising_psnr",
+    "distill",
     "parameter_groups",
     "train_prior",
     "warmup_cosine",

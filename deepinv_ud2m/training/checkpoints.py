@@ -69,6 +69,7 @@ def save_run(trainer, file: Path) -> None:
         "evaluated": trainer.evaluated,
         "skipped": [trainer.skipped, trainer.skipped_in_a_row],
         "best": trainer.best,
+        "controller": trainer.controller.state() if trainer.controller else None,
     }
     write_checkpoint(state, file)
 
@@ -93,6 +94,8 @@ def load_run(trainer, file: Path) -> None:
     trainer.optimizer.load_state_dict(state["optimizer"])
     if trainer.adversary is not None:
         trainer.adversary.load_state_dict(state["adversary"])
+    if trainer.controller is not None:
+        trainer.controller.load(state["controller"])
     trainer.turns.seek(state["data"])
     trainer.history.load(*state["history"])
     trainer.completed, trainer.places = state["step"], state["data"]

@@ -113,6 +113,9 @@ class DistillationTrainer(Trainer):
     :param Mapping sample_metrics: metrics of the samples, ``name: f(samples, x) -> Tensor [B]``, smaller is
         better. The first one, or without one the first of ``metrics``, decides which model is the best
         (default: the energy score).
+    :param Callable controller: called with the results of each evaluation, such as
+        :class:`deepinv_ud2m.training.DiversityController`; what it returns is recorded. Its ``state()`` is
+        stored in checkpoints, and set by ``load(state)`` (default: ``None``).
     :param int eval_interval: steps between evaluations, with an ``eval_dataloader`` (default: 1000).
     :param int ckp_interval: steps between checkpoints (default: 500).
     :param int log_interval: steps whose mean is one point of the history (default: 50).
@@ -159,6 +162,7 @@ class DistillationTrainer(Trainer):
     max_skipped: int = 10
     eval_samples: int = 4
     sample_metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None
+    controller: Callable[[dict], dict] | None = None
     eval_interval: int = 1000
     ckp_interval: int = 500
     log_interval: int = 50
@@ -428,6 +432,8 @@ class DistillationTrainer(Trainer):
             score = results[names_of(self.metrics)[0]]
             score = score if getattr(self.metrics[0], "lower_better", True) else -score
         with checkpoints.uninterrupted():
+            if self.controller is not None:
+                results |= self.controller(results)
             self._record(results, "eval: ")
             self.evaluated = self.completed
             if score < self.best:
