@@ -32,6 +32,6 @@ samples = model.sample(y, physics, num_samples=8, generator=torch.Generator().ma
 print(f"residual of a sample, 1 if all is right: {model.residual.item():.2f}")
 
 # %%
-# Table and figure. DiffPIR has the best of twelve settings for this slice.
-options = {"zeta": 0.3, "lambda_": 7.0, "std_max": 0.1, "inverse": scanner.A_dagger(y)}
+# Table and figure. DiffPIR has the best of eight settings for this slice.
+options = {"zeta": 0.3, "lambda_": 1.0, "std_max": 0.1, "inverse": scanner.A_dagger(y)}
 compare("scan_ct", x, y, physics, samples, model.nfe, **options)

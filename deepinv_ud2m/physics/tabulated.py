@@ -3,6 +3,7 @@ r"""Operators as sparse matrices: slow operators become fast ones, at the price 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -32,8 +33,10 @@ class TabulatedPhysics(LinearPhysics):
         super().__init__(img_size=img_size)
         self.img_size, self.measured = tuple(img_size), tuple(measured)
         matrix = matrix.coalesce()
-        self.register_buffer("matrix", matrix.to_sparse_csr())
-        self.register_buffer("transposed", matrix.t().coalesce().to_sparse_csr())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            self.register_buffer("matrix", matrix.to_sparse_csr())
+            self.register_buffer("transposed", matrix.t().coalesce().to_sparse_csr())
 
     def A(self, x: Tensor, **kwargs) -> Tensor:
         """The product with the matrix, of images `[B, C, H, W]`."""
