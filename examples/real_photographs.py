@@ -3,8 +3,8 @@ Files of a camera: the right operator and wrong ones
 ====================================================
 
 Photographs are degraded outside of the package, as cameras and image editors do it: blurred by light from
-beyond their borders, with noise, or reduced by Pillow. They are restored with the operator that fits, and with
-those that are often taken in its place. The table has the PSNR of the mean of the samples, and whether a
+beyond their borders, with noise, or reduced by Pillow. They are restored with the operator that fits, and
+with those that are often taken in its place. The table has the PSNR of the mean of the samples, and whether a
 warning said that something is wrong.
 
 .. code-block:: bash

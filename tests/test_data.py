@@ -167,6 +167,20 @@ def test_reduction_averages(tmp_path):
     assert (torch.stack([crop.mean() for crop in crops]) - 0.5).abs().max() < 0.02
 
 
+def test_photographs_that_are_small_or_held_out(tmp_path):
+    for name, side, shade in (("a", 40, 10), ("b", 20, 20), ("c", 64, 30), ("d", 40, 40)):
+        Image.new("RGB", (side, 50), (shade,) * 3).save(tmp_path / f"{name}.png")
+    crops = RandomCrops(tmp_path, 32, 50, skip_small=True)
+    held = crops.hold_out(1)
+    assert held.shape == (1, 3, 32, 32) and torch.allclose(255 * held, torch.tensor(40.0))
+    seen = {round(255 * crop[0, 0, 0].item()) for crop in (crops[i] for i in range(50))}
+    assert seen == {10, 30}, "neither the small one nor the one that is held out"
+    with pytest.raises(ValueError, match="num must be below the 2 photographs, got 2"):
+        crops.hold_out(2)
+    with pytest.raises(ValueError, match=r"no photograph in .* has sides of 80 pixels"):
+        RandomCrops(tmp_path, 80, 1, skip_small=True)
+
+
 def test_what_is_refused(folder, tmp_path_factory):
     (broken := tmp_path_factory.mktemp("broken") / "broken.png").write_bytes(b"\x89PNG\r\n")
     refused(

@@ -82,10 +82,11 @@ def test_each_image_has_its_own_operator(name):
 
 
 def test_the_operator_of_a_task_is_the_same_each_time():
-    x = torch.rand(2, 3, 48, 64, generator=seeded(0))
     for name, task in TASKS.items():
-        physics = make_physics(name, (3, 48, 64), 0.1)
-        assert torch.equal(physics.A(x), make_physics(name, (3, 48, 64)).A(x)), name
+        shape = (3, 48, 48 if "ct" in name else 64)
+        x = torch.rand(2, *shape, generator=seeded(0))
+        physics = make_physics(name, shape, 0.1)
+        assert torch.equal(physics.A(x), make_physics(name, shape).A(x)), name
         assert torch.equal(physics(x), physics.A(x)) != task.noisy, name
 
 

@@ -32,8 +32,9 @@ class RandomCrops(Dataset):
     :param int num: length of the dataset, the crops of an epoch.
     :param int channels: 1 or 3 (default: 3).
     :param float max_scale: largest reduction, at least 1 (default: 4).
+    :param bool skip_small: leave out photographs that are smaller than a crop (default: ``False``, refuse).
     :param bool verbose: show a progress bar while reading (default: ``False``).
-    :raises ValueError: for a folder without images, an image that cannot be read or is smaller than a
+    :raises ValueError: for a folder without images, an image that cannot be read, or is smaller than a
         crop, or numbers out of range.
     """
 
@@ -44,6 +45,7 @@ class RandomCrops(Dataset):
         num: int,
         channels: int = 3,
         max_scale: float = 4.0,
+        skip_small: bool = False,
         verbose: bool = False,
     ):
         self.size, self.num = check_count("size", size), check_count("num", num)
@@ -56,8 +58,12 @@ class RandomCrops(Dataset):
             image = files.image(i, channels)
             height, width = image.shape[-2:]
             if min(height, width) < size:
+                if skip_small:
+                    continue
                 raise ValueError(f"{label} is {height}x{width} pixels, but the crops are {size}x{size}")
             self.photographs.append((255 * image).round().byte().contiguous())
+        if not self.photographs:
+            raise ValueError(f"no photograph in {folder} has sides of {size} pixels, those of the crops")
         areas = [photograph[0].numel() for photograph in self.photographs]
         self.weights = torch.tensor(areas, dtype=torch.float32).sqrt()
 

@@ -3,12 +3,12 @@
 Some are those of the paper, with circular borders. Others are those of real cameras and files: borders that
 are not seen (``-valid``) or reflected (``-reflect``), files that were shrunk by a bicubic filter with
 antialiasing (``-matlab``, as MATLAB's imresize and Pillow do it), a Bayer filter, and measurements of grey
-images, of which the images are the mean of the channels.
+images (``grey-``), the means of the channels.
 
 A new task is one entry in ``TASKS``. Every task but ``"demosaicing"``, which is of three, works with any
-number of channels. Sides are multiples of 4. :func:`make_physics` gives one operator for all images; its
-random masks and kernels have a fixed seed. :func:`make_generator` draws operators of the same kind, one for
-each image.
+number of channels. Sides are multiples of 4, and equal for tomography. :func:`make_physics` gives one
+operator for all images; its random masks and kernels have a fixed seed. :func:`make_generator` draws
+operators of the same kind, one for each image.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from deepinv.physics import (
     DownsamplingMatlab,
     GaussianNoise,
     Inpainting,
+    MultiCoilMRI,
     Physics,
+    Tomography,
 )
 from deepinv.physics.functional import gaussian_blur
 from deepinv.physics.generator import (
@@ -47,6 +49,7 @@ from deepinv_ud2m.physics.generators import (
     UniformBlurGenerator,
 )
 from deepinv_ud2m.physics.jpeg import JPEG
+from deepinv_ud2m.physics.tabulated import tabulate
 
 Shape = tuple[int, int, int]
 
@@ -175,6 +178,29 @@ def _grey_mri(shape: Shape) -> Physics:
     return ChannelMap.real(MRI(mask, img_size=(2, *shape[1:])), shape[0])
 
 
+def _coils(shape: Shape) -> Physics:
+    """Four coils, one at each corner, that see their side with a phase of their own."""
+    height, width = shape[1:]
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    corners = [(a, b) for a in (-1, 1) for b in (-1, 1)]
+    maps = torch.stack(
+        [torch.exp(-((rows - a) ** 2) - (columns - b) ** 2 + 1j * a * rows) for a, b in corners]
+    )
+    maps = maps[None] / maps.abs().square().sum(0).sqrt()
+    mask = _columns(shape, rng=torch.Generator().manual_seed(0)).step(1)["mask"]
+    return ChannelMap.real(MultiCoilMRI(mask, coil_maps=maps, img_size=(2, *shape[1:])), shape[0])
+
+
+def _tomography(angles: int) -> Callable[[Shape], Physics]:
+    def operator(shape: Shape) -> Physics:
+        if shape[1] != shape[2]:
+            raise ValueError(f"shape must be (C, H, W) with H = W for tomography, got {shape}")
+        scanner = Tomography(angles, img_width=shape[2], normalize=True)
+        return ChannelMap.grey(tabulate(scanner, (1, *shape[1:])), shape[0])
+
+    return operator
+
+
 def _columns(shape: Shape, **options) -> PhysicsGenerator:
     return RandomMaskGenerator((2, *shape[1:]), acceleration=4, **options)
 
@@ -261,6 +287,9 @@ TASKS = {
         lambda shape: ChannelMap.grey(Blur(gaussian_blur(sigma=(2.0, 2.0)), padding="valid"), shape[0]),
         _gaussian_blurs(0.5, 4.0, 31, isotropic=False),
     ),
+    "grey-ct30": Task("tomography of a grey image, 30 angles", _tomography(30)),
+    "grey-ct60": Task("tomography of a grey image, 60 angles", _tomography(60)),
+    "grey-mri-coils": Task("MRI of a real image by four coils, a quarter of the columns", _coils),
     "grey-mri": Task("MRI of a real image, a quarter of the columns", _grey_mri, _columns),
     "inpaint-random": Task("random inpainting, 30 % kept", _random_inpainting(0.3), _random_masks),
     "inpaint-box": Task("box inpainting, half-size box", _box_inpainting, BoxMaskGenerator),

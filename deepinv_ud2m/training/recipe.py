@@ -307,7 +307,8 @@ def _data(images, recipe: Recipe, stage: Stage, info) -> tuple[Dataset, Tensor]:
         if stage.size is None:
             raise ValueError(f"size of the stage {stage.stage!r} must be given, for crops of photographs")
         channels = getattr(info, "channels", 3)
-        crops = RandomCrops(images, stage.size, stage.steps * stage.batch_size, channels)
+        count = stage.steps * stage.batch_size
+        crops = RandomCrops(images, stage.size, count, channels, skip_small=True)
         return crops, crops.hold_out(held)
     if len(images) < held + stage.batch_size:
         raise ValueError(
