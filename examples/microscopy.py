@@ -33,5 +33,5 @@ physics.set_noise_model(dinv.physics.GaussianNoise(sigma_y.item()))
 samples = model.sample(y, physics, num_samples=8, generator=torch.Generator().manual_seed(0))
 
 # %%
-# Table and figure. DiffPIR has the best of twelve settings for this image.
-compare("microscopy", x, y, physics, samples, model.nfe, zeta=0.3, lambda_=7.0, std_max=0.1)
+# Table and figure. DiffPIR has the best of four settings for this image.
+compare("microscopy", x, y, physics, samples, model.nfe, zeta=0.3, lambda_=10.0, std_max=0.1)
