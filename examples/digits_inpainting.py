@@ -34,14 +34,5 @@ for name, mask in masks.items():
     physics = dinv.physics.Inpainting((1, 32, 32), mask=mask.float(), noise_model=noise)
     y = physics(x)
     samples = model.sample(y, physics, num_samples=8, generator=generator)
-    compare(
-        f"digits_inpainting_{name}",
-        x,
-        y,
-        physics,
-        samples,
-        model.nfe,
-        std_max=0.5,
-        prior="mnist",
-        **settings[name],
-    )
+    options = {"prior": "mnist", "std_max": 0.5, **settings[name]}
+    compare(f"digits_inpainting_{name}", x, y, physics, samples, model.nfe, **options)

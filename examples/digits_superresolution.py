@@ -32,15 +32,5 @@ samples = model.sample(y, physics, num_samples=8, generator=torch.Generator().ma
 
 # %%
 # Table and figure. DiffPIR has the settings that were best on other digits.
-compare(
-    "digits_superresolution",
-    x,
-    y,
-    physics,
-    samples,
-    model.nfe,
-    zeta=0.6,
-    lambda_=3.0,
-    std_max=0.5,
-    prior="mnist",
-)
+options = {"prior": "mnist", "zeta": 0.6, "lambda_": 3.0, "std_max": 0.5}
+compare("digits_superresolution", x, y, physics, samples, model.nfe, **options)

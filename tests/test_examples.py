@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import torch
 from conftest import seeded
@@ -177,3 +178,32 @@ def test_a_folder_is_shared_by_processes(folder, tmp_path):
     assert len(files) == 3 * 5
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scan_ct", "scan_mri", "microscopy"])
+def test_scans(name, helpers, tmp_path):
+    """Better than the pseudo-inverse, by the mean and by one sample."""
+    printed = run(f"{name}.py")
+    rows = table_of(printed)
+    for row in ("UD2M, one sample", "UD2M, mean of 8"):
+        assert rows[row][0] > rows["pseudo-inverse"][0] + 2, printed
+    files = [f"scan_mri_{coils}" for coils in ("one_coil", "four_coils")] if name == "scan_mri" else [name]
+    for file in files:
+        check_figure(tmp_path / f"{file}.webp")
+
+
+@pytest.mark.slow
+def test_right_and_wrong_operators_on_files(helpers, tmp_path):
+    """The right ones are better than what is given, the wrong ones are worse, and warn."""
+    run("real_photographs.py", "--samples", 2, "--out", tmp_path / "real.csv")
+    table = pd.read_csv(tmp_path / "real.csv", index_col=["measurement", "operator"])
+    images = table[["image 1", "image 2"]]
+    blur, shrunk = images.loc["blur"], images.loc["shrunk by 4"]
+    assert (blur.loc["valid, noise 0.02"] > blur.loc["as it is"] + 2).all()
+    assert (blur.loc["valid, estimated noise"] > blur.loc["valid, noise 0.02"] - 0.3).all()
+    assert (shrunk.loc["DownsamplingMatlab"] > shrunk.loc["bicubic interpolation"] + 0.5).all()
+    warns = table["warns"] == "yes"
+    right = {"valid, estimated noise", "valid, noise 0.02", "reflected, noise 0.02", "DownsamplingMatlab"}
+    right |= {"as it is", "bicubic interpolation"}
+    assert {name for (_, name), said in warns.items() if not said} == right
