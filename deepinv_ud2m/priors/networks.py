@@ -70,11 +70,8 @@ class PixelShuffledDenoiser(Denoiser):
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """
-    Pad images by reflection, below and on the right, until their sides are multiples of a number.
+    Pad images `[B, C, H, W]` by reflection, below and on the right, until their sides are multiples.
 
-    :param torch.Tensor x: images, of shape `[B, C, H, W]`.
-    :param int multiple: the number.
-    :returns: images, `[B, C, H', W']`; ``x`` itself where nothing is missing.
     :raises ValueError: for images that are too small to be padded.
     """
     height, width = x.shape[-2:]
@@ -88,14 +85,12 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 
 def checkerboard(x: Tensor, width: float) -> Tensor:
     r"""
-    The part of an image that alternates from pixel to pixel in both directions.
+    The part of images `[B, C, H, W]` that alternates from pixel to pixel in both directions.
 
     It is the band around the spatial frequency :math:`(\pi, \pi)`, of Gaussian shape. Edges along rows
     and columns have none of it.
 
-    :param torch.Tensor x: images, of shape `[B, C, H, W]`.
     :param float width: standard deviation, in pixels, of the window that is averaged over; positive.
-    :returns: that part, of the same shape.
     """
     radius = min(int(3 * width), min(x.shape[-2:]) - 1)  # a reflection cannot be longer
     offsets = torch.arange(-radius, radius + 1, device=x.device)
