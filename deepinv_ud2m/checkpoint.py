@@ -174,7 +174,7 @@ def load(
 
     :param str, pathlib.Path name_or_path: the name of a shipped sampler (``PRETRAINED``), a folder written by
         :func:`save`, or the id ``"user/repo"`` of a repository on the Hugging Face Hub, which is downloaded
-        into the cache of the Hub.
+        into the cache of the Hub. Where a folder ``user`` is here, an id needs a ``revision``.
     :param Callable make: makes the result, ``make(unfolded, **settings)``, such as the class of a sampler
         (default: a tuple of both).
     :param deepinv.models.Denoiser, str, pathlib.Path, None prior: the untrained prior, without adapter, or
@@ -183,10 +183,10 @@ def load(
         the files do not hold it, as for RAM.
     :param bool merge: merge the adapter into the prior (default: ``True``). Sampling then costs as much as
         without adapter. Use ``False`` to train on.
-    :param str, None revision: branch, tag or commit on the Hub.
+    :param str, None revision: branch, tag or commit on the Hub (default: its main branch).
     :returns: the result of ``make``.
-    :raises ValueError: for an unknown name, for files that are missing, damaged or of a newer format, or for
-        another prior or initializer than the sampler was trained with.
+    :raises ValueError: for an unknown name or folder, for files that are missing, damaged or of a newer
+        format, or for another prior or initializer than the sampler was trained with.
     :raises TypeError: if ``prior`` or ``initializer`` is of a wrong type.
     :raises ImportError: for an id on the Hub, without ``huggingface_hub``.
     :raises OSError: if the download fails.
@@ -238,6 +238,11 @@ def _find_folder(name_or_path: str | Path, revision: str | None) -> Path:
     name = str(name_or_path)
     local = _SHIPPED / PRETRAINED[name] if name in PRETRAINED else Path(name)
     if not local.is_dir() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        if revision is None and local.parent.is_dir():
+            raise ValueError(
+                f"there is no folder {name!r} in the folder {str(local.parent)!r}. If the repository of that "
+                "name on the Hugging Face Hub is meant, give its revision, such as revision='main'"
+            )
         return hub.download(name, revision, (CONFIG, _WEIGHTS))
     if not name or not local.is_dir():
         raise ValueError(
