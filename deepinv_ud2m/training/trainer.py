@@ -117,8 +117,8 @@ class DistillationTrainer(Trainer):
     :param int ckp_interval: steps between checkpoints (default: 500).
     :param int log_interval: steps whose mean is one point of the history (default: 50).
     :param str, pathlib.Path save_path: folder of this run alone, for ``checkpoint.pt``, ``history.json``,
-        ``curves.png``, pictures of evaluations with ``plot_images``, and the exported models ``best`` and
-        ``final`` (default: ``None``, nothing is written).
+        ``curves.png`` (drawn at evaluations and at the end), pictures of evaluations with ``plot_images``,
+        and the exported models ``best`` and ``final`` (default: ``None``, nothing is written).
     :param bool resume: go on from the checkpoint in ``save_path``, if there is one (default: ``True``).
     :param Sequence[torch.Generator] generators: further random generators to seed in each step.
     :param Mapping settings: what else makes a run another one, such as the ranges of random operators, as
@@ -230,8 +230,7 @@ class DistillationTrainer(Trainer):
         broadcast([tensor.data for tensor in tensors])  # all processes start from those of the first
         trained = [tensor for tensor in tensors if tensor.requires_grad]
         batches = self.accumulate // self.accelerator.num_processes
-        options = {"grad_clip": self.grad_clip, "lr_schedule": self.lr_schedule}
-        return Update(self.accelerator, optimizer, trained, batches, **options)
+        return Update(self.accelerator, optimizer, trained, batches, self.grad_clip, self.lr_schedule)
 
     def setup_train(self, train: bool = True, **kwargs) -> None:
         """deepinv's set-up of metrics and loggers, and the state of a run: new, or that of a checkpoint."""
@@ -244,8 +243,7 @@ class DistillationTrainer(Trainer):
         self.skipped, self.skipped_in_a_row, self.best = 0, 0, math.inf
         self.history, self.averaged = History(), MovingAverage(self.trained.values(), self.ema_decay)
         losses = [*self.losses, *(self.adversary.losses if self.adversary else [])]
-        owners = [self.physics, self.physics_generator, losses, list(self.generators)]
-        self.seeded = find_generators(*owners)
+        self.seeded = find_generators(self.physics, self.physics_generator, losses, list(self.generators))
         check = partial(arguments.check_batch, prior_info=self.unfolded.prior_info)
         self.turns = Turns(self.train_dataloader, [self.seed, _DATA], check)
         self.places, self.run = self.turns.places, checkpoints.describe_run(self)
@@ -290,6 +288,7 @@ class DistillationTrainer(Trainer):
             self.averaged.assign()
             if self.writes:
                 self.model.save_pretrained(self.folder / "final")
+                self.history.draw(self.folder)
         if self.wandb_vis:
             import_module("wandb").finish()
         if self.mlflow_vis:
@@ -436,6 +435,8 @@ class DistillationTrainer(Trainer):
                     with self.averaged():
                         metadata = {"step": self.completed, **results}
                         self.model.save_pretrained(self.folder / "best", metadata=metadata)
+        if self.writes:
+            self.history.draw(self.folder)
         if self.verbose:
             text = ", ".join(f"{name} {value:.4g}" for name, value in results.items() if "/" not in name)
             tqdm.write(f"step {self.completed}: {text}")
