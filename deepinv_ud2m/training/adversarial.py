@@ -159,6 +159,7 @@ class AdversarialGeneratorLoss(WeightedLoss):
     trainer passes both.
 
     :param float weight: weight of this loss in a sum, finite and non-negative (default: 1).
+    :raises TypeError, ValueError: for another weight.
     """
 
     def forward(
@@ -187,6 +188,7 @@ class AdversarialDiscriminatorLoss(WeightedLoss):
     :param float weight: weight of this loss in a sum, finite and non-negative (default: 1).
     :param float penalty_weight: :math:`\lambda`, finite and non-negative; 0 leaves the penalty out (default:
         0.01).
+    :raises TypeError, ValueError: for other weights.
     """
 
     def __init__(self, weight: float = 1.0, penalty_weight: float = 0.01):

@@ -36,10 +36,10 @@ from deepinv_ud2m.metrics.perceptual import PerceptualDistance
 
 class WeightedLoss(Loss):
     """
-    A loss of a single sample.
+    A loss times its weight, of a single sample unless ``num_samples`` says otherwise.
 
     :param float weight: weight of this loss in a sum, finite and non-negative (default: 1).
-    :raises ValueError: for another weight.
+    :raises TypeError, ValueError: for another weight.
     """
 
     num_samples = 1
@@ -58,6 +58,7 @@ class L2Loss(WeightedLoss):
     code has the error of the noise, which is this times :math:`1 / s^2`.
 
     :param float weight: weight of this loss in a sum, finite and non-negative (default: 1).
+    :raises TypeError, ValueError: for another weight.
     """
 
     def forward(self, *, x: Tensor, x_net: Tensor, samples: Tensor | None = None, **kwargs) -> Tensor:
