@@ -44,7 +44,7 @@ from deepinv_ud2m.training import arguments, checkpoints
 from deepinv_ud2m.training.adversarial import Adversary
 from deepinv_ud2m.training.arguments import as_list, loader_of_each, names_of
 from deepinv_ud2m.training.averages import MovingAverage
-from deepinv_ud2m.training.evaluation import evaluate
+from deepinv_ud2m.training.evaluation import evaluate, score_of
 from deepinv_ud2m.training.history import History
 from deepinv_ud2m.training.randomness import Turns, find_generators, seed_all
 from deepinv_ud2m.training.stages import STAGES
@@ -274,17 +274,15 @@ class DistillationTrainer(Trainer):
         with checkpoints.lock(self.folder) if self.writes else nullcontext():
             self.setup_train()
             show = self.verbose and self.show_progress_bar
-            bar = tqdm(initial=self.completed, total=self.steps, desc="Distillation", disable=not show)
-            try:
-                self._train(bar)
-            except KeyboardInterrupt:
-                self.averaged.restore()
-                self._save()
-                if self.writes and self._saved:
-                    bar.write(f"interrupted; step {self._saved} is in {self.folder}: start again to go on")
-                raise
-            finally:
-                bar.close()
+            with tqdm(desc="Distillation", total=self.steps, initial=self.completed, disable=not show) as bar:
+                try:
+                    self._train(bar)
+                except KeyboardInterrupt:
+                    self.averaged.restore()
+                    self._save()
+                    if self.writes and self._saved:
+                        bar.write(f"interrupted; step {self._saved} is in {self.folder}: run again to go on")
+                    raise
             self.averaged.assign()
             if self.writes:
                 self.model.save_pretrained(self.folder / "final")
@@ -421,11 +419,7 @@ class DistillationTrainer(Trainer):
 
     def _evaluate_and_keep_the_best(self) -> None:
         results = self.evaluate()
-        if self.sample_metrics:
-            score = results[next(iter(self.sample_metrics))]
-        else:
-            score = results[names_of(self.metrics)[0]]
-            score = score if getattr(self.metrics[0], "lower_better", True) else -score
+        score = score_of(self, results)
         with checkpoints.uninterrupted():
             self._record(results, "eval: ")
             self.evaluated = self.completed
