@@ -21,16 +21,14 @@ from typing import Any
 
 import torch
 from deepinv.models import Denoiser
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from deepinv_ud2m import hub
 from deepinv_ud2m.__about__ import __version__
-from deepinv_ud2m.checks import differences, shapes, shorten
+from deepinv_ud2m.checks import shapes, shorten
 from deepinv_ud2m.config_file import CONFIG, FORMAT, blame_config, own_weights, read_config
-from deepinv_ud2m.files import check_finite, write_files
+from deepinv_ud2m.files import check_digest, check_finite, read_weights, write_files
 from deepinv_ud2m.fingerprints import fingerprint, trained_fingerprint
 from deepinv_ud2m.initializers import Initializer
 from deepinv_ud2m.priors import (
@@ -64,12 +62,10 @@ def save(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """
-    Write ``model.safetensors`` and ``config.json``.
+    Write ``model.safetensors`` and ``config.json``, which holds the hash of the weights.
 
-    Each file is written beside its place and then moved there, the configuration last. The configuration
-    holds the hash of the weights. A save that is interrupted therefore leaves the old sampler, or, if it
-    stops between the two moves, files that :func:`load` refuses because they do not belong together. It warns
-    of parameters that require a gradient but are not stored.
+    A save that is interrupted leaves the old sampler, or files that :func:`load` refuses because they do not
+    belong together. It warns of parameters that require a gradient but are not stored.
 
     :param deepinv_ud2m.UnfoldedDenoiser unfolded: the unfolded denoiser.
     :param str, pathlib.Path folder: where to write; made if it does not exist.
@@ -114,6 +110,7 @@ def save(
         "sampler": dict(sampler),
         **describe(unfolded, prior),
         "metadata": metadata,
+        # The tensors are listed for those who read the file.
         "weights": {"sha256": hashlib.sha256(weights).hexdigest(), "tensors": shapes(stored)},
     }
     text = json.dumps(config, indent=2) + "\n"
@@ -147,11 +144,10 @@ def _describe_initializer(initializer: Initializer) -> dict:
 
 
 def _check_metadata(metadata: Mapping | None) -> dict:
-    metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, Mapping):
+    if not isinstance(metadata, Mapping | None):
         raise TypeError(f"metadata must be a dictionary, got {type(metadata).__name__}")
     try:
-        return json.loads(json.dumps(dict(metadata)))
+        return json.loads(json.dumps(dict(metadata or {})))
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"metadata must hold numbers, strings, lists and dictionaries only, as JSON does: {error}"
@@ -178,7 +174,7 @@ def load(
 
     :param str, pathlib.Path name_or_path: the name of a shipped sampler (``PRETRAINED``), a folder written by
         :func:`save`, or the id ``"user/repo"`` of a repository on the Hugging Face Hub, which is downloaded
-        into the cache of the Hub.
+        into the cache of the Hub. Where a folder ``user`` is here, an id needs a ``revision``.
     :param Callable make: makes the result, ``make(unfolded, **settings)``, such as the class of a sampler
         (default: a tuple of both).
     :param deepinv.models.Denoiser, str, pathlib.Path, None prior: the untrained prior, without adapter, or
@@ -187,10 +183,10 @@ def load(
         the files do not hold it, as for RAM.
     :param bool merge: merge the adapter into the prior (default: ``True``). Sampling then costs as much as
         without adapter. Use ``False`` to train on.
-    :param str, None revision: branch, tag or commit on the Hub.
+    :param str, None revision: branch, tag or commit on the Hub (default: its main branch).
     :returns: the result of ``make``.
-    :raises ValueError: for an unknown name, for files that are missing, damaged or of a newer format, or for
-        another prior or initializer than the sampler was trained with.
+    :raises ValueError: for an unknown name or folder, for files that are missing, damaged or of a newer
+        format, or for another prior or initializer than the sampler was trained with.
     :raises TypeError: if ``prior`` or ``initializer`` is of a wrong type.
     :raises ImportError: for an id on the Hub, without ``huggingface_hub``.
     :raises OSError: if the download fails.
@@ -198,7 +194,9 @@ def load(
     _check_given(prior, initializer)
     folder = _find_folder(name_or_path, revision)
     config = read_config(folder / CONFIG)
-    state = _read_weights(folder / _WEIGHTS, config["weights"])
+    check_digest(folder / _WEIGHTS, config["weights"]["sha256"])
+    state = read_weights(folder / _WEIGHTS)
+    check_finite(state, str(folder / _WEIGHTS))
     # Networks are built with random weights first, which must not change the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
         initializer = _find_initializer(initializer, config["initializer"], folder)
@@ -240,6 +238,11 @@ def _find_folder(name_or_path: str | Path, revision: str | None) -> Path:
     name = str(name_or_path)
     local = _SHIPPED / PRETRAINED[name] if name in PRETRAINED else Path(name)
     if not local.is_dir() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        if revision is None and local.parent.is_dir():
+            raise ValueError(
+                f"there is no folder {name!r} in the folder {str(local.parent)!r}. If the repository of that "
+                "name on the Hugging Face Hub is meant, give its revision, such as revision='main'"
+            )
         return hub.download(name, revision, (CONFIG, _WEIGHTS))
     if not name or not local.is_dir():
         raise ValueError(
@@ -249,27 +252,6 @@ def _find_folder(name_or_path: str | Path, revision: str | None) -> Path:
     if revision is not None:
         raise ValueError(f"revision={revision!r} is for the Hugging Face Hub, but {name!r} is here")
     return local
-
-
-def _read_weights(file: Path, expected: Mapping) -> dict[str, Tensor]:
-    try:
-        content = file.read_bytes()
-        state = load_safetensors(content)
-    except FileNotFoundError as error:
-        raise ValueError(f"{file} is missing") from error
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{file} is truncated, or not a safetensors file: {error}") from error
-    with blame_config(file.parent):
-        complaints = differences(expected["tensors"], shapes(state))
-    if complaints:
-        raise ValueError(f"{file} does not belong to the {CONFIG} beside it. Tensors {complaints}")
-    if hashlib.sha256(content).hexdigest() != expected["sha256"]:
-        raise ValueError(
-            f"{file} has other values than those that the {CONFIG} beside it was written for: it was "
-            "damaged, or replaced, or saving was interrupted. Save again, or download again"
-        )
-    check_finite(state, str(file))
-    return state
 
 
 def _find_prior(
@@ -289,11 +271,6 @@ def _find_prior(
         prior = load_prior(prior)
     info = getattr(prior, "prior_info", None)
     given = type(prior).__name__ if info is None else info.name
-    if info is not None and expected["channels"] not in (None, info.channels):
-        raise ValueError(
-            f"prior: this sampler was trained with {name!r}, for images of {expected['channels']} "
-            f"channel(s), got {given!r}, for images of {info.channels}"
-        )
     found = fingerprint(prior, own_weights(state))
     if found != expected["fingerprint"]:
         raise ValueError(
@@ -326,7 +303,7 @@ def _build(
     """Put the adapter and the trained weights in place. An error leaves the prior frozen, without adapter."""
     try:
         if config["lora"] is not None:
-            _add_adapter(denoiser, config["lora"])
+            add_lora(denoiser, **config["lora"])
         unfolded = UnfoldedDenoiser(denoiser, initializer=initializer, **config["unfolded"])
         result = make(unfolded, **config["sampler"])
         unfolded.load_state(state)  # last: an error before it leaves the weights of the prior as they were
@@ -335,15 +312,6 @@ def _build(
         denoiser.requires_grad_(False)
         raise
     return result
-
-
-def _add_adapter(denoiser: Denoiser, lora: Mapping) -> None:
-    layers = [name for name, _ in denoiser.named_modules()]
-    absent = [str(name) for name in lora["targets"] if name not in layers]
-    if absent:
-        raise ValueError(f"lora.targets names layers that the prior does not have: {shorten(absent)}")
-    # One exact pattern: a name in a list would also mean all longer names that end with it.
-    add_lora(denoiser, lora["rank"], lora["alpha"], "|".join(re.escape(n) for n in lora["targets"]))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -360,9 +328,8 @@ def push_to_hub(
     **options,
 ) -> str:
     """
-    Upload to the Hugging Face Hub. The repository is made if it does not exist.
-
-    A model card, ``README.md``, is written from the configuration, unless the repository has one.
+    Upload to the Hugging Face Hub. The repository, and its model card ``README.md``, are made if they do not
+    exist.
 
     :param deepinv_ud2m.UnfoldedDenoiser unfolded: the unfolded denoiser.
     :param str repo_id: ``"user/repo"``, or ``"repo"`` in one's own name.
@@ -378,8 +345,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         save(unfolded, folder, **options)
         config = read_config(Path(folder, CONFIG))
-        about = {"private": private, "token": token, "commit_message": commit_message}
-        return hub.upload(folder, repo_id, lambda name: hub.model_card(name, config), **about)
+        return hub.upload(folder, repo_id, config, private, token, commit_message)
 
 
 #: Shipped samplers: name, and folder in ``weights/``.

@@ -16,14 +16,7 @@ SMALLEST, LARGEST = 1e-6, 1e6
 
 
 def check_count(name: str, value: int) -> int:
-    """
-    A number of things.
-
-    :param str name: name of the argument, for the message.
-    :param int value: an integer, NumPy's included, at least 1.
-    :returns: the value as a Python int.
-    :raises ValueError: if it is not.
-    """
+    """An integer of at least 1, NumPy's included, as a Python int; ValueError names the argument."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
     return int(value)
@@ -33,16 +26,10 @@ def check_number(
     name: str, value: float, low: float = -math.inf, high: float = math.inf, *, positive: bool = False
 ) -> float:
     """
-    A finite real number, NumPy's included.
+    A finite real number in [low, high], NumPy's included, as a Python float.
 
-    :param str name: name of the argument, for the message.
-    :param float value: the number.
-    :param float low: smallest value that is accepted (default: any).
-    :param float high: largest value that is accepted (default: any).
-    :param bool positive: accept positive numbers only (default: ``False``).
-    :returns: the value as a Python float.
-    :raises TypeError: if it is not a real number.
-    :raises ValueError: if it is not finite, or not accepted.
+    :raises TypeError: if it is not a real number; it names the argument.
+    :raises ValueError: if it is not finite, or out of range.
     """
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
@@ -61,13 +48,12 @@ def expand_scalar(value: Scalar, like: Tensor, name: str) -> Tensor:
     """
     A scalar, or one scalar per image, in a shape that multiplies images.
 
-    :param float, torch.Tensor value: a float, or a tensor of one element or of B, all in the first
-        dimension: 0-d, `[1]`, `[B]` or `[B, 1, 1, 1]`.
+    :param float, torch.Tensor value: a number in [1e-6, 1e6], or a tensor of shape `[]`, `[1]`, `[B]` or
+        `[B, 1, 1, 1]`.
     :param torch.Tensor like: images of shape `[B, C, H, W]`, which give B, dtype and device.
     :param str name: name of the argument, for the message.
     :returns: tensor of shape `[B, 1, 1, 1]`.
-    :raises ValueError: for any other shape, or a number outside of [1e-6, 1e6].
-    :raises TypeError: for what is neither number nor tensor.
+    :raises TypeError, ValueError: for another type, shape or number.
     """
     if isinstance(value, str):
         raise TypeError(f"{name} must be a number or a tensor, got {value!r}")

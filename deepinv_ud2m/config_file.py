@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from deepinv_ud2m.__about__ import __version__
+from deepinv_ud2m.files import read_json
 
 CONFIG = "config.json"
 
@@ -38,25 +38,16 @@ _SECTIONS = {
     "initializer": {"kind": str},
     "lora": {"rank": int, "alpha": _NUMBER, "targets": list},
     "prior": {"name": str | _NONE, "fingerprint": str, "channels": int | _NONE},
-    "weights": {"sha256": str, "tensors": dict},
+    "weights": {"sha256": str},
 }
 
 
 def read_config(file: Path) -> dict:
-    """
-    Read a ``config.json``.
-
-    :param pathlib.Path file: the file.
-    :returns: its content, in the present format. The sections have all entries, of the right types.
-    :raises ValueError: if the file is missing, damaged, or of a newer format.
-    """
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{file} is missing: no sampler was saved there") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be used: {error}") from error
-    version = config.get("format") if isinstance(config, dict) else None
+    """The content of a ``config.json``, in the present format; ValueError if it is missing or damaged."""
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: no sampler was saved there")
+    config = read_json(file)
+    version = config.get("format")
     if not isinstance(version, int) or version < 1:
         raise ValueError(f"{file} was not written by save_pretrained: its format is {version!r}")
     if version > FORMAT:

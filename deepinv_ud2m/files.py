@@ -1,8 +1,9 @@
-"""Files of weights: digests, reading without unpickling, writing whole or not at all."""
+"""Files: digests, reading without unpickling, writing whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
 import zipfile
@@ -33,16 +34,26 @@ def check_digest(file: Path, expected: str) -> None:
         raise ValueError(f"the weights {file} cannot be read: {error}") from error
     if found != expected:
         raise ValueError(
-            f"the weights {file} are damaged, or of another network: their sha256 is {found}, "
-            f"expected {expected}"
+            f"the weights {file} are damaged, or of another network, or saving them was interrupted: their "
+            f"sha256 is {found}, expected {expected}"
         )
+
+
+def read_json(file: Path) -> dict:
+    """Read a dictionary; ValueError if the file is missing or damaged, or holds anything else."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be used: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} cannot be used: it must hold a dictionary, got {type(content).__name__}")
+    return content
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
     """
-    Read tensors by name, and nothing but tensors, onto the CPU.
+    Read tensors by name from ``.safetensors``, or from a state dictionary of ``torch.save``, onto the CPU.
 
-    :param pathlib.Path file: ``.safetensors``, or a state dictionary written by ``torch.save``.
     :raises ValueError: if the file is damaged, or holds anything else.
     """
     try:
@@ -62,13 +73,10 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
     """
-    Load tensors into a network that has exactly these. It changes only if nothing is raised.
+    Load tensors of a file into a network, which may be on the meta device; afterwards it is on the CPU.
 
-    :param torch.nn.Module network: the network, which may be on the meta device; afterwards on the CPU.
-    :param Mapping[str, torch.Tensor] state: tensors by name, of any floating point type.
-    :param pathlib.Path file: where they come from, for messages.
     :raises ValueError: for tensors that are missing, unexpected, of another shape, not of floating
-        point, or not finite in the type of the network.
+        point, or not finite in the type of the network, which is as it was then.
     """
     expected = network.state_dict()
     complaints = differences(shapes(expected), shapes(state))
@@ -92,13 +100,11 @@ def check_finite(state: Mapping[str, Tensor], where: str) -> None:
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     """
-    Write files into a folder, which is made if it does not exist.
+    Write files into a folder, which is made if it does not exist. All contents are on the disk before the
+    first file takes its place. The files take their places in the given order, each at once.
 
-    All contents are on the disk before the first file takes its place. The files take their places in
-    the given order, each at once.
-
-    :raises OSError: if a file cannot be written, on a full disk for instance; it names the file and the
-        cause. What was not replaced yet is as it was, and no temporary file is left.
+    :raises OSError: if a file cannot be written; it names the file and the cause. What was not replaced yet
+        is as it was, and no temporary file is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Not by tempfile, whose files nobody else may read, also after they are moved.

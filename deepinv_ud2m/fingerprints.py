@@ -14,18 +14,15 @@ from deepinv_ud2m.unfolded import UnfoldedDenoiser
 
 def fingerprint(network: nn.Module, trained: Collection[str] = ()) -> str:
     """
-    A hash of the weights of a network, without its adapter, merged or not.
-
-    It covers the names, shapes and values of all parameters and persistent buffers. Settings that are not
-    weights, such as the scale of a preconditioning, are not covered.
+    A SHA-256, in 64 hexadecimal digits, of the names, shapes and values of all parameters and persistent
+    buffers of a network, without its adapter, merged or not.
 
     Floating point values are rounded to float16 first. The hash is therefore the same on every device, and
-    for float16, float32 and float64. It is another for bfloat16, which keeps fewer digits.
+    for float16, float32 and float64.
 
     :param torch.nn.Module network: the network.
     :param Collection[str] trained: names, without adapter, of parameters whose values do not count, because
         they are stored with the sampler.
-    :returns: SHA-256, as 64 hexadecimal digits.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(prior_state_dict(network).items()):
@@ -36,12 +33,7 @@ def fingerprint(network: nn.Module, trained: Collection[str] = ()) -> str:
 
 
 def trained_fingerprint(unfolded: UnfoldedDenoiser) -> str:
-    """
-    A hash of what was trained, to tell samplers apart; rounded as by :func:`fingerprint`.
-
-    :param deepinv_ud2m.UnfoldedDenoiser unfolded: the unfolded denoiser.
-    :returns: the first 16 hexadecimal digits of a SHA-256.
-    """
+    """The first 16 digits of a hash of what was trained, to tell samplers apart, see :func:`fingerprint`."""
     digest = hashlib.sha256()
     for name, weight in sorted(unfolded.state().items()):
         digest.update(name.encode() + _bytes(weight))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from deepinv_ud2m.initializers import Initializer
@@ -11,11 +11,7 @@ from deepinv_ud2m.priors import PRIORS
 
 
 def find():
-    """
-    The package ``huggingface_hub``.
-
-    :raises ImportError: if it is not installed.
-    """
+    """The package ``huggingface_hub``; ImportError says how to install it."""
     try:
         import huggingface_hub
     except ImportError as error:
@@ -43,52 +39,32 @@ def download(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
         "Hugging Face Hub, unless they are in its cache. A folder with these files can be given instead."
     )
     try:
-        folder = hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(files))
+        return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(files)))
     except Exception as error:  # of many kinds, by version of the library and of what it uses
         raise OSError(
             f"{repo_id!r} is neither a folder nor the name of a shipped sampler, and cannot be downloaded "
             f"from the Hugging Face Hub: {error}"
         ) from error
-    return Path(folder)
 
 
 def upload(
-    folder: str | Path,
-    repo_id: str,
-    card: Callable[[str], str],
-    *,
-    private: bool = False,
-    token: str | None = None,
-    commit_message: str = "Upload UD2M sampler",
+    folder: str, repo_id: str, config: Mapping, private: bool, token: str | None, commit_message: str
 ) -> str:
     """
-    Upload a folder, with a model card unless the repository has one.
-
-    :param str, pathlib.Path folder: the folder.
-    :param str repo_id: ``"user/repo"``, or ``"repo"`` in one's own name.
-    :param Callable card: makes the card from the full name of the repository.
-    :param bool private: whether a repository that is made is private (default: ``False``).
-    :param str, None token: access token (default: that of ``hf auth login``).
-    :param str commit_message: message of the commit.
-    :returns: address of the repository.
+    Upload the folder of a sampler with this ``config.json``, and a model card unless the repository has one,
+    see :func:`deepinv_ud2m.checkpoint.push_to_hub`. It returns the address of the repository.
     """
     api = find().HfApi(token=token)
     repository = api.create_repo(repo_id, private=private, exist_ok=True)
-    repo_id = getattr(repository, "repo_id", repo_id)
+    repo_id = repository.repo_id
     if not api.file_exists(repo_id, "README.md"):
-        Path(folder, "README.md").write_text(card(repo_id), encoding="utf-8")
-    api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message=commit_message)
+        Path(folder, "README.md").write_text(model_card(repo_id, config), encoding="utf-8")
+    api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
     return str(repository)
 
 
 def model_card(repo_id: str, config: Mapping) -> str:
-    """
-    A model card: what the sampler is, how to load it, what it was trained on.
-
-    :param str repo_id: ``"user/repo"``.
-    :param Mapping config: the content of ``config.json``.
-    :returns: Markdown with a YAML head.
-    """
+    """A model card, Markdown with a YAML head: what a sampler is, how to load it, what it was trained on."""
     prior, initializer, lora = config["prior"], config["initializer"]["kind"], config["lora"]
     given = [f'"{repo_id}"']
     if prior["name"] not in PRIORS:  # those of others have to be fetched

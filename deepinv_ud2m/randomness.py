@@ -14,14 +14,13 @@ from torch import Tensor
 
 class SampleStreams:
     """
-    One stream of standard normal images per sample of a batch.
-
-    Noise is drawn in blocks of several images per stream, because a draw costs a call per stream.
-    The same seed, shape and block size give the same images, whatever the other streams are.
+    One stream of standard normal images per sample of a batch. The same seed, shape and block size give the
+    same images, whatever the other streams are.
 
     :param seeds: one integer per sample.
     :param torch.device device: where the noise is drawn.
-    :param int block: images drawn at once for each stream (default: 1).
+    :param int block: images drawn at once for each stream, because a draw costs a call per stream
+        (default: 1).
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str, block: int = 1):
@@ -30,12 +29,7 @@ class SampleStreams:
         self._noise, self._used = None, block
 
     def randn(self, like: Tensor) -> Tensor:
-        """
-        :param torch.Tensor like: images of shape `[number of streams, ...]`.
-        :returns: standard normal noise of that shape and dtype.
-        :raises ValueError: if there is not one stream per image, or the images of a block differ in
-            shape.
-        """
+        """Noise of the shape and dtype of images, one per stream; ValueError for another shape in a block."""
         if like.shape[0] != len(self.generators):
             raise ValueError(f"there are {len(self.generators)} random streams but {like.shape[0]} images")
         if self._used == self.block:
@@ -56,24 +50,13 @@ class SampleStreams:
 
 
 def randn(like: Tensor, generator: torch.Generator | SampleStreams | None = None) -> Tensor:
-    """
-    Standard normal noise.
-
-    :param torch.Tensor like: gives shape, dtype and device.
-    :param torch.Generator, SampleStreams generator: source of the noise; PyTorch's own by default.
-    :returns: noise of the shape of ``like``.
-    """
+    """Standard normal noise of the shape, dtype and device of ``like``; by default of PyTorch's generator."""
     if isinstance(generator, SampleStreams):
         return generator.randn(like)
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 def draw_seeds(num: int, generator: torch.Generator | None = None) -> list[int]:
-    """
-    Seeds for :class:`SampleStreams`.
-
-    :param int num: how many.
-    :param torch.Generator generator: source of the seeds; PyTorch's own by default.
-    """
+    """Seeds for :class:`SampleStreams`; by default from PyTorch's generator."""
     device = generator.device if generator is not None else "cpu"
     return torch.randint(2**63 - 1, (num,), generator=generator, device=device).tolist()

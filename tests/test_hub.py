@@ -89,6 +89,14 @@ def test_what_is_left_alone(tiny_sampler, sampler_folder, hub, monkeypatch):
     assert "config.json" in hub.files["me/repo"]
     with pytest.raises(OSError, match=r"'runs/typo' is neither a folder nor.*404 repository not found"):
         UD2M.from_pretrained("runs/typo")
+    # Where runs is a folder, a folder was meant, unless a revision is given.
+    Path("runs").mkdir()
+    hub.calls.clear()
+    with pytest.raises(ValueError, match=r"no folder 'runs/typo' in the folder 'runs'.* revision='main'"):
+        UD2M.from_pretrained("runs/typo")
+    assert not hub.calls
+    with pytest.raises(OSError, match="404 repository not found"):
+        UD2M.from_pretrained("runs/typo", revision="main")
 
 
 def test_model_card(sampler_folder):

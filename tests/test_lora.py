@@ -23,7 +23,6 @@ from deepinv_ud2m.priors import (
     has_merged_lora,
     load_lora_state_dict,
     lora_config,
-    lora_disabled,
     lora_parameters,
     lora_state_dict,
     merge_lora,
@@ -157,11 +156,9 @@ def test_without_attention_all_convolutions_are_found():
     assert find_lora_targets(model) == ["wide", "shrink"]
 
 
-def test_targets_by_suffix_regex_and_keyword():
+def test_targets_by_suffix_and_keyword():
     names = add_lora(tiny("DRUNet"), targets=["res.0", "m_tail"])
     assert names[-2:] == ["m_up1.1.res.0", "m_tail"]
-    names = ["m_body.res.0", "m_body.res.2"]
-    assert add_lora(tiny("DRUNet"), targets=r"m_body\.res\.[02]") == names
     assert add_lora(tiny(), targets="all-convs") == ["wide", "shrink"]
     assert add_lora(tiny(), targets=("out",)) == ["out"]
 
@@ -171,12 +168,12 @@ def test_targets_by_suffix_regex_and_keyword():
     assert isinstance(adm.get_submodule("enc.8x8_down.conv0"), UpDownConv2d)  # resamples
 
 
-@pytest.mark.parametrize("targets", [["wide"], r"wide", ["inner.wide"]])
+@pytest.mark.parametrize("targets", [["wide"], ["inner.wide"]])
 def test_a_full_name_does_not_mean_its_namesakes(targets):
     model = tiny()
     model.inner = nn.ModuleDict({"wide": nn.Conv2d(3, 3, 1)})
     names = add_lora(model, targets=targets)
-    assert names == [targets if isinstance(targets, str) else targets[0]]
+    assert names == targets
     assert lora_config(model)["targets"] == names and len(lora_state_dict(model)) == 2
 
 
@@ -227,53 +224,18 @@ def test_correction_is_alpha_over_r_times_b_a_and_of_rank_r(name):
         assert torch.linalg.matrix_rank(update, atol=1e-3) == 2
 
 
-def test_disabling_is_undone_after_exceptions_and_when_nested():
-    model, prior = adapted_twin()
-    adapted = run(model)
-    next(lora_parameters(model)).requires_grad_(False)  # whatever the caller has set must stay
-    flags = [p.requires_grad for p in model.parameters()]
-
-    with pytest.raises(KeyError), lora_disabled(model):
-        raise KeyError
-    assert torch.equal(run(model), adapted)
-    with lora_disabled(model):
-        with lora_disabled(model):
-            assert torch.equal(run(model), prior)
-        assert torch.equal(run(model), prior)
-        assert [p.requires_grad for p in model.parameters()] == flags
-        with pytest.raises(RuntimeError, match="disabled"):
-            merge_lora(model)
-    assert torch.equal(run(model), adapted)
-    assert [p.requires_grad for p in model.parameters()] == flags
-
-
-def test_a_graph_can_be_differentiated_while_disabled():
-    model, _ = adapted_twin()
-    loss = model(*batch()).square().mean()
-    with lora_disabled(model):
-        distance = loss + run(model).mean()
-        distance.backward()
-    assert all(p.grad is not None for p in lora_parameters(model))
-
-
-def test_disabling_merging_and_removing_give_the_prior_back(denoiser):
+def test_merging_and_removing_give_the_prior_back(denoiser):
     prior, weights = run(denoiser), snapshot(denoiser)
     names = [name for name, _ in denoiser.named_parameters()]
     add_lora(denoiser)
     scatter(lora_parameters(denoiser), 0.05)
     adapted = run(denoiser)
-    with lora_disabled(denoiser) as same:
-        assert same is denoiser and torch.equal(run(denoiser), prior)
-    assert torch.equal(run(denoiser), adapted) and not torch.equal(adapted, prior)
+    assert not torch.equal(adapted, prior)
 
     for _ in range(2):  # merging twice is merging once
         merge_lora(denoiser)
         assert has_merged_lora(denoiser)
         assert torch.allclose(run(denoiser), adapted, rtol=1e-5, atol=1e-5 * adapted.abs().max())
-    merged = run(denoiser)
-    with lora_disabled(denoiser):
-        assert torch.equal(run(denoiser), prior)
-    assert torch.equal(run(denoiser), merged)
     assert equal(prior_state_dict(denoiser), weights)
 
     for _ in range(2):
@@ -324,8 +286,7 @@ assert not list(lora_parameters(model)) and not lora_state_dict(model)
 assert find_lora_targets(model) == ["0"]
 load_lora_state_dict(model, {})
 merge_lora(model), unmerge_lora(model), remove_lora(model)
-with lora_disabled(model):
-    assert torch.equal(model(x), prior)
+assert torch.equal(model(x), prior)
 assert dict(prior_parameters(model)).keys() == prior_state_dict(model).keys() == weights.keys()
 load_prior("mnist")
 assert not {"peft", "transformers", "diffusers"} & sys.modules.keys()
@@ -372,9 +333,8 @@ def test_copies_pickles_and_freezing_again():
     assert model.state_dict().keys() == keys
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)).train()):
         assert torch.equal(run(twin), run(model))
-        unmerge_lora(twin)
-        with lora_disabled(twin):
-            assert torch.equal(run(twin), prior)
+        remove_lora(twin)
+        assert torch.equal(run(twin), prior)
 
 
 def test_state_goes_through_safetensors(denoiser, tmp_path):
@@ -419,12 +379,11 @@ def test_refusals_change_nothing():
         ("targets", [], "targets=[]", "wide", "shrink"),
         ("targets", ["to_q"], "'to_q' is not the name of a layer"),
         ("targets", ["wide", "ide"], "'ide' is not the name"),
-        ("targets", "ide", "targets='ide'", "matches no layer", "wide"),
-        ("targets", "(", "targets='('", "regular expression"),
+        ("targets", "wide", "targets must be None, 'all-convs' or a list of names, got 'wide'"),
         ("targets", [3], "targets must be", "[3]"),
         ("targets", ["wide", "grow"], "grow (ConvTranspose2d)", "nn.Conv2d", "nn.Linear"),
         ("targets", ["grouped"], "grouped (Conv2d)", "groups=1"),
-        ("targets", "dropout|wide", "dropout (Dropout)"),
+        ("targets", ["dropout", "wide"], "dropout (Dropout)"),
         ("targets", ["out_proj"], "attention.out_proj"),
     ):
         with pytest.raises(ValueError) as info:

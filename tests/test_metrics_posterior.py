@@ -219,17 +219,9 @@ def test_exact_posterior_of_a_physics_is_calibrated(gaussian_problem):
 
 def test_coverage_in_a_feature_space():
     samples, x, _ = posteriors(30, 9)
-    sizes = []
-
-    def features(z):
-        sizes.append(len(z))
-        return z[:, :, 0].flatten(1)
-
     row = coverage(samples[:, :, :, :1], x[:, :, :1])[1]
     assert not torch.equal(row, coverage(samples, x)[1])
-    torch.testing.assert_close(coverage(samples, x, features=features)[1], row)
-    torch.testing.assert_close(coverage(samples, x, features=features, batch_size=4)[1], row)
-    assert set(sizes) == {10, 4, 2}
+    torch.testing.assert_close(coverage(samples, x, features=lambda z: z[:, :, 0].flatten(1))[1], row)
 
 
 def test_coverage_of_equal_distances():
@@ -237,8 +229,8 @@ def test_coverage_of_equal_distances():
     # The exact posterior of a problem without uncertainty: calibrated, at any level.
     certain = x.expand(4, *x.shape)
     assert (rank(certain, x) == torch.tensor([0.0, 1.0])).all()
-    levels, shares = coverage(certain, x, levels=torch.linspace(0, 1, 7))
-    torch.testing.assert_close(shares, levels)
+    levels = torch.linspace(0, 1, 7, dtype=torch.float64)
+    torch.testing.assert_close(coverage_curve(rank(certain, x), levels), levels)
     # A point estimate that is wrong: the truth is always outside.
     intervals = rank(certain + 0.1, x)
     torch.testing.assert_close(intervals, torch.tensor([[0.8, 1.0]], dtype=torch.float64).expand(6, 2))
@@ -247,12 +239,14 @@ def test_coverage_of_equal_distances():
 
 def test_coverage_between_the_levels_of_the_samples():
     samples, x, _ = posteriors(40, 3)
-    knots = coverage(samples, x, levels=torch.tensor([0, 0.25, 0.5, 0.75, 1]))[1]
+    intervals = rank(samples, x)
+    knots = coverage_curve(intervals, torch.tensor([0, 0.25, 0.5, 0.75, 1]))
     assert knots[0] == 0 and knots[-1] == 1
-    between = coverage(samples, x, levels=torch.linspace(0, 1, 9))[1]
+    between = coverage_curve(intervals, torch.linspace(0, 1, 9))
     torch.testing.assert_close(between[1::2], (knots[1:] + knots[:-1]) / 2)
-    # So the error at the default levels is that at all levels.
-    fine = coverage_error(*coverage(samples, x, levels=torch.linspace(0, 1, 1001)))
+    # So the error at the levels of the samples is that at all levels.
+    levels = torch.linspace(0, 1, 1001)
+    fine = coverage_error(levels, coverage_curve(intervals, levels))
     assert fine.item() == pytest.approx(coverage_error(*coverage(samples, x)).item())
 
 
@@ -397,9 +391,8 @@ def test_what_is_refused_of_coverage_and_chi_square():
     refused(
         (call(coverage, samples, x, features=lambda z: z), "features must map"),
         (call(coverage, samples, x, features=lambda z: z.flatten(1) / 0), "features of samples .* finite"),
-        (call(coverage, samples, x, batch_size=0), "batch_size"),
         (call(coverage_error, torch.zeros(3), torch.zeros(4)), "levels and shares"),
-        *((call(coverage, samples, x, levels=level), "levels must be") for level in levels),
+        *((call(coverage_curve, rank(samples, x), level), "levels must be") for level in levels),
         *((call(coverage_curve, interval, half), message) for interval, message in intervals),
         *((call(coverage_error_quantile, *counts), "num_") for counts in ((0, 4), (4, 0), (2.5, 4))),
         *((call(coverage_error_quantile, 4, 4, p), "probability") for p in (0, 1, math.nan)),

@@ -11,13 +11,14 @@ import pytest
 import torch
 from conftest import seeded
 from deepinv.models import Denoiser
+from deepinv.physics import Denoising
 from safetensors.torch import load_file, save_file
 from test_checkpoint import edit_config
 
 from deepinv_ud2m import UD2M, PriorInfo, load_prior, save_prior
 from deepinv_ud2m.files import sha256
 from deepinv_ud2m.priors import PRIORS
-from deepinv_ud2m.priors.networks import PixelShuffledDenoiser, checkerboard
+from deepinv_ud2m.priors.networks import PixelShuffledDenoiser, VPDenoiser, checkerboard
 
 
 def replace_weights(tiny_folder, **changes):
@@ -81,11 +82,13 @@ def test_what_could_not_be_loaded_is_not_saved(tiny_prior, tiny_config, tmp_path
     assert not (tmp_path / "tiny").exists()
 
 
-def test_what_is_no_prior_is_told(tmp_path):
-    for name in ("cifar", str(tmp_path), "", "nul\0", "long" * 1000):
+def test_what_is_no_prior_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("cifar", str(tmp_path), "", "nul\0", "long" * 1000, "runs/mine"):
         with pytest.raises(ValueError, match="name must be one of the priors") as error:
             load_prior(name)
-        assert all(known in str(error.value) for known in PRIORS)
+        assert all(known in str(error.value) for known in [*PRIORS, repr(name)])
     for name in (None, ["mnist"], 3):
         with pytest.raises(TypeError, match="name must be the name of a prior, or a folder, got"):
             load_prior(name)
@@ -281,6 +284,13 @@ def test_options_of_pixel_shuffle_that_are_refused():
             PixelShuffledDenoiser(torch.nn.Identity(), **options)
     with pytest.raises(ValueError, match="at least 8, got 7x20"):
         PixelShuffledDenoiser(Weighted(torch.ones(12)), 2, multiple=8)(torch.rand(1, 3, 7, 20), 0.1)
+
+
+def test_a_prior_that_is_called_like_a_sampler():
+    physics, y = Denoising(), torch.rand(1, 1, 32, 32)
+    for prior in (load_prior("mnist"), VPDenoiser(torch.nn.Identity(), lambda network, v, t: v)):
+        with pytest.raises(TypeError, match=r"sigma .* physics Denoising.*D\(x, sigma\).*from_pretrained"):
+            prior(y, physics)
 
 
 INFO = PriorInfo("p", channels=2, sigma_min=0.01, sigma_max=10.0, size_multiple=4, image_size=32)

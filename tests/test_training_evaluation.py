@@ -94,6 +94,16 @@ def test_evaluation_writes_history_figures_and_the_best_model(tiny_prior, tmp_pa
     assert UD2M.from_pretrained(tmp_path / "best", prior=copy.deepcopy(tiny_prior)).num_steps == 2
 
 
+def test_curves_are_drawn_at_evaluations_and_at_the_end_only(tiny_prior, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "deepinv_ud2m.training.history.plot_curves", lambda _, history: drawn.append(len(history["loss"]))
+    )
+    options = {"eval_dataloader": eval_images(), "eval_interval": 2, "ckp_interval": 1, "steps": 3}
+    make_trainer(tiny_prior, save_path=tmp_path, **options).train()
+    assert drawn == [2, 3]
+
+
 def test_learning_rates_follow_their_schedule(tiny_prior):
     trainer = make_trainer(tiny_prior, lr_schedule=warmup_cosine(4, warmup_steps=2))
     trainer.train()

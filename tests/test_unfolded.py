@@ -18,7 +18,6 @@ from deepinv_ud2m import (
     Problem,
     UnfoldedDenoiser,
     add_lora,
-    lora_disabled,
     merge_lora,
     unmerge_lora,
 )
@@ -179,8 +178,6 @@ def test_an_output_layer_that_is_named_is_trained(tiny_prior):
     unfolded = UnfoldedDenoiser(tiny_prior, 1, train_prior=[OUT])
     flags = _requiring_grad(unfolded)
     merge_lora(tiny_prior)
-    with lora_disabled(tiny_prior):
-        pass
     unmerge_lora(tiny_prior)
     unfolded.load_state({name: tensor.clone() for name, tensor in unfolded.state().items()})
     unfolded = copy.deepcopy(unfolded.train().double()).float()

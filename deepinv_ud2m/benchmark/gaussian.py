@@ -126,9 +126,8 @@ class GaussianPrior(Denoiser):
         covariance_of_y.diagonal().add_(noise_level(physics).double() ** 2)
         gain = torch.linalg.solve(covariance_of_y, A @ prior_covariance).T
         centred = y.flatten(1).double() - self.mean * A.sum(1)
-        return (self.mean + centred @ gain.T).reshape(
-            -1, *shape
-        ), prior_covariance - gain @ A @ prior_covariance
+        mean = self.mean + centred @ gain.T
+        return mean.reshape(-1, *shape), prior_covariance - gain @ A @ prior_covariance
 
     def draw_posterior(self, y: Tensor, physics: LinearPhysics, seed: int) -> Tensor:
         """A sample of each posterior, `[B, C, H, W]`, in double precision."""

@@ -32,7 +32,6 @@ from torch import Tensor
 
 from deepinv_ud2m.benchmark.rows import check_setup
 from deepinv_ud2m.fingerprints import trained_fingerprint
-from deepinv_ud2m.initializers import RAMInitializer
 from deepinv_ud2m.sampler import UD2M
 from deepinv_ud2m.unfolded import UnfoldedDenoiser
 
@@ -150,12 +149,10 @@ def _ud2m(prior, sigma_y, num_steps=3, num_iterations=3, eta=1.0, reference_leve
     return _ud2m_sampler(UD2M(unfolded, num_steps, eta))
 
 
-def _ud2m_distilled(prior, sigma_y, checkpoint=None, num_steps=None, eta=None, ram=None):
+def _ud2m_distilled(prior, sigma_y, checkpoint=None, num_steps=None, eta=None):
     checkpoint = checkpoint or prior.prior_info.name  # the shipped sampler of a shipped prior has its name
-    initializer = RAMInitializer(dinv.models.RAM(pretrained=ram, device=_device(prior))) if ram else None
     # A copy, for the adapter goes on it, and the other methods share the prior.
-    options = {"prior": copy.deepcopy(prior), "initializer": initializer, "device": _device(prior)}
-    trained = UD2M.from_pretrained(checkpoint, **options)
+    trained = UD2M.from_pretrained(checkpoint, prior=copy.deepcopy(prior), device=_device(prior))
     eta = trained.eta if eta is None else eta
     levels = {"sigmas": trained.sigmas, "nominal_rmse": trained.nominal_rmse}
     model = UD2M(trained.unfolded, num_steps, eta, **({} if num_steps else levels))

@@ -147,11 +147,7 @@ class WhitenedPhysics(LinearPhysics):
         self.is_stack = isinstance(problem.y, TensorList)
 
     def whiten(self, y: Tensor | TensorList, x: Tensor) -> TensorList:
-        """
-        :param torch.Tensor, deepinv.utils.TensorList y: measurements.
-        :param torch.Tensor x: images, of shape `[B, C, H, W]`.
-        :returns: new tensors, the weighted blocks of y, then the weighted x, in the precision of x.
-        """
+        """The weighted blocks of y, then the weighted images x, as new tensors in the precision of x."""
         blocks = [_scale(block, self.weight_y) for block in (y if self.is_stack else [y])]
         return TensorList([_to(block, x.dtype) for block in [*blocks, self.weight_x * x]])
 
@@ -164,9 +160,7 @@ class WhitenedPhysics(LinearPhysics):
         return (self.weight_y * backprojection + self.weight_x * x).to(x.dtype)
 
     def prox_l2(self, z: Tensor, y: TensorList, gamma: Scalar, **_) -> Tensor:
-        """
-        The prox of both blocks, in closed form if the physics has one. Settings of a solver are ignored.
-        """
+        """The prox of both blocks, in closed form if the physics has one, whatever the solver's settings."""
         measurement, x = self._split(y)
         if self.is_stack:
             unweighted = TensorList([_scale(block, 1 / self.weight_y) for block in measurement])

@@ -1,9 +1,8 @@
 r"""Is the spread of samples right? How often the truth is in the balls that samples predict.
 
-If a sampler is exact, then the truth :math:`x` and the samples :math:`X_1, \dots, X_S`, given
-:math:`y`, are **exchangeable**: nothing tells one from the others. All of this file rests on that. It
-needs no other sampler to compare with. But samples that ignore :math:`y` and follow the prior are
-calibrated too.
+If a sampler is exact, then the truth :math:`x` and the samples :math:`X_1, \dots, X_S`, given :math:`y`,
+are **exchangeable**: nothing tells one from the others. Samples that ignore :math:`y` and follow the prior
+are calibrated too.
 """
 
 from __future__ import annotations
@@ -20,13 +19,7 @@ from deepinv_ud2m.metrics.features import extract_features
 from deepinv_ud2m.metrics.posterior import check_samples
 
 
-def rank(
-    samples: Tensor,
-    x: Tensor,
-    features: Callable[[Tensor], Tensor] | None = None,
-    *,
-    batch_size: int = 256,
-) -> Tensor:
+def rank(samples: Tensor, x: Tensor, features: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     r"""
     Rank of each true image among its samples, by the distance from their mean, as an interval of levels.
 
@@ -37,14 +30,10 @@ def rank(
 
         d_i = \Big\| X_i - \frac{1}{S} \sum_{j \neq i} X_j \Big\|_2 , \qquad i = 0, \dots, S .
 
-    This treats truth and samples alike. For samples of the exact posterior, the rank of :math:`d_0` among
-    the :math:`S + 1` distances is uniform, for any :math:`S` and any posterior. (Each :math:`d_i` is
-    :math:`(S+1)/S` times the distance from the mean of all :math:`S + 1` points, which is what we compute.)
-
-    If :math:`r` distances are smaller, the truth is in the interval of levels
-    :math:`[r, r + 1] / (S + 1)`. If :math:`t` samples are at exactly the distance of the truth, the interval
-    is :math:`[r, r + 1 + t] / (S + 1)`. Intervals of several batches can be stored and concatenated for
-    :func:`coverage_curve`.
+    For samples of the exact posterior, the rank of :math:`d_0` among the :math:`S + 1` distances is uniform,
+    for any :math:`S` and any posterior. If :math:`r` distances are smaller and :math:`t` samples are at
+    exactly the distance of the truth, the interval is :math:`[r, r + 1 + t] / (S + 1)`. Intervals of several
+    batches can be concatenated for :func:`coverage_curve`.
 
     :param torch.Tensor samples: samples `[S, B, C, H, W]`, at least two of each posterior.
     :param torch.Tensor x: true images `[B, C, H, W]`.
@@ -52,7 +41,6 @@ def rank(
         are taken, such as :meth:`DigitClassifier.features
         <deepinv_ud2m.metrics.DigitClassifier.features>`; by default the pixels. An exact sampler is
         calibrated in every fixed space.
-    :param int batch_size: most images per call of ``features``.
     :return: ends of the interval, `[B, 2]` in [0, 1], float64 on the CPU.
     :raises ValueError: for fewer than two samples, other shapes, or values that are not finite.
     """
@@ -60,7 +48,8 @@ def rank(
     features = nn.Flatten() if features is None else features
     intervals = []
     for i in range(len(x)):
-        z = extract_features(torch.cat([x[i : i + 1], samples[:, i]]), features, batch_size, "samples")
+        z = extract_features(torch.cat([x[i : i + 1], samples[:, i]]), features, "samples")
+        # The same up to a factor as distances from the mean of the others.
         distance = torch.linalg.vector_norm(z - z.mean(0), dim=1)
         low, high = (distance < distance[0]).sum(), (distance <= distance[0]).sum()
         intervals.append(torch.stack([low, high]).double() / len(z))
@@ -71,10 +60,8 @@ def coverage_curve(intervals: Tensor, levels: Tensor) -> Tensor:
     r"""
     Share of images whose truth is inside the ball of each nominal level.
 
-    At a level :math:`\alpha = k / (S + 1)` it is the share of images whose truth is among the :math:`k`
-    points nearest to the mean. Between such levels, and where distances are equal, an image counts in
-    part: by how much of its interval is below :math:`\alpha`. So the expected share is :math:`\alpha` at
-    every level for the exact posterior (`Czado, Gneiting and Held, 2009
+    An image counts by how much of its interval is below the level :math:`\alpha`. So the expected share is
+    :math:`\alpha` at every level for the exact posterior (`Czado, Gneiting and Held, 2009
     <https://doi.org/10.1111/j.1541-0420.2009.01191.x>`_).
 
     :param torch.Tensor intervals: of all images, `[B, 2]`, from :func:`rank`.
@@ -95,30 +82,22 @@ def coverage_curve(intervals: Tensor, levels: Tensor) -> Tensor:
 
 
 def coverage(
-    samples: Tensor,
-    x: Tensor,
-    levels: Tensor | None = None,
-    features: Callable[[Tensor], Tensor] | None = None,
-    *,
-    batch_size: int = 256,
+    samples: Tensor, x: Tensor, features: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     r"""
-    Coverage of norm balls around the posterior mean.
+    Coverage of norm balls around the posterior mean: :func:`coverage_curve` of :func:`rank` at the levels
+    :math:`1/(S+1), \dots, S/(S+1)` that :math:`S` samples resolve.
 
     The ball of nominal level :math:`\alpha` holds the share :math:`\alpha` of the posterior that is
     nearest to its mean. For the exact posterior the truth is inside in a share :math:`\alpha` of the
     images, up to the sampling noise that :func:`coverage_error_quantile` gives. A share above
-    :math:`\alpha` means balls too large: the samples spread too far. A share below it means balls too
-    small: the samples are too close to each other, or around a wrong mean. The expected curve of an
-    exact sampler is the diagonal for any number of samples, see :func:`rank`.
+    :math:`\alpha` means that the samples spread too far. A share below it means that they are too close to
+    each other, or around a wrong mean.
 
     :param torch.Tensor samples: samples `[S, B, C, H, W]`, at least two of each posterior.
     :param torch.Tensor x: true images `[B, C, H, W]`.
-    :param torch.Tensor levels: nominal levels `[L]` in [0, 1]; by default the levels
-        :math:`1/(S+1), \dots, S/(S+1)` that :math:`S` samples resolve.
     :param Callable features: see :func:`rank`.
-    :param int batch_size: most images per call of ``features``.
-    :return: the nominal levels `[L]` and the shares `[L]`, float64 on the CPU.
+    :return: the levels `[S]` and the shares `[S]`, float64 on the CPU.
     :raises ValueError: for fewer than two samples, other shapes, or values that are not finite.
 
     :Examples:
@@ -132,12 +111,9 @@ def coverage(
     >>> bool(coverage_error(*coverage(0.8 * samples, x)) < coverage_error_quantile(64, 16))
     False
     """
-    intervals = rank(samples, x, features, batch_size=batch_size)
-    if levels is None:
-        num = len(samples)
-        levels = torch.arange(1, num + 1, dtype=torch.float64) / (num + 1)
-    levels = torch.as_tensor(levels, dtype=torch.float64, device="cpu")
-    return levels, coverage_curve(intervals, levels)
+    num = len(samples)
+    levels = torch.arange(1, num + 1, dtype=torch.float64) / (num + 1)
+    return levels, coverage_curve(rank(samples, x, features), levels)
 
 
 def coverage_error(levels: Tensor, shares: Tensor) -> Tensor:
@@ -145,8 +121,7 @@ def coverage_error(levels: Tensor, shares: Tensor) -> Tensor:
     Largest deviation of a coverage curve from the diagonal,
     :math:`\max_\ell |c(\alpha_\ell) - \alpha_\ell|`.
 
-    At the default levels of :func:`coverage` it is the largest deviation at all levels. It is never 0
-    for finitely many images: compare it with :func:`coverage_error_quantile`.
+    It is never 0 for finitely many images: compare it with :func:`coverage_error_quantile`.
 
     :param torch.Tensor levels: nominal levels `[L]`.
     :param torch.Tensor shares: shares `[L]` of images covered.
@@ -163,21 +138,15 @@ def coverage_error_quantile(num_images: int, num_samples: int, probability: floa
     r"""
     Sampling noise of :func:`coverage_error`: its quantile for an exact sampler.
 
-    The number of images covered at the level :math:`k/(S+1)` is the number of :math:`B` independent
-    uniform ranks in :math:`\{0, \dots, S\}` that are below :math:`k`. We compute the distribution of
-    the largest deviation (the Kolmogorov-Smirnov statistic on a grid) exactly: as a walk over the
-    levels with Poisson steps, kept within the deviation, given that it ends at :math:`B`. For many
-    samples it is Kolmogorov's distribution, whose quantile at 0.95 is about :math:`1.36 / \sqrt{B}`;
-    for few samples the quantile is smaller.
-
-    The error of an exact sampler on :math:`B` independent images is above it with a probability of at
-    most ``1 - probability``, if distances do not tie; with fewer levels it is smaller.
+    The error of an exact sampler on :math:`B` independent images is above it with a probability of at most
+    ``1 - probability``, if distances do not tie. It is the quantile of the Kolmogorov-Smirnov statistic on
+    the grid of levels :math:`k/(S+1)`, computed exactly. For many samples and the probability 0.95 it is
+    about :math:`1.36 / \sqrt{B}`; for few samples it is smaller.
 
     :param int num_images: number :math:`B` of independent images.
     :param int num_samples: number :math:`S` of samples of each.
     :param float probability: of an error below the quantile, in (0, 1).
-    :return: the quantile, moved half-way to the next value that the error can take, so that comparing
-        with it does not depend on rounding.
+    :return: the quantile, moved half-way to the next value that the error can take, because of rounding.
     :raises ValueError: for counts below 1 or a probability outside (0, 1).
     """
     num_images = check_count("num_images", num_images)
@@ -198,7 +167,12 @@ def coverage_error_quantile(num_images: int, num_samples: int, probability: floa
 
 
 def _probability_within(width: int, total: int, points: int) -> float:
-    """P(|N_k - total k / points| <= width / points for all k), N_k counting uniform ranks below k."""
+    """
+    P(|N_k - total k / points| <= width / points for all k), N_k counting uniform ranks below k.
+
+    N is a walk with Poisson steps, given that it ends at ``total``; ``walk`` holds the probabilities of its
+    values that are within the width.
+    """
     log_factorial = torch.arange(1, total + 2).double().lgamma().numpy()
     n = np.arange(total + 1)
     step = np.exp(n * math.log(total / points) - total / points - log_factorial)

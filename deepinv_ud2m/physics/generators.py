@@ -47,11 +47,7 @@ class JointGenerator(PhysicsGenerator):
 
 
 class _Generator(PhysicsGenerator):
-    """A generator with a random generator of its own, seeded 0, by default."""
-
-    def __init__(self, rng: torch.Generator | None, device: str):
-        rng = rng if rng is not None else torch.Generator(device).manual_seed(0)
-        super().__init__(rng=rng, device=device)
+    """A generator that draws by :meth:`_draw`."""
 
     def step(self, batch_size: int = 1, seed: int | None = None, **kwargs) -> dict:
         """
@@ -82,7 +78,7 @@ class UniformBlurGenerator(_Generator):
     :param int psf_size: side of the kernels, odd, at least ``width_max``.
     :param float width_min: smallest width in pixels, at least 1 (default: 2).
     :param float, None width_max: largest width (default: ``psf_size``).
-    :param torch.Generator rng: random generator; one of its own, seeded 0, by default.
+    :param torch.Generator rng: random generator; by default deepinv's, of its own and of a fixed seed.
     :param str device: device of the kernels.
     :raises ValueError: for an even side, or widths that do not fit.
     """
@@ -99,7 +95,7 @@ class UniformBlurGenerator(_Generator):
         if psf_size % 2 == 0:
             raise ValueError(f"psf_size must be odd, got {psf_size}")
         _check_range("width", width_min, width_max, 1, psf_size)
-        super().__init__(rng, device)
+        super().__init__(rng=rng, device=device)
         self.psf_size, self.width_min, self.width_max = psf_size, width_min, width_max
 
     def _draw(self, batch_size: int) -> dict:
@@ -119,7 +115,7 @@ class BoxMaskGenerator(_Generator):
     :param tuple[int, int, int] img_size: shape `(C, H, W)` of the images.
     :param float side_min: smallest side, relative to that of the image, above 0 (default: 0.2).
     :param float side_max: largest side, below 1 (default: 0.6).
-    :param torch.Generator rng: random generator; one of its own, seeded 0, by default.
+    :param torch.Generator rng: random generator; by default deepinv's, of its own and of a fixed seed.
     :param str device: device of the masks.
     :raises ValueError: for sides outside this range.
     """
@@ -133,7 +129,7 @@ class BoxMaskGenerator(_Generator):
         device: str = "cpu",
     ):
         _check_range("side", side_min, side_max, 1e-6, 1 - 1e-6)
-        super().__init__(rng, device)
+        super().__init__(rng=rng, device=device)
         self.img_size, self.side_min, self.side_max = tuple(img_size), side_min, side_max
 
     def _draw(self, batch_size: int) -> dict:
@@ -155,7 +151,7 @@ class JPEGQualityGenerator(_Generator):
 
     :param int quality_min: smallest factor, at least 1 (default: 5).
     :param int quality_max: largest factor, at most 100 (default: 40).
-    :param torch.Generator rng: random generator; one of its own, seeded 0, by default.
+    :param torch.Generator rng: random generator; by default deepinv's, of its own and of a fixed seed.
     :param str device: device of the factors.
     :raises ValueError: for a range outside [1, 100].
     """
@@ -168,7 +164,7 @@ class JPEGQualityGenerator(_Generator):
         device: str = "cpu",
     ):
         _check_range("quality", quality_min, quality_max, 1, 100)
-        super().__init__(rng, device)
+        super().__init__(rng=rng, device=device)
         self.quality_min, self.quality_max = quality_min, quality_max
 
     def _draw(self, batch_size: int) -> dict:

@@ -27,23 +27,13 @@ FACTORS = {"4:2:0": 2, "4:4:4": 1}
 
 
 def step_tables(quality: Tensor) -> Tensor:
-    """
-    Quantisation steps of libjpeg.
-
-    :param torch.Tensor quality: quality factors `[B]` in [1, 100].
-    :returns: steps of luma and chroma, `[B, 2, 8, 8]`.
-    """
+    """Quantisation steps `[B, 2, 8, 8]` of luma and chroma, as libjpeg's, for quality factors `[B]`."""
     scale = torch.where(quality < 50, (5000 / quality).floor(), 200 - 2 * quality)
     return ((_TABLES.to(quality) * scale.view(-1, 1, 1, 1) + 50) / 100).floor().clamp(1, 255)
 
 
 def quality_of(tables: Sequence[Sequence[int]]) -> int | None:
-    """
-    The quality factor that gives quantisation tables.
-
-    :param Sequence tables: table of each component, 64 numbers, row after row.
-    :returns: the largest of the factors that give these tables, ``None`` if no factor does.
-    """
+    """The largest quality factor that gives these tables, one of 64 numbers for each component, if any."""
     qualities = torch.arange(100.0, 0, -1)
     steps = step_tables(qualities).flatten(2)[:, [0, 1, 1][: len(tables)]]
     fits = (steps == torch.tensor([list(table) for table in tables])).all(2).all(1)
@@ -104,8 +94,6 @@ def encode(planes: list[Tensor], factor: int, as_integers: bool = False) -> list
     """
     Coefficients of planes of any size, before quantisation.
 
-    :param list[torch.Tensor] planes: see the module.
-    :param int factor: see the module.
     :param bool as_integers: round averages of chroma as libjpeg does (default: ``False``).
     """
     luma, *chroma = planes
@@ -121,13 +109,7 @@ def encode(planes: list[Tensor], factor: int, as_integers: bool = False) -> list
 
 
 def decode(coefficients: list[Tensor], factor: int, size: Sequence[int]) -> list[Tensor]:
-    """
-    Planes of coefficients, of whole blocks, chroma at full resolution.
-
-    :param list[torch.Tensor] coefficients: see the module.
-    :param int factor: see the module.
-    :param tuple[int, int] size: height and width of the visible image.
-    """
+    """Planes of whole blocks, chroma at full resolution; ``size`` is that of the visible image."""
     luma, *chroma = [inverse_dct(c) for c in coefficients]
     if factor > 1:
         chroma = [upsample(plane, size) for plane in chroma]
@@ -180,11 +162,9 @@ def upsample(samples: Tensor, size: Sequence[int]) -> Tensor:
     """
     Chroma samples to pixels, twice as many along each side, by linear interpolation as libjpeg's.
 
-    The decoder sees only the samples of the visible image and repeats the last ones at its edge. The
-    others, which fill blocks, are interpolated among themselves, so that nothing of them is lost.
-
-    :param torch.Tensor samples: `[B, H, W]`, of whole blocks.
-    :param tuple[int, int] size: height and width of the visible image.
+    The decoder sees only the samples of the visible image, whose ``size`` is given, and repeats the last ones
+    at its edge. The others, which fill blocks, are interpolated among themselves, so that nothing of them is
+    lost.
     """
     return _along_sides(_interpolate, samples, [-(-n // 2) for n in size])
 

@@ -18,12 +18,8 @@ _SAMPLINGS = {0: "4:4:4", 2: "4:2:0"}
 
 def read_jpeg(file: str | Path) -> tuple[Tensor, int, str]:
     """
-    Read a JPEG file, see :meth:`JPEG.read <deepinv_ud2m.physics.JPEG.read>`.
-
-    :param str, pathlib.Path file: the file.
-    :returns: the image `[1, C, H, W]` in [0, 1], the quality factor and the subsampling, as
-        :class:`JPEG <deepinv_ud2m.physics.JPEG>` takes them.
-    :raises FileNotFoundError, ValueError: see there.
+    The image `[1, C, H, W]` of a file, its quality factor and its subsampling, see
+    :meth:`JPEG.read <deepinv_ud2m.physics.JPEG.read>`.
     """
     if not isinstance(file, str | Path):
         raise ValueError(f"file must be a path, got {file!r}")

@@ -14,8 +14,8 @@ At the start :math:`B = 0`. One layer costs :math:`r (n k^2 + m)` trainable numb
 The adapter is put into the network in place, which keeps its class and its call. Only the names in its
 ``state_dict`` change (``qkv.weight`` becomes ``qkv.base_layer.weight``): load pretrained weights first.
 
-peft adds and computes the adapter, and is imported when one is added. Merging and switching off are done
-here, because peft's leave rounding errors in the prior and change ``requires_grad``.
+peft adds and computes the adapter, and is imported when one is added. Merging is done here, because peft's
+leaves rounding errors in the prior.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING
 
@@ -47,7 +46,7 @@ def add_lora(
     network: nn.Module,
     rank: int = 5,
     alpha: float | None = None,
-    targets: str | Iterable[str] | None = None,
+    targets: str | Sequence[str] | None = None,
 ) -> list[str]:
     r"""
     Put a LoRA adapter on a network, in place, and freeze everything else in it.
@@ -63,8 +62,7 @@ def add_lora(
         - ``None`` (default): those of :func:`~deepinv_ud2m.priors.targets.find_lora_targets`;
         - ``"all-convs"``: every convolution that can be adapted;
         - a list of names: full names or, where no layer has that full name, trailing parts of names,
-          ``"qkv"`` or ``"attn.qkv"``;
-        - any other string: a regular expression that must match the full name, as in peft.
+          ``"qkv"`` or ``"attn.qkv"``.
 
     :returns: full names of the adapted layers, in the order of the network.
     :raises ValueError: if ``rank`` or ``alpha`` is out of range, if ``targets`` (or one name in it)
@@ -115,7 +113,7 @@ def freeze_prior(network: nn.Module) -> None:
 
 
 def has_lora(network: nn.Module) -> bool:
-    """Whether a network carries a LoRA adapter, in use, disabled or merged."""
+    """Whether a network carries a LoRA adapter, in use or merged."""
     return any(True for _ in _lora_layers(network))
 
 
@@ -190,9 +188,13 @@ def load_lora_state_dict(network: nn.Module, state: Mapping[str, Tensor]) -> Non
         raise ValueError(
             "state does not fit the adapter of this network (same rank and targets?). Tensors " + complaints
         )
-    with _unmerged(network), torch.no_grad():
+    merged = has_merged_lora(network)
+    unmerge_lora(network)
+    with torch.no_grad():
         for key, factor in factors.items():
             factor.copy_(state[key])
+    if merged:
+        merge_lora(network)
 
 
 def prior_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -225,42 +227,7 @@ def prior_state_dict(network: nn.Module) -> dict[str, Tensor]:
     return state | originals
 
 
-# -- Disabling and merging ------------------------------------------------------------------------
-
-
-@contextmanager
-def lora_disabled(network: nn.Module) -> Iterator[nn.Module]:
-    r"""
-    Context in which the network is the frozen prior again, bit for bit. It yields the network.
-
-    On exit the adapter is as it was. ``requires_grad`` is never touched, so a graph built outside the
-    context can be differentiated inside it. A merged adapter is taken out and merged again, which costs
-    more. Without adapter the context does nothing.
-
-    :param torch.nn.Module network: the network.
-
-    |sep|
-
-    :Examples:
-
-        >>> import torch
-        >>> from deepinv.models import DRUNet
-        >>> from deepinv_ud2m.priors import add_lora, lora_disabled
-        >>> denoiser = DRUNet(pretrained=None, nc=(4, 4, 4, 4), nb=1)
-        >>> names = add_lora(denoiser, rank=2)
-        >>> with lora_disabled(denoiser) as prior, torch.no_grad():
-        ...     x = prior(torch.rand(1, 3, 32, 32), 0.1)
-    """
-    layers = [layer for _, layer in _lora_layers(network)]
-    were_disabled = [layer.disable_adapters for layer in layers]
-    with _unmerged(network):
-        try:
-            for layer in layers:
-                layer._disable_adapters = True  # peft's enable_adapters also changes requires_grad
-            yield network
-        finally:
-            for layer, disabled in zip(layers, were_disabled, strict=True):
-                layer._disable_adapters = disabled
+# -- Merging --------------------------------------------------------------------------------------
 
 
 def merge_lora(network: nn.Module) -> None:
@@ -273,11 +240,8 @@ def merge_lora(network: nn.Module) -> None:
     part of its ``state_dict``: subtracting :math:`B A` again would leave rounding errors.
 
     :param torch.nn.Module network: the network.
-    :raises RuntimeError: inside :func:`lora_disabled`, where the prior is asked for.
     """
     layers = [layer for _, layer in _lora_layers(network) if not layer.merged]
-    if any(layer.disable_adapters for layer in layers):
-        raise RuntimeError("merge_lora: the adapter is disabled; leave lora_disabled(...) first.")
     with torch.no_grad():
         for layer in layers:
             weight = layer.get_base_layer().weight
@@ -304,17 +268,6 @@ def unmerge_lora(network: nn.Module) -> None:
                 layer.get_base_layer().weight.copy_(layer.prior_weight)
                 del layer.prior_weight
                 layer.merged_adapters.clear()
-
-
-@contextmanager
-def _unmerged(network: nn.Module) -> Iterator[None]:
-    merged = has_merged_lora(network)
-    unmerge_lora(network)
-    try:
-        yield
-    finally:
-        if merged:
-            merge_lora(network)
 
 
 def _see_the_same_pixels(layer: LoraLayer) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from deepinv.models import Denoiser
+from deepinv.physics import Physics
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad, pixel_shuffle, pixel_unshuffle
 
@@ -58,7 +59,9 @@ class PixelShuffledDenoiser(Denoiser):
         :param float, torch.Tensor sigma: their noise level, a scalar or `[B]`.
         :returns: denoised images of the same shape.
         :raises ValueError: for images that are too small to be padded.
+        :raises TypeError: if it is called like a sampler, with a physics.
         """
+        refuse_physics(sigma)
         height, width = x.shape[-2:]
         x = pad_to_multiple(x, self.multiple)
         x = pixel_shuffle(self.denoiser(pixel_unshuffle(x, self.factor), sigma), self.factor)
@@ -68,13 +71,20 @@ class PixelShuffledDenoiser(Denoiser):
         return x
 
 
+def refuse_physics(sigma: float | Tensor) -> None:
+    """Raise TypeError for a physics in the place of a noise level: a prior is no sampler."""
+    if isinstance(sigma, Physics):
+        raise TypeError(
+            f"sigma must be a noise level, got the physics {type(sigma).__name__}: a prior is a denoiser "
+            "D(x, sigma). For samples write UD2M.from_pretrained(name)(y, physics), or make a sampler of "
+            "the prior, UD2M(UnfoldedDenoiser(prior))(y, physics)"
+        )
+
+
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """
-    Pad images by reflection, below and on the right, until their sides are multiples of a number.
+    Pad images `[B, C, H, W]` by reflection, below and on the right, until their sides are multiples.
 
-    :param torch.Tensor x: images, of shape `[B, C, H, W]`.
-    :param int multiple: the number.
-    :returns: images, `[B, C, H', W']`; ``x`` itself where nothing is missing.
     :raises ValueError: for images that are too small to be padded.
     """
     height, width = x.shape[-2:]
@@ -88,14 +98,12 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 
 def checkerboard(x: Tensor, width: float) -> Tensor:
     r"""
-    The part of an image that alternates from pixel to pixel in both directions.
+    The part of images `[B, C, H, W]` that alternates from pixel to pixel in both directions.
 
     It is the band around the spatial frequency :math:`(\pi, \pi)`, of Gaussian shape. Edges along rows
     and columns have none of it.
 
-    :param torch.Tensor x: images, of shape `[B, C, H, W]`.
     :param float width: standard deviation, in pixels, of the window that is averaged over; positive.
-    :returns: that part, of the same shape.
     """
     radius = min(int(3 * width), min(x.shape[-2:]) - 1)  # a reflection cannot be longer
     offsets = torch.arange(-radius, radius + 1, device=x.device)
@@ -151,7 +159,9 @@ class VPDenoiser(Denoiser):
         :param torch.Tensor x: noisy images, of shape `[B, C, H, W]`.
         :param float, torch.Tensor sigma: their noise level, a scalar, `[B]` or `[B, 1, 1, 1]`.
         :returns: denoised images of the same shape.
+        :raises TypeError: if it is called like a sampler, with a physics.
         """
+        refuse_physics(sigma)
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1).expand(len(x))
         t = self.schedule.timestep(sigma).to(x.dtype)
         noise = self.noise(self.network, to_vp_state(x, sigma), t)

@@ -16,7 +16,7 @@ import torch
 from deepinv.models import Denoiser, DiffUNet
 from torch import Tensor, nn
 
-from deepinv_ud2m.files import check_digest, load_weights, read_weights, sha256
+from deepinv_ud2m.files import check_digest, load_weights, read_weights
 from deepinv_ud2m.priors.networks import VPDenoiser
 from deepinv_ud2m.priors.unet2d import build_unet2d, load_unet2d, unet2d_class
 
@@ -34,7 +34,7 @@ class Published:
     :param str revision: its commit.
     :param tuple[str, ...] files: the file of weights. A diffusers network has further files.
     :param int megabytes: size of the weights.
-    :param str, None sha256: digest of the weights; ``None`` if it is not known.
+    :param str sha256: digest of the weights.
     :param int image_size: side of the training images (default: 256).
     :param int size_multiple: sides must be multiples of it (default: 32).
     """
@@ -46,7 +46,7 @@ class Published:
     revision: str
     files: tuple[str, ...]
     megabytes: int
-    sha256: str | None
+    sha256: str
     image_size: int = 256
     size_multiple: int = 32
 
@@ -131,10 +131,7 @@ def _find(name: str, card: Published, download: bool) -> Path:
             raise OSError(
                 f"cannot download {card.source}: {error}. Give the path of a copy as weights"
             ) from error
-        if card.sha256 is None:
-            print(f"{files[0]} has the sha256 {sha256(files[0])}", file=sys.stderr)
-    if card.sha256 is not None:
-        check_digest(files[0], card.sha256)
+    check_digest(files[0], card.sha256)
     return files[0].parent if card.is_folder else files[0]
 
 

@@ -1,8 +1,7 @@
 """Priors that ship with the package, and priors trained with it: a folder of two files.
 
 ``config.json`` holds the settings of the network, what the prior was trained for, and the sha256 of
-``model.safetensors``, which holds the weights in float16. A new prior that ships is one folder in
-``weights/`` and one entry in ``PRIORS``.
+``model.safetensors``, which holds the weights in float16. A prior that ships also has an entry in ``PRIORS``.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
@@ -24,6 +24,7 @@ from deepinv_ud2m.files import (
     check_digest,
     check_finite,
     load_weights,
+    read_json,
     read_weights,
     write_files,
 )
@@ -145,23 +146,19 @@ def _load_folder(name: str | Path) -> tuple[Denoiser, PriorInfo]:
 def _read_config(name: str | Path) -> tuple[Path, dict]:
     folder = _SHIPPED / PRIORS[name] if name in PRIORS else Path(name)
     file = folder / _CONFIG
-    try:
-        content = file.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+    if not os.path.isfile(file):  # pathlib's raises for some names
         raise ValueError(
             f"name must be one of the priors {[*PRIORS, *PUBLISHED]} or a folder with {_CONFIG} and "
             f"{_WEIGHTS}, got {str(name)!r}"
-        ) from error
-    try:
-        config = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be used: it is not JSON: {error}") from error
-    if isinstance(config, dict) and "unfolded" in config:
+        )
+    config = read_json(file)
+    if "unfolded" in config:
         raise ValueError(f"{file} is the folder of a sampler: UD2M.from_pretrained loads it")
     for key, kind in {"prior": dict, "network": dict, "sha256": str}.items():
-        value = config.get(key) if isinstance(config, dict) else None
-        if not isinstance(value, kind):
-            raise ValueError(f"{file} cannot be used: {key!r} must be a {kind.__name__}, got {value!r}")
+        if not isinstance(config.get(key), kind):
+            raise ValueError(
+                f"{file} cannot be used: {key!r} must be a {kind.__name__}, got {config.get(key)!r}"
+            )
     return folder, config
 
 

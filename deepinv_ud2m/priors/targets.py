@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 from deepinv.models.utils import UpDownConv2d
 from torch import Tensor, nn
@@ -37,11 +36,11 @@ def find_lora_targets(network: nn.Module) -> list[str]:
     return projections or _convolutions(layers)
 
 
-def select_targets(network: nn.Module, targets: str | Iterable[str] | None) -> list[str]:
+def select_targets(network: nn.Module, targets: str | Sequence[str] | None) -> list[str]:
     layers = _adaptable_layers(network)
     if targets is None:
         names = find_lora_targets(network)
-    elif isinstance(targets, str) and targets == "all-convs":
+    elif targets == "all-convs":
         names = _convolutions(layers)
     else:
         names = _match([name for name, _ in network.named_modules() if name], targets)
@@ -59,17 +58,11 @@ def select_targets(network: nn.Module, targets: str | Iterable[str] | None) -> l
     return names
 
 
-def _match(names: list[str], targets: str | Iterable[str]) -> list[str]:
-    if isinstance(targets, str):
-        try:
-            return [name for name in names if re.fullmatch(targets, name)]
-        except re.error as error:
-            raise ValueError(f"targets={targets!r} is not a regular expression: {error}.") from error
-    targets = list(targets) if isinstance(targets, Iterable) else [targets]
+def _match(names: list[str], targets: Sequence[str]) -> list[str]:
+    if not isinstance(targets, list | tuple) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"targets must be None, 'all-convs' or a list of names, got {targets!r}")
     found = set()
     for target in targets:
-        if not isinstance(target, str):
-            raise ValueError(f"targets must be None, 'all-convs', names or a pattern, got {targets!r}")
         named = {target} & set(names) or {name for name in names if name.endswith(f".{target}")}
         if not named:
             raise ValueError(f"targets: {target!r} is not the name of a layer, or the end of one")

@@ -7,13 +7,12 @@ Here the class is fixed, settings are JSON, and weights are read without unpickl
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from deepinv_ud2m.files import load_weights, read_weights
+from deepinv_ud2m.files import load_weights, read_json, read_weights
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
@@ -58,12 +57,10 @@ def build_unet2d(full_size: bool) -> nn.Module:
 
 def load_unet2d(folder: Path) -> nn.Module:
     """
-    Load a network that predicts the noise of colour images under the linear schedule.
+    Load a network that predicts the noise of colour images under the linear schedule, onto the CPU.
 
     :param pathlib.Path folder: a diffusers pipeline (``unet/`` and ``scheduler/``), or a folder that
-        holds ``config.json``, ``scheduler_config.json`` and the weights itself, as Google's repositories
-        do. Weights are ``.safetensors`` or ``.bin``. All other files are ignored.
-    :returns: the network, in evaluation mode, on the CPU.
+        holds ``config.json``, ``scheduler_config.json`` and the weights itself.
     :raises ValueError: if a file is missing or damaged, or of another network or schedule.
     """
     unet, scheduler = folder / "unet", folder / "scheduler"
@@ -84,7 +81,7 @@ def load_unet2d(folder: Path) -> nn.Module:
 
 
 def _build(file: Path) -> nn.Module:
-    config, kind = _read_json(file), unet2d_class()
+    config, kind = read_json(file), unet2d_class()
     for name, value in {"_class_name": "UNet2DModel", "in_channels": 3, "out_channels": 3}.items():
         if config.get(name) != value:
             raise ValueError(f"weights: {file}: {name} must be {value!r}, got {config.get(name)!r}")
@@ -97,17 +94,7 @@ def _build(file: Path) -> nn.Module:
 
 
 def _check_schedule(file: Path) -> None:
-    config, expected = _DEFAULTS | _read_json(file), _BETAS | _DEFAULTS
+    config, expected = _DEFAULTS | read_json(file), _BETAS | _DEFAULTS
     stated = {name: config.get(name) for name in expected}
     if stated != expected:
         raise ValueError(f"weights: the schedule of {file} is another: {stated}, expected {expected}")
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"weights: {file} is missing or damaged: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"weights: {file} must hold a dictionary, got {type(config).__name__}")
-    return config

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
-from deepinv_ud2m.checks import check_count
+from deepinv_ud2m.checks import check_count, check_number
 from deepinv_ud2m.problem import Problem
-from deepinv_ud2m.training.losses import as_samples, check_weight
+from deepinv_ud2m.training.losses import WeightedLoss, as_samples
 
 
 class Adversary:
@@ -95,11 +95,10 @@ class ConditionalDiscriminator(nn.Module):
     r"""
     deepinv's :class:`deepinv.models.PatchGANDiscriminator` on an image and its condition, side by side.
 
-    L = ``num_layers`` convolutions of stride 2 and two of stride 1, all 4 wide, with leaky ReLUs. Images may
-    have any size. Each logit judges a window of :math:`9 \cdot 2^L - 2` pixels (16, 34, 70 for L = 1, 2, 3).
-    Sides of n pixels give :math:`\lfloor n / 2^L \rfloor + 3` logits, if :math:`2^L` divides n. Convolutions
-    have spectral normalisation (`Miyato et al., 2018 <https://arxiv.org/abs/1802.05957>`_). There is no batch
-    normalisation, because the gradient penalty needs images that are judged separately, and no sigmoid.
+    Images may have any size. Each logit judges a window of :math:`9 \cdot 2^L - 2` pixels (16, 34, 70 for
+    L = 1, 2, 3 layers of stride 2). Sides of n pixels give :math:`n / 2^L + 3` logits, if :math:`2^L` divides
+    n. Convolutions have spectral normalisation (`Miyato et al., 2018 <https://arxiv.org/abs/1802.05957>`_).
+    There is no batch normalisation, because the gradient penalty needs images that are judged separately.
 
     :param int channels: channels C of the images, and of the condition.
     :param int base_channels: channels after the first convolution; they double with each layer, up to eight
@@ -148,7 +147,7 @@ class ConditionalDiscriminator(nn.Module):
         return self.network(torch.cat([2 * x - 1, (2 * condition - 1).to(x.dtype)], 1))
 
 
-class AdversarialGeneratorLoss(Loss):
+class AdversarialGeneratorLoss(WeightedLoss):
     r"""
     Non-saturating adversarial loss of the samples (Goodfellow et al. 2014),
 
@@ -156,29 +155,22 @@ class AdversarialGeneratorLoss(Loss):
         \operatorname{softplus}(-D(\hat x \mid c)) = -\log \operatorname{sigmoid} D(\hat x \mid c) ,
 
     averaged over the logits of an image. Besides the arguments of :mod:`deepinv_ud2m.training.losses` it
-    takes the discriminator ``D``, which stays as it is, and the ``condition``, from ``y`` and ``physics`` by
-    default.
+    takes the discriminator ``D``, which stays as it is, and the ``condition``, see :func:`condition`. The
+    trainer passes both.
 
-    :param float weight: weight of this loss in a sum, non-negative (default: 1).
-    :raises ValueError: for another weight.
+    :param float weight: weight of this loss in a sum, finite and non-negative (default: 1).
+    :raises TypeError, ValueError: for another weight.
     """
 
-    num_samples = 1
-
-    def __init__(self, weight: float = 1.0):
-        super().__init__()
-        self.weight = check_weight("weight", weight)
-
-    def forward(self, *, x: Tensor, x_net: Tensor, samples: Tensor | None = None, **context) -> Tensor:
+    def forward(
+        self, *, x: Tensor, x_net: Tensor, D: nn.Module, condition: Tensor, samples=None, **kwargs
+    ) -> Tensor:
         """The loss of ``samples``, or else of ``x_net``."""
         samples = as_samples(x, x_net, samples)
-        return self.weight * F.softplus(-_judge(len(x), frozen=True, **context)(samples)).mean((0, 2))
-
-    def extra_repr(self) -> str:
-        return f"weight={self.weight:g}"
+        return self.weight * F.softplus(-_judge(D, condition, frozen=True)(samples)).mean((0, 2))
 
 
-class AdversarialDiscriminatorLoss(Loss):
+class AdversarialDiscriminatorLoss(WeightedLoss):
     r"""
     Logistic loss of the discriminator, with a zero-centred gradient penalty of weight :math:`\lambda`,
 
@@ -193,21 +185,21 @@ class AdversarialDiscriminatorLoss(Loss):
     The paper has :math:`\lambda` = 0.01 (MNIST, LSUN) or 10 (ImageNet), for images in [-1, 1]. A gradient
     with respect to images in [0, 1] is twice as large, so the same penalties are 0.0025 and 2.5 here.
 
-    :param float weight: weight of this loss in a sum, non-negative (default: 1).
-    :param float penalty_weight: :math:`\lambda`, non-negative; 0 leaves the penalty out (default: 0.01).
-    :raises ValueError: for other weights.
+    :param float weight: weight of this loss in a sum, finite and non-negative (default: 1).
+    :param float penalty_weight: :math:`\lambda`, finite and non-negative; 0 leaves the penalty out (default:
+        0.01).
+    :raises TypeError, ValueError: for other weights.
     """
 
-    num_samples = 1
-
     def __init__(self, weight: float = 1.0, penalty_weight: float = 0.01):
-        super().__init__()
-        self.weight = check_weight("weight", weight)
-        self.penalty_weight = check_weight("penalty_weight", penalty_weight)
+        super().__init__(weight)
+        self.penalty_weight = check_number("penalty_weight", penalty_weight, low=0)
 
-    def forward(self, *, x: Tensor, x_net: Tensor, samples: Tensor | None = None, **context) -> Tensor:
+    def forward(
+        self, *, x: Tensor, x_net: Tensor, D: nn.Module, condition: Tensor, samples=None, **kwargs
+    ) -> Tensor:
         """The loss of ``samples``, or else of ``x_net``."""
-        samples, judge = as_samples(x, x_net, samples).detach(), _judge(len(x), **context)
+        samples, judge = as_samples(x, x_net, samples).detach(), _judge(D, condition)
         real = x[None].to(samples)
         logits = judge(torch.cat([real, samples]))
         loss = F.softplus(-logits[0]).mean(1) + F.softplus(logits[1:]).mean((0, 2))
@@ -217,7 +209,7 @@ class AdversarialDiscriminatorLoss(Loss):
         return self.weight * loss
 
     def extra_repr(self) -> str:
-        return f"weight={self.weight:g}, penalty_weight={self.penalty_weight:g}"
+        return f"{super().extra_repr()}, penalty_weight={self.penalty_weight:g}"
 
 
 def gradient_penalty(D: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -252,22 +244,13 @@ def condition(problem: Problem) -> Tensor:
     return problem.prox(middle, 0.5**2 / problem.sigma_y**2).clamp(-1, 2)
 
 
-def _judge(batch_size, frozen=False, D=None, y=None, physics=None, **kwargs) -> Callable:
+def _judge(D: nn.Module, condition: Tensor, frozen: bool = False) -> Callable[[Tensor], Tensor]:
     """Logits `[N, B, M]` of images `[N, B, C, H, W]`, each with the condition of its measurement."""
-    if D is None:
-        raise ValueError("D, the discriminator, must be given: a trainer passes that of its adversary")
-    given = kwargs.get("condition")
-    if given is None:
-        if y is None or physics is None:
-            raise ValueError("condition, or y and physics to compute it from, must be given")
-        given = condition(Problem(y, physics))
-    if len(given) != batch_size:
-        raise ValueError(f"condition must be of {batch_size} images, one for each of x, got {len(given)}")
     constants = {name: parameter.detach() for name, parameter in D.named_parameters()}
     constants |= {name: buffer.clone() for name, buffer in D.named_buffers()}  # of spectral normalisation
 
     def judge(images: Tensor) -> Tensor:
-        seen = images.flatten(0, 1), given.repeat(len(images), *[1] * (given.ndim - 1))
+        seen = images.flatten(0, 1), condition.repeat(len(images), 1, 1, 1)
         logits = functional_call(D, constants, seen) if frozen else D(*seen)
         return logits.reshape(*images.shape[:2], -1)
 

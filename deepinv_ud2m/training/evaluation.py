@@ -27,6 +27,14 @@ def evaluate(trainer, key: list[int]) -> dict[str, float]:
     return {name: float(np.mean(of)) for name, of in values.items()}
 
 
+def score_of(trainer, results: dict[str, float]) -> float:
+    """What decides which model is the best: the first metric of samples, or else of images. Low is good."""
+    if trainer.sample_metrics:
+        return results[next(iter(trainer.sample_metrics))]
+    score = results[names_of(trainer.metrics)[0]]
+    return score if getattr(trainer.metrics[0], "lower_better", True) else -score
+
+
 def _evaluate_on(trainer, operator: int, loader, key: list[int]) -> dict[str, float]:
     values, model, accelerator = defaultdict(list), trainer.model, trainer.accelerator
     stream = BatchStream(loader, key)

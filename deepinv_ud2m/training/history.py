@@ -40,6 +40,9 @@ class History(dict):
         self.sums = dict(sums)
 
     def write(self, folder: Path) -> None:
-        """Write ``history.json`` and ``curves.png``."""
-        write_file(folder / "history.json", (json.dumps(self, indent=1) + "\n").encode())
+        """Write ``history.json``."""
+        write_file(folder / "history.json", json.dumps(self, indent=1) + "\n")
+
+    def draw(self, folder: Path) -> None:
+        """Draw ``curves.png``, which takes longer than a step of a small network."""
         plot_curves(folder / "curves.png", self)

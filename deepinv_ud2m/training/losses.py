@@ -6,7 +6,8 @@ the losses compare the others. Those of a single sample are lowest for the poste
 paper (Mbakam et al. 2025, Section 4) are :class:`L2Loss`, :class:`PerceptualLoss` and an adversarial loss,
 with weights 1, 0.1 and 0.01. :class:`EnergyScoreLoss` is lowest for the posterior itself.
 
-They are deepinv losses, called with keywords only, and return one value per image, `[B]`:
+They are deepinv losses, called with keywords only, and return one value per image, `[B]`, times their
+``weight``:
 
 - ``x``: clean images, `[B, C, H, W]`, in [0, 1];
 - ``x_net``: samples, of the same shape, not clipped;
@@ -20,7 +21,6 @@ They raise a ValueError if shapes differ, or what they need is missing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from numbers import Real
 
@@ -30,31 +30,40 @@ from deepinv.loss import Loss
 from deepinv.physics import Physics
 from torch import Tensor
 
-from deepinv_ud2m.checks import check_count
+from deepinv_ud2m.checks import check_count, check_number
 from deepinv_ud2m.metrics.perceptual import PerceptualDistance
 
 
-class L2Loss(Loss):
-    r"""
-    Squared error of the image, averaged over pixels and channels, :math:`\| \hat x - x \|^2 / d`. The paper's
-    code has the error of the noise, which is this times :math:`1 / s^2`.
+class WeightedLoss(Loss):
+    """
+    A loss times its weight, of a single sample unless ``num_samples`` says otherwise.
 
-    :param float weight: weight of this loss in a sum, non-negative (default: 1).
-    :raises ValueError: for a weight that is negative or not finite.
+    :param float weight: weight of this loss in a sum, finite and non-negative (default: 1).
+    :raises TypeError, ValueError: for another weight.
     """
 
     num_samples = 1
 
     def __init__(self, weight: float = 1.0):
         super().__init__()
-        self.weight = check_weight("weight", weight)
+        self.weight = check_number("weight", weight, low=0)
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight:g}"
+
+
+class L2Loss(WeightedLoss):
+    r"""
+    Squared error of the image, averaged over pixels and channels, :math:`\| \hat x - x \|^2 / d`. The paper's
+    code has the error of the noise, which is this times :math:`1 / s^2`.
+
+    :param float weight: weight of this loss in a sum, finite and non-negative (default: 1).
+    :raises TypeError, ValueError: for another weight.
+    """
 
     def forward(self, *, x: Tensor, x_net: Tensor, samples: Tensor | None = None, **kwargs) -> Tensor:
         """The loss of ``samples``, or else of ``x_net``."""
         return self.weight * (as_samples(x, x_net, samples) - x).square().flatten(2).mean((0, 2))
-
-    def extra_repr(self) -> str:
-        return f"weight={self.weight:g}"
 
 
 class GaussianNLLLoss(Loss):
@@ -77,28 +86,22 @@ class GaussianNLLLoss(Loss):
         return rmse.flatten().log() + error / (2 * rmse.flatten() ** 2)
 
 
-class PerceptualLoss(Loss):
+class PerceptualLoss(WeightedLoss):
     """
     Perceptual distance of samples to the true image, :class:`deepinv_ud2m.metrics.PerceptualDistance`.
 
-    Networks of colour images see a grey image three times, once per channel. The network is frozen, and moves
-    to the device of the images by itself.
+    Networks of colour images see a grey image three times, once per channel. The network moves to the device
+    of the images by itself.
 
-    :param str network: ``"digits"`` (a classifier that ships, for 1x32x32), ``"efficientnet"`` (two
-        packages), or ``"lpips-squeeze"``, ``"lpips-alex"``, ``"lpips-vgg"`` (a file of 5, 233 or 528 MB, for
-        images of 32x32 or larger). Default: ``"digits"``.
+    :param str network: a name of that class, such as ``"digits"`` (default), ``"efficientnet"`` or
+        ``"lpips-vgg"``.
     :param bool download: allow LPIPS to fetch a missing file (default: ``False``).
-    :param float weight: weight of this loss in a sum, non-negative (default: 1).
-    :raises ValueError: for another network or weight.
-    :raises ImportError, RuntimeError: if packages or the file of the network are missing; it says which, from
-        where, to where, and what works without.
+    :param float weight: weight of this loss in a sum, finite and non-negative (default: 1).
+    :raises ValueError, ImportError, RuntimeError: as that class.
     """
 
-    num_samples = 1
-
     def __init__(self, network: str = "digits", *, download: bool = False, weight: float = 1.0):
-        super().__init__()
-        self.weight = check_weight("weight", weight)
+        super().__init__(weight)
         self.distance = PerceptualDistance(network, download=download)
         self.network, self._sees_colour = network, network != "digits"
 
@@ -113,29 +116,26 @@ class PerceptualLoss(Loss):
         return self.weight * distances.unflatten(0, samples.shape[:2]).mean(0)
 
     def extra_repr(self) -> str:
-        return f"{self.network!r}, weight={self.weight:g}"
+        return f"{self.network!r}, {super().extra_repr()}"
 
 
-class EnergyScoreLoss(Loss):
+class EnergyScoreLoss(WeightedLoss):
     r"""
     Energy score of S samples,
 
     .. math::
-        \frac{1}{S} \sum_j \| \hat x_j - x \|_2^\beta
-        - \frac{c}{2 S (S-1)} \sum_{j \neq k} \| \hat x_j - \hat x_k \|_2^\beta , \quad c = 1 .
+        \frac{1}{S} \sum_j \| \hat x_j - x \|_2
+        - \frac{c}{2 S (S-1)} \sum_{j \neq k} \| \hat x_j - \hat x_k \|_2 , \quad c = 1 .
 
-    The first term pulls samples to the truth, the second pushes them apart. For independent samples from a
-    law Q its expectation over x is lowest if and only if Q is :math:`p(x \mid y, x_s)`: the score is strictly
-    proper for :math:`0 < \beta < 2`
-    (`Gneiting and Raftery, 2007 <https://doi.org/10.1198/016214506000001437>`_). The estimate is unbiased for
-    every S >= 2. With :math:`\beta = 1` it is :func:`deepinv_ud2m.metrics.energy_score`. Its unit is that of
-    the Euclidean norm of an image, to the power :math:`\beta`.
+    The first term pulls samples to the truth, the second pushes them apart. It is
+    :func:`deepinv_ud2m.metrics.energy_score`, unbiased and strictly proper: its expectation over x is lowest
+    if and only if the samples follow :math:`p(x \mid y, x_s)`.
 
     A diversity weight c other than 1 changes the standard deviation of the samples, and the score is no
-    longer proper. For a Gaussian law in many dimensions and :math:`\beta = 1`, the samples have the right
-    mean and :math:`c / \sqrt{2 - c^2}` times the right standard deviation: 0.38 at c = 0.5, 1.06 at c = 1.03.
-    Values slightly above 1 correct samples that are found to be too similar. Above 1, far outliers of a share
-    below 1 - 1 / c are not punished.
+    longer proper. For a Gaussian law in many dimensions, the samples have the right mean and
+    :math:`c / \sqrt{2 - c^2}` times the right standard deviation: 0.38 at c = 0.5, 1.06 at c = 1.03. Values
+    slightly above 1 correct samples that are found to be too similar. Above 1, far outliers of a share below
+    1 - 1 / c are not punished.
 
     With ``patch_size`` the score is that of each patch of a grid without overlap, averaged over patches: its
     gradient is less noisy, and it does not see how patches go together. ``patch_size=1`` on grey images is
@@ -143,7 +143,6 @@ class EnergyScoreLoss(Loss):
     of the whole image is strictly proper again.
 
     :param int num_samples: samples needed, at least 2 (default: 2).
-    :param float beta: power :math:`\beta`, in (0, 2) (default: 1).
     :param int patch_size: side of the patches, in pixels; those at the right and lower edge may be smaller
         (default: ``None``, the whole image).
     :param Callable features: maps images `[N, C, H, W]` to features `[N, ...]`, or to maps `[N, D, h, w]`
@@ -151,7 +150,7 @@ class EnergyScoreLoss(Loss):
         pixels).
     :param float, dict diversity_weight: c, in [0, 1.2] (default: 1), or one for each physics of the trainer,
         ``{physics: c}``. The attribute may be changed between steps.
-    :param float weight: weight of this loss in a sum, non-negative (default: 1).
+    :param float weight: weight of this loss in a sum, finite and non-negative (default: 1).
     :raises ValueError: for numbers outside of these ranges.
 
     |sep|
@@ -168,18 +167,15 @@ class EnergyScoreLoss(Loss):
     def __init__(
         self,
         num_samples: int = 2,
-        beta: float = 1.0,
         patch_size: int | None = None,
         features: Callable[[Tensor], Tensor] | None = None,
         diversity_weight: float | Mapping[Physics, float] = 1.0,
         weight: float = 1.0,
     ):
-        super().__init__()
+        super().__init__(weight)
         self.num_samples = check_count("num_samples", num_samples)
         if num_samples < 2:
             raise ValueError(f"num_samples must be at least 2, got {num_samples}")
-        if not 0 < beta < 2:
-            raise ValueError(f"beta must be in (0, 2), where the score is strictly proper, got {beta}")
         if features is not None and not callable(features):
             raise ValueError(f"features must be callable, got {features!r}")
         is_map = isinstance(diversity_weight, Mapping)
@@ -189,10 +185,9 @@ class EnergyScoreLoss(Loss):
                 "diversity_weight must be a number in [0, 1.2], or {physics: number}, got "
                 f"{weights if is_map else diversity_weight!r}"
             )
-        self.beta, self.features = beta, features
+        self.features = features
         self.patch_size = None if patch_size is None else check_count("patch_size", patch_size)
         self.diversity_weight = dict(diversity_weight) if is_map else diversity_weight
-        self.weight = check_weight("weight", weight)
 
     def forward(
         self, *, x: Tensor, samples: Tensor | None = None, physics: Physics | None = None, **kwargs
@@ -207,8 +202,8 @@ class EnergyScoreLoss(Loss):
         points = self._points(torch.cat([x[None].to(samples), samples]))
         truth, samples = points[0], points[1:]
         j, k = torch.triu_indices(len(samples), len(samples), 1, device=samples.device)
-        error = self._distance(samples, truth).mean(0)
-        diversity = self._distance(samples[j], samples[k]).mean(0)
+        error = torch.linalg.vector_norm(samples - truth, dim=-1).mean(0)
+        diversity = torch.linalg.vector_norm(samples[j] - samples[k], dim=-1).mean(0)
         return self.weight * (error - self._weight_of(physics) * diversity / 2).mean(1)
 
     def _weight_of(self, physics: Physics | None) -> float:
@@ -244,22 +239,13 @@ class EnergyScoreLoss(Loss):
             raise ValueError(f"features must map {given} to {expected}, got {list(features.shape)}")
         return features.unflatten(0, images.shape[:2])
 
-    def _distance(self, a: Tensor, b: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(a - b, dim=-1)  # its gradient at zero is zero
-        if self.beta == 1:
-            return norm
-        # The power's gradient at zero is not finite, and must not be multiplied by the norm's.
-        apart = norm > 0
-        return torch.where(apart, torch.where(apart, norm, 1.0) ** self.beta, 0.0)
-
     def extra_repr(self) -> str:
         patches = "" if self.patch_size is None else f", patch_size={self.patch_size}"
         weights = self.diversity_weight
         weights = weights.values() if isinstance(weights, dict) else [weights]
         weights = ", ".join(f"{c:g}" for c in weights)
         diversity = "" if weights == "1" else f", diversity_weight={weights}"
-        options = f"{patches}{diversity}, weight={self.weight:g}"
-        return f"num_samples={self.num_samples}, beta={self.beta:g}{options}"
+        return f"num_samples={self.num_samples}{patches}{diversity}, {super().extra_repr()}"
 
 
 def as_samples(x: Tensor | None, x_net: Tensor | None, samples: Tensor | None) -> Tensor:
@@ -272,10 +258,3 @@ def as_samples(x: Tensor | None, x_net: Tensor | None, samples: Tensor | None) -
         shape = list(given.shape[1:] if samples is None else given.shape)
         raise ValueError(f"{name} must be {expected} for images x {list(x.shape)}, got {shape}")
     return given.to(torch.promote_types(given.dtype, torch.float32))
-
-
-def check_weight(name: str, value: float) -> float:
-    """A weight of a loss: the value, if it is finite and not negative."""
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and >= 0, got {value}")
-    return value

@@ -32,10 +32,7 @@ def seed_all(key: Iterable[int], generators: Iterable[torch.Generator] = ()) -> 
 def find_generators(*owners) -> list[torch.Generator]:
     """
     The random generators in the attributes of modules, and of the modules, lists and dictionaries that these
-    hold, each once.
-
-    A sum ``g1 + g2`` of deepinv's physics generators keeps its parts in a function, where they are found too.
-    In other functions none is looked for.
+    hold, each once; not in functions, except for a sum ``g1 + g2`` of deepinv's physics generators.
     """
     found = {id(generator): generator for generator in _walk(owners, set())}
     return list(found.values())
@@ -112,12 +109,11 @@ class BatchStream:
 
     def _start(self) -> None:
         # Only a loader's own draws: the order of the data, and the seeds of its workers.
-        batches = getattr(self.loader, "batch_sampler", None)
-        parts = [self.loader, getattr(self.loader, "sampler", None), batches]
-        parts += [getattr(batches, "sampler", None)]
+        sampler, batches = (getattr(self.loader, name, None) for name in ("sampler", "batch_sampler"))
+        parts = [self.loader, sampler, batches, getattr(batches, "sampler", None)]
         generators = {id(g): g for g in (getattr(part, "generator", None) for part in parts) if g}
-        if hasattr(getattr(self.loader, "sampler", None), "set_epoch"):
-            self.loader.sampler.set_epoch(self.epoch)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(self.epoch)
         seed_all([*self.key, self.epoch], generators.values())
         self._iterator = iter(self.loader)
 

@@ -44,7 +44,7 @@ from deepinv_ud2m.training import arguments, checkpoints
 from deepinv_ud2m.training.adversarial import Adversary
 from deepinv_ud2m.training.arguments import as_list, loader_of_each, names_of
 from deepinv_ud2m.training.averages import MovingAverage
-from deepinv_ud2m.training.evaluation import evaluate
+from deepinv_ud2m.training.evaluation import evaluate, score_of
 from deepinv_ud2m.training.history import History
 from deepinv_ud2m.training.randomness import Turns, find_generators, seed_all
 from deepinv_ud2m.training.stages import STAGES
@@ -120,8 +120,8 @@ class DistillationTrainer(Trainer):
     :param int ckp_interval: steps between checkpoints (default: 500).
     :param int log_interval: steps whose mean is one point of the history (default: 50).
     :param str, pathlib.Path save_path: folder of this run alone, for ``checkpoint.pt``, ``history.json``,
-        ``curves.png``, pictures of evaluations with ``plot_images``, and the exported models ``best`` and
-        ``final`` (default: ``None``, nothing is written).
+        ``curves.png`` (drawn at evaluations and at the end), pictures of evaluations with ``plot_images``,
+        and the exported models ``best`` and ``final`` (default: ``None``, nothing is written).
     :param bool resume: go on from the checkpoint in ``save_path``, if there is one (default: ``True``).
     :param Sequence[torch.Generator] generators: further random generators to seed in each step.
     :param Mapping settings: what else makes a run another one, such as the ranges of random operators, as
@@ -234,8 +234,7 @@ class DistillationTrainer(Trainer):
         broadcast([tensor.data for tensor in tensors])  # all processes start from those of the first
         trained = [tensor for tensor in tensors if tensor.requires_grad]
         batches = self.accumulate // self.accelerator.num_processes
-        options = {"grad_clip": self.grad_clip, "lr_schedule": self.lr_schedule}
-        return Update(self.accelerator, optimizer, trained, batches, **options)
+        return Update(self.accelerator, optimizer, trained, batches, self.grad_clip, self.lr_schedule)
 
     def setup_train(self, train: bool = True, **kwargs) -> None:
         """deepinv's set-up of metrics and loggers, and the state of a run: new, or that of a checkpoint."""
@@ -248,8 +247,7 @@ class DistillationTrainer(Trainer):
         self.skipped, self.skipped_in_a_row, self.best = 0, 0, math.inf
         self.history, self.averaged = History(), MovingAverage(self.trained.values(), self.ema_decay)
         losses = [*self.losses, *(self.adversary.losses if self.adversary else [])]
-        owners = [self.physics, self.physics_generator, losses, list(self.generators)]
-        self.seeded = find_generators(*owners)
+        self.seeded = find_generators(self.physics, self.physics_generator, losses, list(self.generators))
         check = partial(arguments.check_batch, prior_info=self.unfolded.prior_info)
         self.turns = Turns(self.train_dataloader, [self.seed, _DATA], check)
         self.places, self.run = self.turns.places, checkpoints.describe_run(self)
@@ -280,20 +278,19 @@ class DistillationTrainer(Trainer):
         with checkpoints.lock(self.folder) if self.writes else nullcontext():
             self.setup_train()
             show = self.verbose and self.show_progress_bar
-            bar = tqdm(initial=self.completed, total=self.steps, desc="Distillation", disable=not show)
-            try:
-                self._train(bar)
-            except KeyboardInterrupt:
-                self.averaged.restore()
-                self._save()
-                if self.writes and self._saved:
-                    bar.write(f"interrupted; step {self._saved} is in {self.folder}: start again to go on")
-                raise
-            finally:
-                bar.close()
+            with tqdm(desc="Distillation", total=self.steps, initial=self.completed, disable=not show) as bar:
+                try:
+                    self._train(bar)
+                except KeyboardInterrupt:
+                    self.averaged.restore()
+                    self._save()
+                    if self.writes and self._saved:
+                        bar.write(f"interrupted; step {self._saved} is in {self.folder}: run again to go on")
+                    raise
             self.averaged.assign()
             if self.writes:
                 self.model.save_pretrained(self.folder / "final")
+                self.history.draw(self.folder)
         if self.wandb_vis:
             import_module("wandb").finish()
         if self.mlflow_vis:
@@ -426,11 +423,7 @@ class DistillationTrainer(Trainer):
 
     def _evaluate_and_keep_the_best(self) -> None:
         results = self.evaluate()
-        if self.sample_metrics:
-            score = results[next(iter(self.sample_metrics))]
-        else:
-            score = results[names_of(self.metrics)[0]]
-            score = score if getattr(self.metrics[0], "lower_better", True) else -score
+        score = score_of(self, results)
         with checkpoints.uninterrupted():
             if self.controller is not None:
                 results |= self.controller(results)
@@ -442,6 +435,8 @@ class DistillationTrainer(Trainer):
                     with self.averaged():
                         metadata = {"step": self.completed, **results}
                         self.model.save_pretrained(self.folder / "best", metadata=metadata)
+        if self.writes:
+            self.history.draw(self.folder)
         if self.verbose:
             text = ", ".join(f"{name} {value:.4g}" for name, value in results.items() if "/" not in name)
             tqdm.write(f"step {self.completed}: {text}")
