@@ -95,3 +95,35 @@ def shorten(names: Iterable[str], most: int = 12) -> str:
     """The first names, and how many more there are, for a message."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def check_interval(name: str, value: tuple[float, float] | None) -> tuple[float, float] | None:
+    """
+    An interval (low, high), or none.
+
+    :raises TypeError: if it is no pair of numbers.
+    :raises ValueError: if low is not below high.
+    """
+    if value is None:
+        return None
+    try:
+        low, high = value
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be None or (low, high), got {value!r}") from error
+    low, high = check_number(name, low), check_number(name, high)
+    if not low < high:
+        raise ValueError(f"{name} must be (low, high) with low < high, got {value!r}")
+    return low, high
+
+
+def check_device(device: torch.device | str | None) -> None:
+    """
+    Whether a device is there, before anything is loaded for it.
+
+    :raises ValueError: for a GPU that PyTorch does not see.
+    """
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device is {str(device)!r}, and PyTorch sees no CUDA GPU here: use 'cpu', or install a driver "
+            "and a PyTorch with CUDA"
+        )

@@ -39,10 +39,12 @@ def relative_residual(problem: Problem, x: Tensor) -> Tensor | None:
     :param torch.Tensor x: one sample of each image, `[B, C, H, W]`, or `[B, 1, H, W]` of a grey problem.
     :returns: of shape `[B]`; ``None`` if the physics is not linear.
     """
-    if not problem.is_linear:
-        return None
+    return _relative(problem, _measurements(problem, x)) if problem.is_linear else None
+
+
+def _relative(problem: Problem, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     power = count = 0
-    for a, y in _measurements(problem, x):
+    for a, y in pairs:
         measured = ((a != 0) | (y != 0)).flatten(1).sum(1)
         # Complex noise has the level sigma_y in the real and in the imaginary part.
         count = count + measured * (2 if y.is_complex() else 1)
@@ -61,16 +63,15 @@ def check_residual(problem: Problem, x: Tensor) -> Tensor | None:
     :param deepinv_ud2m.Problem problem: the problem.
     :param torch.Tensor x: one sample of each image, as the user gets it.
     """
-    found = relative_residual(problem, x)
-    if found is None:
+    if not problem.is_linear:
         return None
-    level = problem.sigma_y.flatten()
+    pairs = _measurements(problem, x)
+    found, level = _relative(problem, pairs), problem.sigma_y.flatten()
     excess, worst = (found * level / ((HIGH * level) ** 2 + _MODEL_ERROR**2).sqrt()).max(0)
-    of_borders = _is_at_the_borders(problem, x)
+    of_borders = _is_at_the_borders(problem, pairs)
     if not bool(excess <= 1):  # NaN is not
-        _warn(
-            "the samples do not explain y", _causes(problem, x, int(worst), of_borders), found, level, worst
-        )
+        causes = _causes(problem, pairs, int(worst), of_borders)
+        _warn("the samples do not explain y", causes, found, level, worst)
     elif of_borders:
         _warn("the samples do not explain y at the borders", [_BORDERS], found, level, worst)
     elif bool(found.min() < LOW) and not problem.level_is_assumed:
@@ -123,9 +124,9 @@ def _warn(what: str, causes: list[str], found: Tensor, level: Tensor, image: Ten
     )
 
 
-def _causes(problem: Problem, x: Tensor, image: int, of_borders: bool) -> list[str]:
+def _causes(problem: Problem, pairs: list, image: int, of_borders: bool) -> list[str]:
     """What the residual of an image looks like."""
-    causes = list(_of_range(problem, x, image))
+    causes = list(_of_range(problem, pairs, image))
     if of_borders:
         causes.append(_BORDERS)
     if problem.level_is_assumed:
@@ -133,9 +134,9 @@ def _causes(problem: Problem, x: Tensor, image: int, of_borders: bool) -> list[s
     return causes
 
 
-def _of_range(problem: Problem, x: Tensor, image: int) -> Iterator[str]:
+def _of_range(problem: Problem, pairs: list, image: int) -> Iterator[str]:
     white = parts(problem.A(torch.ones_like(problem.adjoint)))
-    for (a, y), of_white in zip(_measurements(problem, x), white, strict=True):
+    for (a, y), of_white in zip(pairs, white, strict=True):
         if y.is_complex():
             continue
         noise, top = 5 * problem.sigma_y.max(), of_white.abs().max()
@@ -152,8 +153,8 @@ def _of_range(problem: Problem, x: Tensor, image: int) -> Iterator[str]:
                 yield f"y is {gain:.2g} times as bright as the samples are for the operator"
 
 
-def _is_at_the_borders(problem: Problem, x: Tensor) -> bool:
-    for a, y in _measurements(problem, x):
+def _is_at_the_borders(problem: Problem, pairs: list) -> bool:
+    for a, y in pairs:
         if y.ndim != 4 or min(y.shape[-2:]) < 24 or y.is_complex() or bool(((a == 0) & (y == 0)).any()):
             continue
         height, width = (n // 16 + 1 for n in y.shape[-2:])

@@ -34,7 +34,7 @@ from torch.profiler import record_function
 from tqdm.auto import tqdm
 
 from deepinv_ud2m import checkpoint
-from deepinv_ud2m.checks import Scalar, check_count, check_number
+from deepinv_ud2m.checks import Scalar, check_count, check_device, check_interval, check_number
 from deepinv_ud2m.counting import CallCounter
 from deepinv_ud2m.problem import Problem
 from deepinv_ud2m.randomness import SampleStreams, draw_seeds, randn
@@ -82,12 +82,11 @@ class UD2M(Reconstructor):
         ``"estimate"`` (default: that of the physics). Callers such as ``deepinv.test`` need it where the
         noise is not Gaussian. It can be set later. :meth:`save_pretrained` does not store it.
     :raises TypeError: for an argument of a wrong type, or an ``unfolded`` without ``draw``.
-    :raises ValueError: for a value that is not accepted, for ``sigmas`` together with ``num_steps`` or
-        ``schedule``, or for a ``nominal_rmse`` where no initializer predicts its error.
+    :raises ValueError: for other values, ``sigmas`` together with ``num_steps`` or ``schedule``, or a
+        ``nominal_rmse`` where no initializer predicts its error.
 
     The attribute ``nfe`` is the number of network evaluations per sample in the last call. It is counted,
     in each thread by itself. It is ``None`` if ``unfolded`` does not name its ``networks``.
-
     The attribute ``residual``, of shape `[B]`, is the root mean square of :math:`(A \hat x - y) / \sigma_y`
     of the first sample in the last call, see :mod:`deepinv_ud2m.residual`. It is about 1 if all is right, and
     a call warns if it is not. It is ``None`` for a physics that is not linear.
@@ -134,7 +133,7 @@ class UD2M(Reconstructor):
         if sigmas is not None and (num_steps is not None or schedule is not None):
             raise ValueError("sigmas stand in place of num_steps and schedule: give one or the other")
         self.unfolded, self.eta = unfolded, check_number("eta", eta, 0, 1)
-        self.output_range = _check_range(output_range)
+        self.output_range = check_interval("output_range", output_range)
         self.nominal_rmse, self.sigma_y = _check_nominal_rmse(nominal_rmse, unfolded), sigma_y
         if sigmas is None:
             schedule = schedule if schedule is not None else VPSchedule()
@@ -212,11 +211,9 @@ class UD2M(Reconstructor):
                 sigma_y = self.estimate_sigma_y(y, physics, generator=generator)
             problem = self._problem(y, physics, sigma_y)
             self._check_call(problem, num_samples, batch_size, generator)
-            sigmas, x_s, x0 = self._sample(
-                problem, num_samples, batch_size, generator, return_trajectory, verbose
-            )
-        batch = problem.shape[0]
-        self.nfe = None if networks is None else counter.images / (num_samples * batch)
+            options = {"all_levels": return_trajectory, "verbose": verbose}
+            sigmas, x_s, x0 = self._sample(problem, num_samples, batch_size, generator, **options)
+        self.nfe = None if networks is None else counter.images / (num_samples * problem.shape[0])
         samples = self._as_images(problem, x0[-1])
         self.residual = check_residual(problem, samples[0])
         if not return_trajectory:
@@ -250,14 +247,10 @@ class UD2M(Reconstructor):
         return x if self.output_range is None else x.clamp(*self.output_range)
 
     @torch.no_grad()
-    def estimate_sigma_y(
-        self, y: Tensor, physics: Physics, *, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def estimate_sigma_y(self, y, physics: Physics, *, generator: torch.Generator | None = None) -> Tensor:
         r"""
-        The noise level of measurements: the one whose samples leave it as their residual.
-
-        It takes one sample for each of two to four levels. The error is below 20 % where measurements are of
-        the kind that the sampler was trained on, and images have 32 pixels or more a side.
+        The noise level of measurements: the one whose samples leave it as their residual. It takes two to
+        four samples. The error is below 20 % for measurements like those of training.
 
         :param torch.Tensor y: measurements, finite.
         :param deepinv.physics.LinearPhysics physics: the physics that made them; its noise model is not used.
@@ -271,7 +264,7 @@ class UD2M(Reconstructor):
                 f"sigma_y='estimate' needs a linear physics, got {type(physics).__name__}: give the level"
             )
         return estimate_noise(
-            problem, lambda one: self._as_images(one, self._sample(one, 1, None, generator)[2][-1, 0])
+            problem, lambda p: self._as_images(p, self._sample(p, 1, None, generator)[2][-1, 0])
         )
 
     def first_state(self, like: Tensor, generator: torch.Generator | SampleStreams | None = None):
@@ -376,9 +369,8 @@ class UD2M(Reconstructor):
         """
         A trained sampler by name, from a folder, or from the Hugging Face Hub.
 
-        :param torch.device, str, None device: where to put it (default: where the prior is).
-
-        The other arguments, and the errors, are those of :func:`deepinv_ud2m.checkpoint.load`.
+        :param torch.device, str, None device: where to put it (default: where the prior is). The other
+            arguments, and the errors, are those of :func:`deepinv_ud2m.checkpoint.load`.
 
         |sep|
 
@@ -388,6 +380,7 @@ class UD2M(Reconstructor):
             >>> UD2M.from_pretrained("mnist").num_steps
             3
         """
+        check_device(device)
         options = {"prior": prior, "initializer": initializer, "merge": merge, "revision": revision}
         model = checkpoint.load(name_or_path, make=cls, **options)
         if device is None:
@@ -440,24 +433,10 @@ class UD2M(Reconstructor):
 
 
 def _images_per_pass(problem: Problem) -> int:
-    """Larger batches leave the caches of a CPU: 32 images of 128x128 take 1.6 times as long as 4 times 8."""
-    pixels = 8 * 128**2
+    pixels = 8 * 128**2  # more leave the caches of a CPU: 32 at once take 1.6 times as long
     if problem.device.type == "cuda":
         pixels = torch.cuda.mem_get_info(problem.device)[0] // 2**14  # 16 kB, for the largest networks
     return max(1, pixels // (problem.shape[-2] * problem.shape[-1]))
-
-
-def _check_range(output_range: tuple[float, float] | None) -> tuple[float, float] | None:
-    if output_range is None:
-        return None
-    try:
-        low, high = output_range
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"output_range must be None or (low, high), got {output_range!r}") from error
-    low, high = check_number("output_range", low), check_number("output_range", high)
-    if not low < high:
-        raise ValueError(f"output_range must be (low, high) with low < high, got {output_range!r}")
-    return low, high
 
 
 def _check_nominal_rmse(nominal_rmse: float | None, unfolded: nn.Module) -> float | None:

@@ -242,3 +242,9 @@ def test_a_prior_that_says_nothing_is_trusted():
     y = torch.rand(1, 3, 17, 15)
     assert _messages(lambda: model(y, _denoising(1e-4))) == []
     assert model(y, _denoising()).shape == y.shape
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told_before_anything_is_loaded():
+    with pytest.raises(ValueError, match="device is 'cuda:0', and PyTorch sees no CUDA GPU here: use 'cpu'"):
+        UD2M.from_pretrained("nothing of this name", device="cuda:0")
