@@ -202,7 +202,9 @@ def _public_callables():
     return [*callables, unfolded.draw, PixelShuffledDenoiser, SampleStreams, draw_seeds, randn]
 
 
-@pytest.mark.parametrize("function", _public_callables(), ids=str)
+@pytest.mark.parametrize(
+    "function", _public_callables(), ids=lambda f: getattr(f, "__qualname__", type(f).__name__)
+)
 def test_misspelt_keywords(function):
     given = ["folder"] if "save_pretrained" in getattr(function, "__qualname__", "") else []
     with pytest.raises(TypeError, match="unexpected keyword argument 'num_sampels'"):
