@@ -38,7 +38,7 @@ from deepinv_ud2m.checks import Scalar, check_count, check_device, check_interva
 from deepinv_ud2m.counting import CallCounter
 from deepinv_ud2m.problem import Problem
 from deepinv_ud2m.randomness import SampleStreams, draw_seeds, randn
-from deepinv_ud2m.residual import check_residual, estimate_noise
+from deepinv_ud2m.residual import START_LEVEL, check_residual, estimate_noise
 from deepinv_ud2m.schedule import VPSchedule, check_sigmas
 
 
@@ -206,11 +206,12 @@ class UD2M(Reconstructor):
         """
         sigma_y = self.sigma_y if sigma_y is None else sigma_y
         networks = getattr(self.unfolded, "networks", None)
+        is_estimated = isinstance(sigma_y, str) and sigma_y == "estimate"
+        problem = self._problem(y, physics, START_LEVEL if is_estimated else sigma_y)
+        self._check_call(problem, num_samples, batch_size, generator)
         with CallCounter(networks or []) as counter:
-            if isinstance(sigma_y, str) and sigma_y == "estimate":
-                sigma_y = self.estimate_sigma_y(y, physics, generator=generator)
-            problem = self._problem(y, physics, sigma_y)
-            self._check_call(problem, num_samples, batch_size, generator)
+            if is_estimated:
+                problem = problem.of(problem.y, self._estimate(problem, generator).view(-1, 1, 1, 1))
             options = {"all_levels": return_trajectory, "verbose": verbose}
             sigmas, x_s, x0 = self._sample(problem, num_samples, batch_size, generator, **options)
         self.nfe = None if networks is None else counter.images / (num_samples * problem.shape[0])
@@ -258,14 +259,13 @@ class UD2M(Reconstructor):
         :returns: levels :math:`\sigma_y`, of shape `[B]`, in [0.001, 1].
         :raises TypeError: if the physics is not linear.
         """
-        problem = self._problem(y, physics, 0.05)
-        if not problem.is_linear:
-            raise TypeError(
-                f"sigma_y='estimate' needs a linear physics, got {type(physics).__name__}: give the level"
-            )
-        return estimate_noise(
-            problem, lambda p: self._as_images(p, self._sample(p, 1, None, generator)[2][-1, 0])
-        )
+        problem = self._problem(y, physics, START_LEVEL)
+        self._check_call(problem, 1, None, generator)
+        return self._estimate(problem, generator)
+
+    def _estimate(self, problem: Problem, generator: torch.Generator | None) -> Tensor:
+        sample = lambda p: self._as_images(p, self._sample(p, 1, None, generator)[2][-1, 0])  # noqa: E731
+        return estimate_noise(problem, sample)
 
     def first_state(self, like: Tensor, generator: torch.Generator | SampleStreams | None = None):
         """

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import deepinv as dinv
 import numpy as np
@@ -19,8 +19,9 @@ from torchvision.utils import save_image
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, WienerInitializer, load_prior
 from deepinv_ud2m.data import mnist_digits
 from deepinv_ud2m.metrics import DigitClassifier, energy_score
+from deepinv_ud2m.physics import make_physics
 from deepinv_ud2m.priors import random_prior
-from deepinv_ud2m.training import DiversityController, Recipe, Stage, distill
+from deepinv_ud2m.training import DiversityController, EnergyScoreLoss, Recipe, Stage, distill
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,9 @@ def test_digits_in_three_stages(tmp_path):
     weights = [value for _, value in history["eval: diversity/0"]]
     ratios = [value for _, value in history["eval: spread-skill ratio/0"]]
     assert len(weights) == 2 and weights[0] == pytest.approx(min(max(ratios[0] ** 0.5, 0.8), 1.2))
+    other = replace(recipe, rho=[2.0, 3.0], seed=1)
+    with pytest.raises(ValueError, match="holds a run of another recipe, with other rho, seed"):
+        distill("mnist", None, images, other, tmp_path)
     # Started again, it finds all stages done; stopped after the second, it goes on to the same bits.
     for gone in ("model", "2_end_to_end"):
         weights = (tmp_path / "model" / "model.safetensors").read_bytes()
@@ -121,6 +125,12 @@ def test_recipes_refuse_what_cannot_work(tmp_path):
     physics = [dinv.physics.Inpainting((1, 32, 32), mask=0.5, noise_model=noise)]
     small = miniature("mnist.yaml")
     own = Recipe([Stage("single", 1, 2)], sigmas=[78.7, 0.2], delta=[2.0], rho=[2.0], validation_images=2)
+    jpeg = make_physics("jpeg-10", (1, 32, 32))
+    # Told before the first stage is trained, which would take for ever.
+    few = {"sigmas": [78.7, 0.2], "delta": [2.0], "rho": [2.0], "validation_images": 2}
+    last = Recipe([Stage("single", 10**6, 2), Stage("initial", 1, 2)], **few)
+    wrong = Recipe([Stage("single", 10**6, 2)], **few)
+    unknown = replace(wrong, features="nothing")
     refused(
         (
             lambda: Recipe.read("nowhere.yaml"),
@@ -140,6 +150,15 @@ def test_recipes_refuse_what_cannot_work(tmp_path):
         ),
         (lambda: distill("mnist", None, digits, own, tmp_path), "physics must be given, or be tasks"),
         (lambda: distill("mnist", None, "folder", small, tmp_path), "fit_wiener needs images as a tensor"),
+        (
+            lambda: distill("mnist", [*physics, (physics[0], 1)], digits, last, tmp_path / "0"),
+            "or all without one",
+        ),
+        (
+            lambda: distill("mnist", [jpeg], digits, last, tmp_path / "1"),
+            "must have a linear one for the stage",
+        ),
+        (lambda: distill("mnist", physics, digits, unknown, tmp_path / "3"), "network must be"),
     )
 
 
@@ -153,6 +172,12 @@ def test_the_controller_of_diversity_finds_the_weight_that_calibrates():
         controller({f"spread-skill ratio/{i}": ratio.item() for i, ratio in enumerate(ratios)})
     expected = too_similar * (2 / (1 + too_similar**2)) ** 0.5  # sqrt(2) m / sqrt(1 + m^2)
     assert torch.allclose(torch.tensor(controller.state()), expected, atol=1e-3)
+    # The loss has the weights of the controller, not those at the start.
+    samples, x = torch.rand(2, 1, 1, 4, 4, generator=seeded()), torch.zeros(1, 1, 4, 4)
+    loss = EnergyScoreLoss(diversity_weight=controller.weights)
+    first = loss(x=x, samples=samples, physics=physics[0])
+    controller({"spread-skill ratio/0": 1.1, "spread-skill ratio/1": 1.0})
+    assert loss(x=x, samples=samples, physics=physics[0]) < first, "more weight on diversity"
     again = DiversityController(physics, kappa=0.5)
     again.load(controller.state())
     assert again.weights == controller.weights

@@ -95,6 +95,13 @@ def noise_level(physics: Physics, sigma_y: Scalar | None = None) -> Scalar:
     )
 
 
+def has_noise(physics: Physics) -> bool:
+    """Whether its noise model, or that of any child of a stack, is other than none."""
+    if isinstance(physics, StackedPhysics):
+        return any(has_noise(child) for child in physics.physics_list)
+    return not isinstance(physics.noise_model, ZeroNoise)
+
+
 def complaints(physics: Physics, y: Tensor) -> list[str]:
     """
     What is suspicious of a physics and its measurements.

@@ -149,7 +149,7 @@ class EnergyScoreLoss(WeightedLoss):
         where there are patches too. It should be frozen and treat images separately (default: ``None``,
         pixels).
     :param float, dict diversity_weight: c, in [0, 1.2] (default: 1), or one for each physics of the trainer,
-        ``{physics: c}``. The attribute may be changed between steps.
+        ``{physics: c}``. A dictionary is kept as it is, so that changes of it between steps take effect.
     :param float weight: weight of this loss in a sum, finite and non-negative (default: 1).
     :raises ValueError: for numbers outside of these ranges.
 
@@ -187,7 +187,7 @@ class EnergyScoreLoss(WeightedLoss):
             )
         self.features = features
         self.patch_size = None if patch_size is None else check_count("patch_size", patch_size)
-        self.diversity_weight = dict(diversity_weight) if is_map else diversity_weight
+        self.diversity_weight = diversity_weight  # a mapping itself: a controller changes it during training
 
     def forward(
         self, *, x: Tensor, samples: Tensor | None = None, physics: Physics | None = None, **kwargs
@@ -207,7 +207,7 @@ class EnergyScoreLoss(WeightedLoss):
         return self.weight * (error - self._weight_of(physics) * diversity / 2).mean(1)
 
     def _weight_of(self, physics: Physics | None) -> float:
-        if not isinstance(self.diversity_weight, dict):
+        if not isinstance(self.diversity_weight, Mapping):
             return self.diversity_weight
         if physics not in self.diversity_weight:
             known = [type(known).__name__ for known in self.diversity_weight]
@@ -242,7 +242,7 @@ class EnergyScoreLoss(WeightedLoss):
     def extra_repr(self) -> str:
         patches = "" if self.patch_size is None else f", patch_size={self.patch_size}"
         weights = self.diversity_weight
-        weights = weights.values() if isinstance(weights, dict) else [weights]
+        weights = weights.values() if isinstance(weights, Mapping) else [weights]
         weights = ", ".join(f"{c:g}" for c in weights)
         diversity = "" if weights == "1" else f", diversity_weight={weights}"
         return f"num_samples={self.num_samples}{patches}{diversity}, {super().extra_repr()}"

@@ -9,13 +9,14 @@ The stages of a recipe, each of which goes on where it was stopped:
 
 The losses of samples are energy scores of pixels, of patches and of what a network for images sees. In stages
 2 and 3 the weight of diversity in them follows the spread-skill ratio, for each physics by itself
-(:class:`DiversityController`).
+(:class:`deepinv_ud2m.training.DiversityController`).
 """
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -27,16 +28,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from deepinv_ud2m.checks import check_count
+from deepinv_ud2m.checks import check_count, check_device
 from deepinv_ud2m.data import RandomCrops
-from deepinv_ud2m.files import write_file
+from deepinv_ud2m.files import read_json, write_file
 from deepinv_ud2m.initializers import PosteriorMeanInitializer, WienerInitializer
 from deepinv_ud2m.metrics import DigitClassifier, PerceptualDistance, energy_score, spread_skill_ratio
 from deepinv_ud2m.physics import make_generator, make_physics
 from deepinv_ud2m.physics.traits import is_linear
 from deepinv_ud2m.priors import add_lora, load_prior
 from deepinv_ud2m.sampler import UD2M
+from deepinv_ud2m.training.controller import DiversityController
 from deepinv_ud2m.training.losses import EnergyScoreLoss, GaussianNLLLoss
+from deepinv_ud2m.training.randomness import find_generators, seed_all
 from deepinv_ud2m.training.sigmas import StateSigmas
 from deepinv_ud2m.training.stages import STAGES
 from deepinv_ud2m.training.trainer import DistillationTrainer
@@ -45,6 +48,9 @@ from deepinv_ud2m.unfolded import UnfoldedDenoiser
 
 #: Images that the Wiener filter is fitted to.
 _FITTED = 10_000
+
+#: The recipe of a run, in its folder.
+_RECIPE = "recipe.json"
 
 
 @dataclass
@@ -142,8 +148,10 @@ class Recipe:
         :param str, pathlib.Path file: the file, or the name of a recipe that ships: ``"default"``.
         :raises ValueError: for keys that are unknown or missing, or values of other types; it names them.
         """
-        from jsonargparse import ArgumentParser
-
+        try:
+            from jsonargparse import ArgumentParser
+        except ImportError as error:
+            raise ImportError("recipes in YAML need jsonargparse: pip install jsonargparse") from error
         shipped = files("deepinv_ud2m.training") / "recipes" / f"{file}.yaml"
         path = Path(str(shipped)) if shipped.is_file() else Path(file)
         if not path.is_file():
@@ -156,47 +164,6 @@ class Recipe:
             return cls(**vars(parser.instantiate_classes(parser.parse_path(path))))
         except Exception as error:  # jsonargparse's own and those of its parsers
             raise ValueError(f"{path} is no recipe: {error}") from error
-
-
-class DiversityController:
-    r"""
-    Sets the weight c of diversity in energy scores, for each physics, by what evaluations find:
-
-    .. math:: c \leftarrow c \, r^\kappa, \qquad c \in [0.8, 1.2],
-
-    where r is the spread-skill ratio of the samples of the sampler. r = 1 is calibrated; above 1, samples are
-    too similar, and c grows.
-
-    :param Sequence[deepinv.physics.Physics] physics: the physics of a trainer.
-    :param float kappa: :math:`\kappa`, non-negative.
-
-    The attribute ``weights``, ``{physics: c}``, is given to :class:`deepinv_ud2m.training.EnergyScoreLoss`.
-    """
-
-    low, high = 0.8, 1.2
-
-    def __init__(self, physics: Sequence[Physics], kappa: float):
-        self.weights, self.kappa = dict.fromkeys(physics, 1.0), kappa
-
-    def __call__(self, results: dict[str, float]) -> dict[str, float]:
-        """
-        Act on the results of an evaluation.
-
-        :returns: the new weights, by ``"diversity/number of the physics"``.
-        """
-        for i, (physics, c) in enumerate(self.weights.items()):
-            name = "spread-skill ratio"
-            ratio = results.get(f"{name}/{i}", results.get(name))
-            self.weights[physics] = min(max(c * ratio**self.kappa, self.low), self.high)
-        return {f"diversity/{i}": c for i, c in enumerate(self.weights.values())}
-
-    def state(self) -> list[float]:
-        """The weights, in the order of the physics."""
-        return list(self.weights.values())
-
-    def load(self, state: list[float]) -> None:
-        """Set the weights."""
-        self.weights.update(zip(self.weights, state, strict=True))
 
 
 def distill(
@@ -251,22 +218,40 @@ def distill(
         ...     model = distill("mnist", [physics], mnist_digits(num=8), recipe, folder, verbose=False)
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    torch.manual_seed(recipe.seed)
-    model = _sampler(prior, recipe, initial, images)
     if not physics and not recipe.tasks:
         raise ValueError("physics must be given, or be tasks of the recipe")
-    folder = Path(save_path)
+    check_device(device)
+    device, folder = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), Path(save_path)
+    _check_folder(folder, recipe)
+    torch.manual_seed(recipe.seed)
+    model = _sampler(prior, recipe, initial, images)
+    features = _features(recipe, device)
+    # All stages are made ready before the first is trained: what is wrong with the last is told at once.
+    crops, ready = {}, []
     for number, stage in enumerate(recipe.stages):
-        train, held_out = _data(images, recipe, stage, model.unfolded.prior_info)
-        of_stage = _physics(physics, recipe, stage, tuple(held_out.shape[1:]), device)
-        _run_stage(model, recipe, stage, of_stage, train, held_out, folder / f"{number}_{stage.stage}",
-                   fast=fast, device=device, verbose=verbose)  # fmt: skip
-    factor = _set_noise(model, recipe, of_stage, held_out, verbose) if len(recipe.factors) > 1 else 1.0
+        train, held_out = _data(images, recipe, stage, model.unfolded.prior_info, crops)
+        pairs = _physics(physics, recipe, stage, tuple(held_out.shape[1:]), device)
+        ready.append((stage, folder / f"{number}_{stage.stage}", pairs, train, held_out))
+    write_file(folder / _RECIPE, json.dumps(asdict(recipe), indent=1) + "\n")
+    options = {"fast": fast, "device": device, "verbose": verbose}
+    for stage in ready:
+        _run_stage(model, recipe, features, *stage, **options)
+    factor = _set_noise(model, recipe, pairs, held_out, verbose) if len(recipe.factors) > 1 else 1.0
     metadata = {"recipe": asdict(recipe), "factor of delta": factor}
     model.save_pretrained(folder / "model", metadata=metadata, dtype=torch.float16)
-    write_file(folder / "recipe.json", json.dumps(asdict(recipe), indent=1) + "\n")
     return model.eval()
+
+
+def _check_folder(folder: Path, recipe: Recipe) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    file, wanted = folder / _RECIPE, json.loads(json.dumps(asdict(recipe)))
+    there = read_json(file) if file.is_file() else wanted
+    changed = [name for name in wanted if there.get(name) != wanted[name]]
+    if changed:
+        raise ValueError(
+            f"save_path {folder} holds a run of another recipe, with other {', '.join(changed)}: give "
+            "another folder, or delete it"
+        )
 
 
 def _sampler(prior, recipe: Recipe, initial: nn.Module | None, images) -> UD2M:
@@ -300,16 +285,19 @@ def _sampler(prior, recipe: Recipe, initial: nn.Module | None, images) -> UD2M:
     return UD2M(unfolded, sigmas=recipe.sigmas, nominal_rmse=recipe.nominal_rmse)
 
 
-def _data(images, recipe: Recipe, stage: Stage, info) -> tuple[Dataset, Tensor]:
-    """Training images, and those that are held out."""
+def _data(images, recipe: Recipe, stage: Stage, info, crops: dict) -> tuple[Dataset, Tensor]:
+    """Training images, and those that are held out. Photographs are read once for each size of crops."""
     held = recipe.validation_images
     if isinstance(images, str | Path):
         if stage.size is None:
             raise ValueError(f"size of the stage {stage.stage!r} must be given, for crops of photographs")
-        channels = getattr(info, "channels", 3)
-        count = stage.steps * stage.batch_size
-        crops = RandomCrops(images, stage.size, count, channels, skip_small=True)
-        return crops, crops.hold_out(held)
+        if stage.size not in crops:
+            read = RandomCrops(images, stage.size, 1, getattr(info, "channels", 3), skip_small=True)
+            crops[stage.size] = read, read.hold_out(held)
+        read, held_out = crops[stage.size]
+        train = copy.copy(read)
+        train.num = stage.steps * stage.batch_size
+        return train, held_out
     if len(images) < held + stage.batch_size:
         raise ValueError(
             f"images must be at least {held + stage.batch_size}, {held} that are held out "
@@ -328,18 +316,25 @@ def _physics(given, recipe: Recipe, stage: Stage, shape, device) -> list[tuple]:
             (make_physics(task, shape, device=device), make_generator(task, shape, **options))
             for task in recipe.tasks
         ]
-    # An initial estimate is learned for linear operators only.
-    return [pair for pair in pairs if stage.stage != "initial" or is_linear(pair[0])]
+    if stage.stage == "initial":  # is learned for linear operators only
+        pairs = [pair for pair in pairs if is_linear(pair[0])]
+    if not pairs:
+        raise ValueError("physics must have a linear one for the stage 'initial'")
+    if len({generator is None for _, generator in pairs}) > 1:
+        raise ValueError("physics must all come with a generator, or all without one")
+    return pairs
 
 
-def _run_stage(model, recipe, stage, pairs, train, held_out, folder, *, fast, device, verbose) -> None:
+def _run_stage(
+    model, recipe, features, stage, folder, pairs, train, held_out, *, fast, device, verbose
+) -> None:
     physics, generators = zip(*pairs, strict=True)
     if (folder / "final").is_dir():  # done before
         model.unfolded.load_state(UD2M.from_pretrained(folder / "final", merge=False).unfolded.state())
         return
     of_samples = stage.stage != "initial"
     controller = DiversityController(physics, recipe.kappa) if of_samples and recipe.kappa else None
-    loss = _losses(recipe, controller, device) if of_samples else GaussianNLLLoss()
+    loss = _losses(recipe, controller, features) if of_samples else GaussianNLLLoss()
     groups = parameter_groups(model.unfolded, stage.lr, stage.lr_scalars, stage.lr)
     loader = DataLoader(train, stage.batch_size, shuffle=not isinstance(train, RandomCrops), drop_last=True)
     DistillationTrainer(
@@ -371,15 +366,20 @@ def _run_stage(model, recipe, stage, pairs, train, held_out, folder, *, fast, de
     ).train()
 
 
-def _losses(recipe: Recipe, controller: DiversityController | None, device) -> list[EnergyScoreLoss]:
+def _features(recipe: Recipe, device) -> Callable[[Tensor], Tensor] | None:
+    if not recipe.features:
+        return None
+    is_folder = Path(recipe.features).is_dir()
+    network = DigitClassifier.from_pretrained(recipe.features) if is_folder else recipe.features
+    return PerceptualDistance(network, device=device).embedding
+
+
+def _losses(recipe: Recipe, controller: DiversityController | None, features) -> list[EnergyScoreLoss]:
     options = {"diversity_weight": controller.weights if controller else 1.0}
     losses = [EnergyScoreLoss(**options)]
     if recipe.patch_weight:
         losses.append(EnergyScoreLoss(patch_size=recipe.patch_size, weight=recipe.patch_weight, **options))
-    if recipe.features:
-        is_folder = Path(recipe.features).is_dir()
-        network = DigitClassifier.from_pretrained(recipe.features) if is_folder else recipe.features
-        features = PerceptualDistance(network, device=device).embedding
+    if features is not None:
         losses.append(EnergyScoreLoss(features=features, weight=recipe.feature_weight, **options))
     return losses
 
@@ -393,12 +393,10 @@ def _set_noise(model: UD2M, recipe: Recipe, pairs: list[tuple], x: Tensor, verbo
         model.unfolded.log_delta.copy_(start + torch.tensor(factor).log())
         scores.append([])
         for i, (physics, generator) in enumerate(pairs):
-            torch.manual_seed(recipe.seed + i)
+            seed_all([recipe.seed, i], find_generators([physics], [generator]))
             if generator is not None:
-                generator.rng_manual_seed(recipe.seed + i)
                 physics.update(**generator.step(len(x)))
-            y = physics(x)
-            samples = model.sample(y, physics, recipe.validation_samples, generator=None)
+            samples = model.sample(physics(x), physics, recipe.validation_samples)
             scores[-1].append(energy_score(samples, x).mean())
     scores = torch.tensor(scores)
     best = recipe.factors[int((scores / scores.mean(0)).mean(1).argmin())]

@@ -97,7 +97,6 @@ def main():
     save_file(state, args.out / "model.safetensors")
     config = {
         "model": "DigitClassifier",
-        "architecture": {"num_features": 64, "channels": [24, 48, 64]},
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": "MNIST training digits (LeCun and Cortes; CC BY-SA 3.0), padded to 32x32",
         "augmentation": "rotation 10 degrees, scale 10 %, shift 2 pixels",

@@ -1,0 +1,48 @@
+"""The weight of diversity in energy scores, set by what evaluations find."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deepinv.physics import Physics
+
+
+class DiversityController:
+    r"""
+    Sets the weight c of diversity in energy scores, for each physics, by what evaluations find:
+
+    .. math:: c \leftarrow c \, r^\kappa, \qquad c \in [0.8, 1.2],
+
+    where r is the spread-skill ratio of the samples of the sampler. r = 1 is calibrated; above 1, samples are
+    too similar, and c grows.
+
+    :param Sequence[deepinv.physics.Physics] physics: the physics of a trainer.
+    :param float kappa: :math:`\kappa`, non-negative.
+
+    The attribute ``weights``, ``{physics: c}``, is given to :class:`deepinv_ud2m.training.EnergyScoreLoss`.
+    """
+
+    low, high = 0.8, 1.2
+
+    def __init__(self, physics: Sequence[Physics], kappa: float):
+        self.weights, self.kappa = dict.fromkeys(physics, 1.0), kappa
+
+    def __call__(self, results: dict[str, float]) -> dict[str, float]:
+        """
+        Act on the results of an evaluation.
+
+        :returns: the new weights, by ``"diversity/number of the physics"``.
+        """
+        for i, (physics, c) in enumerate(self.weights.items()):
+            name = "spread-skill ratio"
+            ratio = results.get(f"{name}/{i}", results.get(name))
+            self.weights[physics] = min(max(c * ratio**self.kappa, self.low), self.high)
+        return {f"diversity/{i}": c for i, c in enumerate(self.weights.values())}
+
+    def state(self) -> list[float]:
+        """The weights, in the order of the physics."""
+        return list(self.weights.values())
+
+    def load(self, state: list[float]) -> None:
+        """Set the weights."""
+        self.weights.update(zip(self.weights, state, strict=True))
