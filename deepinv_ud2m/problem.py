@@ -49,9 +49,9 @@ class Problem:
     :raises ValueError: for measurements that are empty, not finite or do not fit the physics, for complex
         images, and for a noise level that is missing or not positive.
 
-    It warns if a noise level is above 1, if the weights of a ``filter`` do not sum to 1, if y is not zero
-    where the operator measures nothing, if the adjoint of the physics is none, and if the physics has a
-    ``complaint`` about y (:mod:`deepinv_ud2m.physics.traits`).
+    It warns if a noise level is above 1, if y is of 8 bits, if the weights of a ``filter`` do not sum to 1,
+    if y is not zero where the operator measures nothing, if the adjoint of the physics is none, and if the
+    physics has a ``complaint`` about y (:mod:`deepinv_ud2m.physics.traits`).
 
     ============ =========================================================================
     ``y``        the measurements, as given
@@ -347,6 +347,11 @@ def _check_operator(physics, y: list[Tensor], again: list[Tensor], adjoint: Tens
             "will be wrong; deepinv.physics.adjoint_function makes an adjoint of any linear A",
             stacklevel=4,
         )
+    if any(not part.is_complex() and bool(part.abs().max() > 10) for part in y):
+        white = parts(physics.A(torch.ones_like(adjoint)))
+        for part, of_white in zip(y, white, strict=True):
+            if message := too_bright(part, of_white, level):
+                warnings.warn(message, stacklevel=4)
     for a, part in zip(again, y, strict=True):
         unseen = part[a == 0]
         if unseen.numel() and bool(unseen.abs().square().mean().sqrt() > 5 * torch.as_tensor(level).max()):
@@ -355,6 +360,15 @@ def _check_operator(physics, y: list[Tensor], again: list[Tensor], adjoint: Tens
                 f"{type(physics).__name__} measures nothing: is its mask inverted, or that of another image?",
                 stacklevel=4,
             )
+
+
+def too_bright(y: Tensor, of_white: Tensor, level: Scalar) -> str | None:
+    """Whether real measurements are larger than those of a white image by far."""
+    most, top = y.abs().max(), of_white.abs().max()
+    if y.is_complex() or bool(most <= 3 * top + 5 * torch.as_tensor(level).max()):
+        return None
+    limit = f"images in [0, 1] give at most {top:.3g}"
+    return f"y reaches {most:.3g}, where {limit} (divide images of 8 bits by 255)"
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from deepinv_ud2m.problem import Problem, parts
+from deepinv_ud2m.problem import Problem, parts, too_bright
 
 #: Root mean square residuals, in noise levels, beyond which a sample contradicts its problem. Those of the
 #: shipped samplers in right problems are 0.8 to 1.5 at noise levels of 0.025 or more.
@@ -143,12 +143,9 @@ def _of_range(problem: Problem, pairs: list, image: int) -> Iterator[str]:
     for (a, y), of_white in zip(pairs, white, strict=True):
         if y.is_complex():
             continue
-        noise, top = 5 * problem.sigma_y.max(), of_white.abs().max()
-        if bool(y[image].abs().max() > 3 * top + noise):
-            yield (
-                f"y reaches {y[image].abs().max():.3g}, where images in [0, 1] give at most {top:.3g} "
-                "(divide images of 8 bits by 255)"
-            )
+        top = of_white.abs().max()
+        if message := too_bright(y[image], of_white, problem.sigma_y):
+            yield message
         elif bool((of_white >= 0).all()) and bool((y[image] < -0.3 * top).float().mean() > 0.01):
             yield f"y is negative, down to {y[image].min():.2g}: images in [-1, 1] must be moved to [0, 1]"
         else:

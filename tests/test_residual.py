@@ -14,7 +14,7 @@ from deepinv_ud2m.checkpoint import PRETRAINED
 from deepinv_ud2m.data import mnist_digits, photograph
 from deepinv_ud2m.physics import TASKS, make_physics
 from deepinv_ud2m.physics.traits import is_linear
-from deepinv_ud2m.residual import relative_residual
+from deepinv_ud2m.residual import check_residual, relative_residual
 
 QUICK = {"mnist", "photos"}
 SAMPLERS = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PRETRAINED]
@@ -192,3 +192,24 @@ def test_nothing_is_said_of_operators_that_are_not_linear():
         TypeError, match=r"sigma_y must be a number.*got '0\.1'; samplers also take 'estimate'"
     ):
         model(physics(x), physics, sigma_y="0.1")
+
+
+def test_large_stacked_and_half_precision_measurements():
+    """A warning must not lose the samples of a large image; noise-free stacks and rounding must not warn."""
+    denoising = dinv.physics.Denoising(GaussianNoise(0.05))
+    x = torch.rand(1, 1, 4200, 4200, generator=seeded())  # beyond 2^24 pixels torch.quantile refuses
+    with pytest.warns(UserWarning, match=r"images in \[-1, 1\] must be moved"):
+        check_residual(Problem(2 * x - 1, denoising), x)
+    stack = dinv.physics.StackedLinearPhysics([Blur(KERNEL, padding="valid"), Blur(KERNEL, padding="valid")])
+    x = torch.rand(1, 1, 32, 32, generator=seeded())
+    problem = Problem(stack(x), stack)
+    assert problem.level_is_assumed and messages(lambda: check_residual(problem, x)) == []
+    for dtype in (torch.float16, torch.bfloat16):
+        assert messages(lambda dtype=dtype: Problem(x.to(dtype), denoising)) == []
+
+
+def test_a_count_of_samples_is_checked_before_the_noise_level_is_sought():
+    x, model = images_of("photos")[..., :64, :64], UD2M.from_pretrained("photos")
+    model.unfolded.draw = None  # nothing is drawn
+    with pytest.raises(ValueError, match="num_samples must be"):
+        model.sample(x, dinv.physics.Denoising(), 0, sigma_y="estimate")

@@ -195,7 +195,9 @@ def _tomography(angles: int) -> Callable[[Shape], Physics]:
     def operator(shape: Shape) -> Physics:
         if shape[1] != shape[2]:
             raise ValueError(f"shape must be (C, H, W) with H = W for tomography, got {shape}")
-        scanner = Tomography(angles, img_width=shape[2], normalize=True)
+        with torch.random.fork_rng(devices=[]):  # it finds its norm from a random image
+            torch.manual_seed(0)
+            scanner = Tomography(angles, img_width=shape[2], normalize=True)
         return ChannelMap.grey(tabulate(scanner, (1, *shape[1:])), shape[0])
 
     return operator
@@ -278,6 +280,9 @@ TASKS = {
     ),
     "deblur-motion-valid": Task(
         "motion deblurring, unseen borders", _bordered(_path, "valid"), _motion_blurs
+    ),
+    "deblur-motion-reflect": Task(
+        "motion deblurring, reflected borders", _bordered(_path, "reflect"), _motion_blurs
     ),
     "sr2-matlab": Task("super-resolution x2, file", lambda shape: DownsamplingMatlab(factor=2)),
     "sr4-matlab": Task("super-resolution x4, file", lambda shape: DownsamplingMatlab(factor=4)),
