@@ -21,8 +21,8 @@ the RMSE h(y) of its estimate at the first level. All levels but the first and t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -40,6 +40,7 @@ from deepinv_ud2m.problem import Problem
 from deepinv_ud2m.randomness import SampleStreams, draw_seeds, randn
 from deepinv_ud2m.residual import START_LEVEL, check_residual, estimate_noise
 from deepinv_ud2m.schedule import VPSchedule, check_sigmas
+from deepinv_ud2m.uncertainty import Conformal
 
 
 @dataclass
@@ -81,6 +82,9 @@ class UD2M(Reconstructor):
     :param float, torch.Tensor, str, None sigma_y: noise level of measurements when the call gives none, or
         ``"estimate"`` (default: that of the physics). Callers such as ``deepinv.test`` need it where the
         noise is not Gaussian. It can be set later. :meth:`save_pretrained` does not store it.
+    :param Mapping conformal: intervals of calibrated coverage by name, such as that of the task they were
+        fitted to, each a :class:`deepinv_ud2m.uncertainty.Conformal` or its arguments (default: none). It is
+        the attribute ``conformal``, and :meth:`save_pretrained` stores it.
     :raises TypeError: for an argument of a wrong type, or an ``unfolded`` without ``draw``.
     :raises ValueError: for other values, ``sigmas`` together with ``num_steps`` or ``schedule``, or a
         ``nominal_rmse`` where no initializer predicts its error.
@@ -121,6 +125,7 @@ class UD2M(Reconstructor):
         output_range: tuple[float, float] | None = (0.0, 1.0),
         nominal_rmse: float | None = None,
         sigma_y: Scalar | str | None = None,
+        conformal: Mapping[str, Conformal | Mapping] | None = None,
     ):
         super().__init__()
         if not isinstance(unfolded, nn.Module) or not callable(getattr(unfolded, "draw", None)):
@@ -135,6 +140,7 @@ class UD2M(Reconstructor):
         self.unfolded, self.eta = unfolded, check_number("eta", eta, 0, 1)
         self.output_range = check_interval("output_range", output_range)
         self.nominal_rmse, self.sigma_y = _check_nominal_rmse(nominal_rmse, unfolded), sigma_y
+        self.conformal = {name: Conformal.of(one) for name, one in (conformal or {}).items()}
         if sigmas is None:
             schedule = schedule if schedule is not None else VPSchedule()
             num_steps = 3 if num_steps is None else check_count("num_steps", num_steps)
@@ -344,6 +350,7 @@ class UD2M(Reconstructor):
             "eta": self.eta,
             "output_range": None if self.output_range is None else list(self.output_range),
             "nominal_rmse": self.nominal_rmse,
+            **({"conformal": {k: asdict(v) for k, v in self.conformal.items()}} if self.conformal else {}),
         }
 
     def save_pretrained(self, folder: str | Path, **options) -> None:
