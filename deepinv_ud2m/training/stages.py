@@ -25,8 +25,13 @@ def initial(model: UD2M, problem: Problem, x: Tensor, sigmas: Callable, num_samp
 def single(model: UD2M, problem: Problem, x: Tensor, sigmas: Callable, num_samples: int) -> dict:
     r"""Samples of :math:`p(x \mid y, x_s)` at a random level s for each image."""
     states = _states(x, sigmas)
-    x_s, sigma = states["x_s"].repeat(num_samples, 1, 1, 1), states["sigma"].repeat(num_samples)
-    samples = model.unfolded.draw(problem.repeat(num_samples), x_s, sigma)
+    # All samples of a state have the same initial estimate: one network evaluation in place of S.
+    initial = model.unfolded.initial_estimate(problem, **states)
+    initial, (x_s, sigma) = (
+        [part.repeat(num_samples, *[1] * (part.ndim - 1)) for part in parts]
+        for parts in (initial, (states["x_s"], states["sigma"]))
+    )
+    samples = model.unfolded.draw(problem.repeat(num_samples), x_s, sigma, initial=tuple(initial))
     return {**states, "samples": samples.unflatten(0, (num_samples, len(x)))}
 
 

@@ -244,7 +244,7 @@ class DistillationTrainer(Trainer):
         if not train:
             return
         self.completed, self.evaluated, self._saved = 0, 0, 0
-        self.skipped, self.skipped_in_a_row, self.best = 0, 0, math.inf
+        self.skipped, self.skipped_in_a_row, self.best, self.found = 0, 0, math.inf, {}
         self.history, self.averaged = History(), MovingAverage(self.trained.values(), self.ema_decay)
         losses = [*self.losses, *(self.adversary.losses if self.adversary else [])]
         self.seeded = find_generators(self.physics, self.physics_generator, losses, list(self.generators))
@@ -278,7 +278,8 @@ class DistillationTrainer(Trainer):
         with checkpoints.lock(self.folder) if self.writes else nullcontext():
             self.setup_train()
             show = self.verbose and self.show_progress_bar
-            with tqdm(desc="Distillation", total=self.steps, initial=self.completed, disable=not show) as bar:
+            title = (self.settings or {}).get("stage", self.stage)
+            with tqdm(desc=title, total=self.steps, initial=self.completed, disable=not show) as bar:
                 try:
                     self._train(bar)
                 except KeyboardInterrupt:
@@ -309,7 +310,8 @@ class DistillationTrainer(Trainer):
             logs = self.train_step(self.completed)
             bar.update()
             if self.completed % self.freq_update_progress_bar == 0:
-                bar.set_postfix({n: f"{v:.4g}" for n, v in logs.items()} | {"skipped": self.skipped})
+                shown = logs | {n: v for n, v in self.found.items() if "/" not in n}
+                bar.set_postfix({n: f"{v:.4g}" for n, v in shown.items()} | {"skipped": self.skipped})
             if self.skipped_in_a_row >= self.max_skipped:
                 self._save()
                 raise RuntimeError(
@@ -428,6 +430,7 @@ class DistillationTrainer(Trainer):
             if self.controller is not None:
                 results |= self.controller(results)
             self._record(results, "eval: ")
+            self.found = results
             self.evaluated = self.completed
             if score < self.best:
                 self.best = score
