@@ -1,15 +1,9 @@
 """The examples, as a user would start them, with smaller images where they take long."""
 
 import importlib
-import json
-import os
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
-import torch
-from conftest import seeded
 from PIL import Image
 from scripts import EXAMPLES, run
 from torchvision.utils import save_image
@@ -137,57 +131,6 @@ def test_a_training_of_ones_own(helpers, tmp_path):
     scores = [line.split("score ")[1].split()[0] for line in printed.splitlines() if "energy score" in line]
     assert len(scores) == 2 and min(map(float, scores)) > 0
     check_figure(tmp_path / "your_training.webp")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    generator = seeded(0)
-    (tmp_path / "in").mkdir()
-    for i in range(3):
-        image = torch.nn.functional.interpolate(torch.rand(1, 3, 5, 6, generator=generator), (34, 41))
-        save_image(image, tmp_path / "in" / f"{i}.png")
-    return tmp_path / "in"
-
-
-def test_a_folder_is_restored_and_a_run_goes_on(folder, tmp_path):
-    out = tmp_path / "out"
-    arguments = ["--images", folder, "--samples", 2, "--task", "inpaint-random", "--out", out]
-    run("sample_folder.py", *arguments)
-    assert len(list(out.iterdir())) == 3 * 5
-    done = json.loads((out / "1.png.json").read_text())
-    assert done["nfe"] == 9 and done["options"]["task"] == "inpaint-random"
-    (out / "1.png.json").unlink()
-    kept = (out / "2.png_mean.png").stat().st_mtime_ns
-    run("sample_folder.py", *arguments)
-    assert (out / "1.png.json").is_file()
-    assert (out / "2.png_mean.png").stat().st_mtime_ns == kept
-    run("sample_folder.py", *arguments, "--sigma-y", 0.05)  # other options, done anew
-    assert (out / "2.png_mean.png").stat().st_mtime_ns > kept
-
-
-def test_what_a_folder_cannot_be_restored_with(folder, tmp_path):
-    (tmp_path / "empty").mkdir()
-    for options, message in (
-        (["--images", tmp_path / "empty"], "has no images"),
-        (["--samples", 1], "--samples must be at least 2"),
-        (["--out", folder], "--out must be another folder"),
-    ):
-        printed = run("sample_folder.py", "--images", folder, *options)
-        assert message in printed and "stopped: 2" in printed
-
-
-@pytest.mark.slow
-def test_a_folder_is_shared_by_processes(folder, tmp_path):
-    command = [str(EXAMPLES / "sample_folder.py"), "--images", str(folder), "--samples", "2", "--out"]
-    launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]}
-    for name, launcher in launchers.items():
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        line = [sys.executable, *launcher, *command, str(tmp_path / name)]
-        subprocess.run(line, check=True, env=environment, timeout=300)
-    files = sorted(file.name for file in (tmp_path / "one").iterdir())
-    assert len(files) == 3 * 5
-    for name in files:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 
 @pytest.mark.slow
