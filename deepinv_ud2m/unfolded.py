@@ -11,6 +11,7 @@ positive :math:`\rho_k, \lambda_k, \delta_k`:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -29,6 +30,7 @@ from deepinv_ud2m.checks import (
     differences,
     expand_scalar,
     shapes,
+    shorten,
 )
 from deepinv_ud2m.initializers import Initializer, WienerInitializer
 from deepinv_ud2m.priors import (
@@ -145,9 +147,17 @@ class UnfoldedDenoiser(Reconstructor):
             setattr(self, f"log_{name}", nn.Parameter(torch.zeros(1 if shared else num_iterations)))
         self.checkpointing = False
         self.train_prior = train_prior if isinstance(train_prior, str) else _names(train_prior)
+        # A prior with LoRA was frozen when it got it: what needs a gradient now was freed by its owner.
+        freed = [n for n, p in denoiser.named_parameters() if p.requires_grad] if has_lora(denoiser) else []
         freeze_prior(denoiser)
         for parameter in self._prior_parameters().values():
             parameter.requires_grad_(True)
+        if frozen := [n for n in freed if not denoiser.get_parameter(n).requires_grad]:
+            warnings.warn(
+                f"{shorten(frozen)} of the prior are frozen again, though they required a gradient: name "
+                "them in train_prior to train and store them",
+                stacklevel=2,
+            )
 
     def _multipliers(self, name: str, values: float | Sequence[float]) -> Tensor:
         try:

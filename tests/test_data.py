@@ -10,7 +10,7 @@ from conftest import refused
 from PIL import Image
 
 from deepinv_ud2m import data
-from deepinv_ud2m.data import RandomCrops, load_mnist, mnist_arrays, mnist_digits, photograph
+from deepinv_ud2m.data import RandomCrops, ResizedCrops, load_mnist, mnist_arrays, mnist_digits, photograph
 
 
 @pytest.fixture
@@ -133,6 +133,28 @@ def test_crops_repeat_with_the_global_seed(folder):
     assert drawn[0].min() >= 0 and drawn[0].max() <= 1
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     assert RandomCrops(folder, 32, 5, channels=1)[0].shape == (1, 32, 32)
+
+
+def test_resized_crops_have_room_for_the_shorter_side_only(folder):
+    """Of all subfolders; what is held out is not drawn."""
+    (folder / "n01").mkdir()
+    save_image(torch.zeros(1, 3, 40, 60), folder / "n01" / "black.PNG")
+    save_image(torch.ones(1, 3, 64, 40), folder / "n01" / "white.JPEG")
+    crops = ResizedCrops(folder, 32, num=40)
+    held = crops.hold_out(1)
+    assert held.shape == (1, 3, 32, 32) and held.min() > 0.99
+    torch.manual_seed(0)
+    drawn = torch.stack(list(crops))
+    assert drawn.shape == (40, 3, 32, 32) and drawn.mean((1, 2, 3)).max() < 0.99
+    assert (drawn.amax((1, 2, 3)) < 0.01).sum() > 3
+    # The photograph of 128 x 160 becomes 32 x 40, from which columns are cut, mirrored or not.
+    image = photograph("chelsea")[..., :128, :160].mul(255).round().div(255)
+    small = torch.nn.functional.interpolate(image, (32, 40), mode="bilinear", antialias=True)[0]
+    windows = torch.stack([part for i in range(9) for part in (small[..., i : i + 32],) * 2])
+    windows[1::2] = windows[1::2].flip(-1)
+    distances = (drawn[:, None] - windows).abs().amax((2, 3, 4)).amin(1)
+    assert (distances < 1e-4).sum() > 3
+    refused((lambda: crops.hold_out(3), "num must be below the 3 images"))
 
 
 def test_without_reduction_a_crop_is_a_part_of_the_photograph_turned(tmp_path):

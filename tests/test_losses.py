@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import refused
 from distillation import make_discriminator, rand, randn
 from torch import nn
 
@@ -97,13 +98,17 @@ def test_the_squared_error_over_the_variance_of_the_state_is_that_of_the_noise()
     """As in the paper's code, with images in [-1, 1] and a variance-preserving state."""
     x, x_hat, eps = rand(4, 3, 8, 8), rand(4, 3, 8, 8, seed=1), randn(4, 3, 8, 8)
     expected = nn.functional.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))
-    loss = L2Loss()(x=x, x_net=x_hat)
-    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(L2Loss()(x=x, x_net=x_hat), expected)
     s = torch.tensor([0.01, 0.3, 2.0, 78.0], dtype=torch.float64)
     abar = 1 / (1 + 4 * s.reshape(-1, 1, 1, 1) ** 2)
     v = abar.sqrt() * (2 * x - 1) + (1 - abar).sqrt() * eps
     eps_hat = (v - abar.sqrt() * (2 * x_hat - 1)) / (1 - abar).sqrt()
-    torch.testing.assert_close(loss / s**2, (eps_hat - eps).square().mean((1, 2, 3)), rtol=1e-9, atol=0)
+    of_noise = L2Loss(of="noise")(x=x, x_net=x_hat, sigma=s)
+    torch.testing.assert_close(of_noise, (eps_hat - eps).square().mean((1, 2, 3)), rtol=1e-9, atol=0)
+    refused(
+        (lambda: L2Loss(of="noise")(x=x, x_net=x_hat), "sigma, the level of the states, is needed"),
+        (lambda: L2Loss(of="state"), "of must be 'image' or 'noise'"),
+    )
 
 
 def test_the_likelihood_is_gaussian_and_highest_at_the_rms_error():

@@ -54,7 +54,8 @@ def miniature(file, **changes):
     size = None if file == "mnist.yaml" else 32
     recipe.stages = [Stage(s, 2, 2, size) for s in ("initial", "single", "end_to_end")]
     small = {"evaluations": 2, "validation_images": 2, "validation_samples": 2, "factors": [0.8, 1.0]}
-    for name, value in {**small, "features": None, **changes}.items():
+    small["losses"] = [loss for loss in recipe.losses if "features" not in loss]
+    for name, value in {**small, **changes}.items():
         setattr(recipe, name, value)
     return recipe
 
@@ -130,7 +131,7 @@ def test_recipes_refuse_what_cannot_work(tmp_path):
     few = {"sigmas": [78.7, 0.2], "delta": [2.0], "rho": [2.0], "validation_images": 2}
     last = Recipe([Stage("single", 10**6, 2), Stage("initial", 1, 2)], **few)
     wrong = Recipe([Stage("single", 10**6, 2)], **few)
-    unknown = replace(wrong, features="nothing")
+    unknown = replace(wrong, losses=[{"loss": "energy", "features": "nothing"}])
     refused(
         (
             lambda: Recipe.read("nowhere.yaml"),
@@ -138,16 +139,22 @@ def test_recipes_refuse_what_cannot_work(tmp_path):
         ),
         (lambda: Stage("alone", 1, 2), "stage must be one of"),
         (lambda: Stage("single", 0, 2), "steps must be"),
-        (lambda: Recipe([], [1.0], [1.0, 2.0], [1.0]), "delta and rho must have one value per iteration"),
+        (lambda: Recipe([], [1.0, 2.0], [1.0], [1.0]), "delta and rho must have one value per iteration"),
         (
-            lambda: Recipe([], [1.0], [1.0], [1.0], nominal_rmse=0.1, learned=False),
-            "nominal_rmse needs learned",
+            lambda: Recipe([], [1.0], [1.0], [1.0], nominal_rmse=0.1, initial="wiener"),
+            "nominal_rmse needs initial: learned",
         ),
         (lambda: distill("mnist", physics, digits[:3], own, tmp_path), "images must be at least 4"),
         (
             lambda: distill(load_prior("mnist"), physics, digits, own, tmp_path),
-            "learned: true needs a",
+            "initial: learned needs a prior by name",
         ),
+        (lambda: Recipe([], [1.0], [1.0]), "either sigmas or num_steps"),
+        (lambda: replace(own, initial="ram2"), "initial must be one of"),
+        (lambda: replace(own, losses=[{"loss": "l3"}]), "losses must be .loss: name"),
+        (lambda: replace(own, losses=[{"loss": "l2", "off": "noise"}]), "losses: .* argument 'off'"),
+        (lambda: replace(own, losses=[{"loss": "perceptual"}]), "losses: .* 'network'"),
+        (lambda: distill(None, physics, digits, own, tmp_path), "prior must be given, or be named"),
         (lambda: distill("mnist", None, digits, own, tmp_path), "physics must be given, or be tasks"),
         (lambda: distill("mnist", None, "folder", small, tmp_path), "fit_wiener needs images as a tensor"),
         (
@@ -214,7 +221,8 @@ def test_a_classifier_of_digits(digits, tmp_path):
     features = DigitClassifier.from_pretrained(tmp_path / "c").features(mnist_digits("test", num=64))
     assert features.shape == (64, 64) and 0.5 < features.std() < 2
     assert json.loads((tmp_path / "c" / "config.json").read_text())["training_digits"] == 256
-    recipe = miniature("mnist.yaml", features=str(tmp_path / "c"))
+    losses = [{"loss": "energy", "features": str(tmp_path / "c")}]
+    recipe = miniature("mnist.yaml", losses=losses)
     recipe.stages = [Stage("single", 1, 2)]
     distill("mnist", None, mnist_digits("validation"), recipe, tmp_path / "run", verbose=False)
     history = json.loads((tmp_path / "run" / "0_single" / "history.json").read_text())
@@ -234,16 +242,6 @@ def test_the_file_of_digits(tmp_path):
     assert "holds 99 digits, not the 10 000" in printed
 
 
-def test_arguments_that_do_not_fit(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for script, *options, message in (
-        ("imagenet.py", "--train", "nowhere", "--train: there is no folder nowhere"),
-        ("imagenet.py", "--train", tmp_path, "images, a batch has 2"),
-    ):
-        printed = run(f"recipes/{script}", *options)
-        assert message in printed and "stopped: " in printed
-
-
 @pytest.mark.slow
 def test_a_prior_of_digits(digits, tmp_path):
     arguments = ["--train", digits, "--test", digits, "--out", tmp_path, "--quick"]
@@ -261,30 +259,57 @@ def test_a_prior_of_photographs(photos, tmp_path):
     assert load_prior(tmp_path)(torch.zeros(1, 3, 32, 32), 0.1).shape == (1, 3, 32, 32)
 
 
+def train(*arguments, launcher=(), **options):
+    """``python -m deepinv_ud2m.training`` in a process of its own."""
+    command = [sys.executable, *launcher, "-m", "deepinv_ud2m.training", *arguments]
+    options |= {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "timeout": 600, "text": True}
+    return subprocess.run(list(map(str, command)), capture_output=True, check=False, **options)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [["--checkpointing"], ["--ram"], ["--dataset", "lsun"]])
-def test_imagenet(options, photos, tmp_path):
-    pytest.importorskip("efficientnet_lite_pytorch")
+@pytest.mark.parametrize("name", ["imagenet", "imagenet_ram", "lsun", "lsun_ram", "mnist_paper"])
+def test_recipes_of_the_paper_in_miniature(name, photos, digits, tmp_path):
+    """All losses, LPIPS and the adversary included, all tasks, and the held-out images."""
     pytest.importorskip("diffusers")
-    printed = run("recipes/imagenet.py", "--train", photos, "--out", tmp_path, "--smoke", *options)
-    assert "parameters are trained" in printed
-    for file in ("checkpoint.pt", "samples_0.png", "model/model.safetensors"):
+    images = digits if name == "mnist_paper" else photos
+    recipe = EXAMPLES / "recipes" / f"{name}.yaml"
+    result = train(recipe, "--images", images, "--out", tmp_path, "--smoke", "--checkpointing")
+    assert result.returncode == 0, result.stderr
+    for file in ("0_single/checkpoint.pt", "0_single/samples_0.png", "model/model.safetensors"):
         assert (tmp_path / file).is_file()
-    if "--ram" not in options:  # the prior has random weights, from the seed of the run
+    history = json.loads((tmp_path / "0_single" / "history.json").read_text())
+    losses = {"L2Loss", "PerceptualLoss", "AdversarialGeneratorLoss", "D AdversarialDiscriminatorLoss"}
+    assert losses <= set(history) and "eval: energy score" in history
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    trained = {key.split(".")[0] for key in config["weights"]["tensors"]}
+    assert trained >= ({"adapter", "scalars"} | ({"initializer"} if "ram" in name else set()))
+    assert config["metadata"]["recipe"]["losses"][0] == {"loss": "l2", "of": "noise"}
+    if name in ("imagenet", "lsun"):  # the prior has random weights, from the seed of the run
         torch.manual_seed(0)
-        prior = random_prior("lsun-bedroom256" if "lsun" in options else "imagenet256")
-        assert UD2M.from_pretrained(tmp_path / "model", prior=prior).num_steps == 3
+        prior = random_prior({"imagenet": "imagenet256", "lsun": "lsun-bedroom256"}[name])
+        model = UD2M.from_pretrained(tmp_path / "model", prior=prior)
+        assert (model.num_steps, model.eta) == (3, 0.8)
 
 
 @pytest.mark.slow
-def test_imagenet_in_two_processes(photos, tmp_path):
-    pytest.importorskip("efficientnet_lite_pytorch")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    recipe = [EXAMPLES / "recipes" / "imagenet.py", "--train", photos, "--out", tmp_path, "--smoke"]
+def test_a_recipe_of_the_paper_in_two_processes(photos, tmp_path):
+    pytest.importorskip("diffusers")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = [EXAMPLES / "recipes" / "imagenet.yaml", "--images", photos, "--smoke"]
     for accumulate, fails in ((2, False), (1, True)):
-        command = [*launcher, *recipe, "--accumulate", accumulate]
-        options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "timeout": 600, "text": True}
-        result = subprocess.run(list(map(str, command)), capture_output=True, check=False, **options)
+        options = ["--accumulate", accumulate, "--out", tmp_path / str(accumulate)]
+        result = train(*arguments, *options, launcher=launcher)
         assert bool(result.returncode) is fails, result.stderr
-    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "2" / "model" / "model.safetensors").is_file()
     assert "accumulate must be a multiple of the number of processes" in result.stderr
+
+
+def test_values_in_the_place_of_those_of_a_recipe(photos, tmp_path):
+    file = EXAMPLES / "recipes" / "mnist_paper.yaml"
+    recipe = Recipe.read(file, num_steps=8, delta=[1.0, 1.0], rho=[1.0, 1.0], losses=[{"loss": "energy"}])
+    assert (recipe.num_steps, recipe.delta, recipe.rank) == (8, [1.0, 1.0], 5)
+    refused((lambda: Recipe.read(file, num_step=8), "mnist_paper.yaml is no recipe: .*num_step"))
+    result = train(file, "--images", photos, "--set", "num_steps")
+    assert result.returncode == 1 and "--set must be of the form key=value" in result.stderr
+    result = train(EXAMPLES / "recipes" / "imagenet.yaml", "--images", photos, "--out", tmp_path)
+    assert result.returncode == 1 and "2211 MB" in result.stderr.replace("2.2 GB", "2211 MB"), result.stderr

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -170,6 +171,17 @@ def test_what_is_declared_is_trained_and_stored(tiny_prior, train_prior, adapter
         unfolded.requires_grad_(flag)
         assert list(unfolded.state()) == list(stored)
         assert list(unfolded.trained_parameters()) == list(trained)
+
+
+def test_a_layer_that_was_freed_is_not_frozen_in_silence(tiny_prior):
+    add_lora(tiny_prior, rank=2)
+    tiny_prior.get_submodule(OUT).requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"weight.* are frozen again.* name them in train_prior"):
+        UnfoldedDenoiser(tiny_prior)
+    tiny_prior.get_submodule(OUT).requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        UnfoldedDenoiser(tiny_prior, train_prior=[OUT])
 
 
 def test_an_output_layer_that_is_named_is_trained(tiny_prior):

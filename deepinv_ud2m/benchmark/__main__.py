@@ -15,7 +15,8 @@ from torch import Tensor
 
 from deepinv_ud2m.benchmark.cost import measure_cost
 from deepinv_ud2m.benchmark.gaussian import compare_with_posterior
-from deepinv_ud2m.benchmark.methods import METHODS, Method, Search, load_file, read_methods
+from deepinv_ud2m.benchmark.methods import METHODS, Entry, Method, Search, load_file, read_methods
+from deepinv_ud2m.benchmark.paper import make_study, measure_table, plan
 from deepinv_ud2m.benchmark.report import report
 from deepinv_ud2m.benchmark.run import Study, perceptual_metric, run
 from deepinv_ud2m.benchmark.tune import CRITERIA, tune
@@ -32,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = _parser().parse_args(argv)
     try:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.command is not _run:
-            raise ValueError("only run shares its work between processes: start the others without torchrun")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.command not in (_run, _paper):
+            raise ValueError("only run and paper share their work between processes: no torchrun here")
         if args.method_file:
             load_file(args.method_file, "METHODS", METHODS, Method)
         if args.task_file:
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         if unknown := sorted({*args.tasks} - {*TASKS}):
             raise ValueError(f"tasks must be of {sorted(TASKS)}, got {unknown}")
         args.command(args)
-    except (ValueError, OSError, ImportError, yaml.YAMLError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, yaml.YAMLError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -86,6 +87,23 @@ def _gaussian(args: argparse.Namespace) -> None:
     print((args.out / "report.md").read_text())
 
 
+def _paper(args: argparse.Namespace) -> None:
+    state = PartialState(cpu=args.device == "cpu")
+    args.device = str(state.device) if args.device == "cuda" else args.device
+    entries = [Entry("ud2m-distilled", f"UD2M {Path(c).name}", {"checkpoint": c}) for c in args.checkpoints]
+    methods = entries + read_methods(args.methods or ["diffpir", "dps", "ddrm"])
+    names = ("number", "weights", "settings", "perceptual", "download", "smoke", "batch_size", "device")
+    options = {name: getattr(args, name) for name in names}
+    missing = [] if args.dry_run else None
+    study = make_study(args.table, args.images, methods, missing=missing, **options)
+    if args.dry_run:
+        print("\n".join([*(f"missing: {what}" for what in missing), plan(args.table, study)]))
+        return
+    measure_table(args.out, args.table, study, args.bfloat16)
+    if state.is_main_process:
+        print((args.out / "paper.md").read_text())
+
+
 def _study(args: argparse.Namespace, *given) -> Study:
     """What is compared; prior and images are loaded unless they are given."""
     prior, x = given or _load(args)
@@ -128,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         (_report, "runs/benchmark", "write tables and figures of a folder of results"),
         (_cost, "runs/cost", "measure time and memory, and the time of the network evaluations alone"),
         (_gaussian, "runs/gaussian", "compare methods with the exact posterior of a Gaussian prior"),
+        (_paper, "runs/paper", "measure a table of the paper, beside its figures"),
     ):
         name = command.__name__[1:]
         subs[name] = commands.add_parser(name, help=text, description=text)
@@ -168,6 +187,20 @@ def _parser() -> argparse.ArgumentParser:
     add("run", "--batch-size", "images sampled together", type=int, default=16)
     add("cost", "--batch-sizes", "images sampled together", type=int, nargs="+", default=[1, 16])
     add("cost", "--rounds", "times each method is measured", type=int, default=5)
+    add("paper", "--table", "1: ImageNet, 2: LSUN Bedroom", type=int, choices=[1, 2], required=True)
+    add("paper", "--images", "folder of the images, subfolders included", required=True)
+    add("paper", "--checkpoints", "folders of distilled samplers", nargs="+", default=[])
+    add("paper", "--methods", "as of run; by default diffpir, dps and ddrm", nargs="+")
+    add("paper", "--settings", "files of tune, searched for the perceptual distance", nargs="+")
+    add("paper", "--number", "images (default: 1500 and 300, as the paper)", type=int)
+    add("paper", "--weights", "file or folder of the weights of the prior")
+    add("paper", "--perceptual", "network of LPIPS", default="lpips-vgg")
+    add("paper", "--download", "download weights that are not here", action="store_true")
+    add("paper", "--bfloat16", "networks in mixed precision", action="store_true")
+    add("paper", "--batch-size", "images sampled together", type=int, default=1)
+    add("paper", "--device", "cpu or cuda", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("paper", "--dry-run", "say what is needed, and how long it takes", action="store_true")
+    add("paper", "--smoke", "small networks with random weights, to try it", action="store_true")
     return parser
 
 

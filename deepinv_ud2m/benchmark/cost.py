@@ -52,11 +52,11 @@ def measure_cost(
             sampler = entry.method.build(study.prior, study.sigma_y, **settings)
             calls = Calls(getattr(sampler, "networks", [study.prior]))
             line = {"task": task, "size": x.shape[-1], "batch": batch, "method": entry.label}
-            _peak_gb(x)
+            peak_gb(x)
             with calls, torch.no_grad():  # the warm-up
                 sampler(y, physics, 0)
             line["nfe"], line["nfe_backward"] = (images / batch for images in calls.images())
-            line["peak_gb"] = _peak_gb(x)
+            line["peak_gb"] = peak_gb(x)
             line |= _stages(sampler, y, physics) if entry.name.startswith("ud2m") else {}
             works.append((line, partial(sampler, y, physics), calls, []))
         for turn in range(rounds):
@@ -91,7 +91,7 @@ def _stages(sampler: Callable, y: Tensor, physics) -> dict[str, float]:
     return shares | {"other": 1 - sum(shares.values())}
 
 
-def _peak_gb(like: Tensor) -> float:
+def peak_gb(like: Tensor) -> float:
     """Peak memory since the last call: of the GPU, or of the process, except on Linux since its start."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if like.is_cuda:

@@ -169,6 +169,8 @@ def _ud2m_sampler(model):
         return model(y, physics, generator=torch.Generator(y.device).manual_seed(seed))
 
     sample.networks = model.unfolded.networks
+    # One of the initial estimate, where it is a network, and one in each iteration.
+    sample.evaluations = model.num_steps * (model.unfolded.num_iterations + len(sample.networks) - 1)
     return sample
 
 

@@ -54,6 +54,7 @@ class Study:
     num_samples: int = 1  #: samples S per image; metrics of a distribution need S >= 2
     batch_size: int = 16  #: images sampled together
     metric: PerceptualDistance | None = None  #: the perceptual metric
+    features: Callable[[Tensor], Tensor] | None = None  #: for Fréchet distances, by default of the metric
     search: Search = field(default_factory=Search)  #: searched settings
     names: dict = field(default_factory=dict)  #: of prior and images, for the record
 
@@ -62,6 +63,11 @@ class Study:
             physics = make_physics(task, tuple(self.x.shape[1:]), self.sigma_y, self.x.device)
             fitting = (entry for entry in self.methods if isinstance(physics, entry.method.physics))
             yield from ((task, physics, entry) for entry in fitting)
+
+    @property
+    def features_of_images(self) -> Callable[[Tensor], Tensor] | None:
+        """The features for Fréchet distances, if there are any."""
+        return self.features or features_of(self.metric)
 
     @property
     def setup(self) -> dict:
@@ -81,7 +87,7 @@ def run(folder: str | Path, study: Study) -> None:
     with Results(folder, study.setup) as results:
         for task, physics, entry in study:
             _run_method(results, study, task, physics, entry, digests)
-        if PartialState().is_main_process and (features := features_of(study.metric)) is not None:
+        if PartialState().is_main_process and (features := study.features_of_images) is not None:
             z = torch.cat([features(part) for part in study.x.split(64)]).half().cpu().numpy()
             np.savez_compressed(results.folder / "reference.npz", features=z)
 
@@ -109,7 +115,7 @@ def _run_method(results, study, task, physics, entry, digests) -> None:
         samples, cost = draw(sampler, study.prior, y, physics, num_samples, seed)
         if not samples.isfinite().all():
             raise ValueError(f"samples of {entry.label!r} on {task} are not finite, settings {settings}")
-        columns, arrays = evaluate(samples, x, y, physics, study.metric)
+        columns, arrays = evaluate(samples, x, y, physics, study.metric, study.features_of_images)
         if hasattr(study.prior, "posterior_errors"):  # a prior whose posterior is known
             errors = study.prior.posterior_errors(samples, y, physics)
             columns |= {name: values.tolist() for name, values in errors.items()}
@@ -210,7 +216,12 @@ class Calls:
 
 @torch.no_grad()
 def evaluate(
-    samples: Tensor, x: Tensor, y: Tensor, physics: Physics, metric: PerceptualDistance | None
+    samples: Tensor,
+    x: Tensor,
+    y: Tensor,
+    physics: Physics,
+    metric: PerceptualDistance | None = None,
+    features: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
     """Metrics of samples `[S, B, C, H, W]` by column and image; features of the first samples, if any."""
     mean, psnr = samples[:MEAN_OF].mean(0), dinv.metric.PSNR()
@@ -218,7 +229,6 @@ def evaluate(
     columns["squared_error"] = (mean - x).square().flatten(1).mean(1)
     if isinstance(physics, LinearPhysics):  # the error of a JPEG is not Gaussian
         columns["reduced_chi_square"] = reduced_chi_square(samples, y, physics).mean(0)
-    features = features_of(metric)
     if metric is not None:
         columns["perceptual"] = metric(samples[0], x)
     if len(samples) > 1:

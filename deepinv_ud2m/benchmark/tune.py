@@ -63,7 +63,7 @@ def _scores(samples: Tensor, y: Tensor, physics: Physics, study: Study) -> dict[
     """Mean over the images by criterion. None for a sampler that diverged."""
     if not samples.isfinite().all():
         return dict.fromkeys(CRITERIA)
-    columns, _ = evaluate(samples, study.x, y, physics, study.metric)
+    columns, _ = evaluate(samples, study.x, y, physics, study.metric, study.features_of_images)
     error = (samples[0] - study.x).flatten(1)
     if len(samples) == 1:  # the scores without spread
         columns |= {"energy_score": error.norm(dim=1).tolist(), "crps": error.abs().mean(1).tolist()}

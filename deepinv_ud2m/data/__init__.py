@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepinv_ud2m.data.crops import RandomCrops
+from deepinv_ud2m.data.crops import RandomCrops, ResizedCrops
 from deepinv_ud2m.data.images import load_image, load_images
 
 __all__ = [
     "RandomCrops",
+    "ResizedCrops",
     "load_image",
     "load_images",
     "load_mnist",

@@ -1,4 +1,4 @@
-"""Random crops of a folder of photographs, at random scales: a few photographs go a long way."""
+"""Random crops of a folder of photographs: at random scales from memory, or of reduced images from files."""
 
 from __future__ import annotations
 
@@ -108,3 +108,60 @@ class RandomCrops(Dataset):
         flip, turns = torch.randint(2, (1,)).item(), torch.randint(4, (1,)).item()
         crop = crop.flip(-1) if flip else crop
         return torch.rot90(crop[0], turns, (-2, -1)).contiguous()
+
+
+class ResizedCrops(Dataset):
+    r"""
+    Random crops of images that are reduced until their shorter side is that of the crops, mirrored or not:
+    the usual data of networks for ImageNet and LSUN. Files are read when they are needed.
+
+    The index of an item has no effect. All is drawn from PyTorch's global generator, so a seeded run repeats.
+
+    :param str, pathlib.Path folder: folder of images, subfolders included.
+    :param int size: side of the crops.
+    :param int num: length of the dataset, the crops of an epoch.
+    :param int channels: 1 or 3 (default: 3).
+    :raises ValueError: for a folder without images, or numbers out of range.
+    """
+
+    def __init__(self, folder: str | Path, size: int, num: int, channels: int = 3):
+        self.size, self.num, self.channels = check_count("size", size), check_count("num", num), channels
+        check_channels(channels)
+        self.images = open_images(folder, nested=True)
+        self.indices = range(len(self.images.labels))
+
+    def hold_out(self, num: int) -> Tensor:
+        """
+        Take the last images out, and return the crops in their centres.
+
+        :param int num: number of images, below those there are.
+        :returns: images `[num, C, size, size]` in [0, 1].
+        :raises ValueError: for another number.
+        """
+        if check_count("num", num) >= len(self.indices):
+            raise ValueError(f"num must be below the {len(self.indices)} images, got {num}")
+        self.indices, held = self.indices[:-num], self.indices[-num:]
+        return torch.stack([self.centre(i) for i in held])
+
+    def centre(self, index: int) -> Tensor:
+        """The crop `[C, size, size]` in the centre of an image, by its place among all of them."""
+        return self._crop(index, 0.5, 0.5)
+
+    def _crop(self, index: int, u: float, v: float) -> Tensor:
+        image = self.images.image(index, self.channels)
+        height, width = image.shape[-2:]
+        factor = self.size / min(height, width)
+        shape = [max(self.size, round(side * factor)) for side in (height, width)]
+        image = F.interpolate(image[None], shape, mode="bilinear", antialias=True)[0]
+        top, left = int(u * (shape[0] - self.size + 1)), int(v * (shape[1] - self.size + 1))
+        return image[:, top : top + self.size, left : left + self.size].contiguous()
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, index: int) -> Tensor:
+        """A crop `[C, size, size]` in [0, 1], whatever the index."""
+        if not 0 <= index < self.num:
+            raise IndexError(index)  # ends a loop over the dataset
+        crop = self._crop(int(torch.randint(len(self.indices), (1,))), *torch.rand(2).tolist())
+        return crop.flip(-1) if torch.randint(2, (1,)).item() else crop

@@ -175,17 +175,18 @@ class Images:
         return (_LUMA[:, None, None] * values).sum(0, keepdim=True)
 
 
-def open_images(source: str | Path | Dataset, root: str | Path | None = None) -> Images:
+def open_images(source: str | Path | Dataset, root: str | Path | None = None, nested: bool = False) -> Images:
     """
     :param str, pathlib.Path, torch.utils.data.Dataset source: see :func:`load_images`.
     :param str, pathlib.Path, None root: see :func:`load_images`.
+    :param bool nested: also the images in subfolders of a folder (default: ``False``).
     :raises ValueError, TypeError: see :func:`load_images`.
     """
     if not isinstance(source, str | Path):
         return _open_dataset(source, type(source).__name__)
     path = Path(source)
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, nested)
     if path.is_file():
         return _open_files(str(path), [path])
     known = _deepinv_datasets()
@@ -197,10 +198,11 @@ def open_images(source: str | Path | Dataset, root: str | Path | None = None) ->
     )
 
 
-def _open_folder(folder: Path) -> Images:
+def _open_folder(folder: Path, nested: bool = False) -> Images:
     # Not through deepinv's ImageFolder: it descends into subfolders, in the order of the file system,
     # knows lower-case endings only, and reads 16 bits as 8 and photographs without their orientation.
-    files = [file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS]
+    found = folder.rglob("*") if nested else folder.iterdir()
+    files = [file for file in found if file.suffix.lower() in EXTENSIONS]
     # A link to a file that is missing stays: it is an error when it is read.
     files = sorted(file for file in files if not file.name.startswith(".") and not file.is_dir())
     if not files:

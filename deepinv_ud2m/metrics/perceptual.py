@@ -53,6 +53,8 @@ class PerceptualDistance(Metric):
         own whose method ``activations(x)`` gives a list of maps `[B, D, h, w]`.
     :param bool download: allow LPIPS to fetch the weights of its network (AlexNet 233 MB, VGG16 528 MB,
         SqueezeNet 5 MB), if they are not in the cache of torch.hub (default: ``False``).
+    :param bool random: random weights for the backbone of LPIPS, for tests and trials: nothing is
+        downloaded, and the distance means nothing (default: ``False``).
     :param str, torch.device device: where the network is (default: the CPU).
     :param kwargs: of :class:`deepinv.loss.metric.Metric`, such as ``reduction`` and ``center_crop``.
     :raises ValueError: for an unknown network, or one without ``activations``.
@@ -75,6 +77,7 @@ class PerceptualDistance(Metric):
         network: str | nn.Module = "digits",
         *,
         download: bool = False,
+        random: bool = False,
         device: str | torch.device | None = None,
         **kwargs,
     ):
@@ -95,8 +98,9 @@ class PerceptualDistance(Metric):
             self.distance = _FeatureDistance(backbone)
             self.network = f"{backbone.name}, unweighted"
         elif network in _LPIPS.BACKBONES:
-            self.distance = _LPIPS(network, download)
-            self.network = f"LPIPS {self.distance.name} v0.1 (lpips {version('lpips')})"
+            self.distance = _LPIPS(network, download, random)
+            weights = "random backbone" if random else "v0.1"
+            self.network = f"LPIPS {self.distance.name} {weights} (lpips {version('lpips')})"
         else:
             known = ("digits", *_EFFICIENTNETS, *_LPIPS.BACKBONES)
             raise ValueError(f"network must be one of {known} or a module, got {network!r}")
@@ -160,7 +164,7 @@ class _LPIPS(nn.Module):
         "lpips-squeeze": ("squeeze", "SqueezeNet1_1_Weights", "SqueezeNet 1.1"),
     }
 
-    def __init__(self, network: str, download: bool):
+    def __init__(self, network: str, download: bool, random: bool):
         super().__init__()
         import lpips
         import torchvision
@@ -174,13 +178,13 @@ class _LPIPS(nn.Module):
             f"put the file at {file}. Without it, use "
             'network="efficientnet", whose weights are a package, or "digits" for digits.'
         )
-        if not (download or file.is_file()):
+        if not (download or random or file.is_file()):
             raise RuntimeError(f"{needs}: pass download=True, or {instead}")
         with warnings.catch_warnings():
             # lpips asks torchvision for its weights in a deprecated way.
             warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
             try:
-                self.network = lpips.LPIPS(net=net, verbose=False)
+                self.network = lpips.LPIPS(net=net, pnet_rand=random, verbose=False)
             except OSError as error:
                 raise RuntimeError(f"{needs}, which failed ({error}): {instead}") from error
 

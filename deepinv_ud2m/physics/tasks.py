@@ -5,6 +5,8 @@ are not seen (``-valid``) or reflected (``-reflect``), files that were shrunk by
 antialiasing (``-matlab``, as MATLAB's imresize and Pillow do it), a Bayer filter, and measurements of grey
 images (``grey-``), the means of the channels.
 
+Names that end with ``-paper`` are the operators of the paper, where ours differ or vary more.
+
 A new task is one entry in ``TASKS``. Every task but ``"demosaicing"``, which is of three, works with any
 number of channels. Sides are multiples of 4, and equal for tomography. :func:`make_physics` gives one
 operator for all images; its random masks and kernels have a fixed seed. :func:`make_generator` draws
@@ -235,6 +237,10 @@ def _random_inpainting(kept: float) -> Callable[[Shape], Physics]:
     return operator
 
 
+def _thirty_percent(shape: Shape, **options) -> PhysicsGenerator:
+    return BernoulliSplittingMaskGenerator((1, *shape[1:]), 0.3, **options)
+
+
 def _box_inpainting(shape: Shape) -> Physics:
     mask = torch.ones(1, *shape)
     height, width = shape[-2:]
@@ -296,6 +302,10 @@ TASKS = {
     "grey-ct60": Task("tomography of a grey image, 60 angles", _tomography(60)),
     "grey-mri-coils": Task("MRI of a real image by four coils, a quarter of the columns", _coils),
     "grey-mri": Task("MRI of a real image, a quarter of the columns", _grey_mri, _columns),
+    "deblur-gaussian-paper": Task("Gaussian deblurring, 5x5, variance 3", _blur(_gaussian(5, 3.0))),
+    "deblur-uniform-paper": Task("uniform deblurring, 5x5", _blur(torch.ones(1, 1, 5, 5) / 25)),
+    "inpaint-random-paper": Task("random inpainting, 30 % kept", _random_inpainting(0.3), _thirty_percent),
+    "inpaint-box-paper": Task("box inpainting, half-size box", _box_inpainting),
     "inpaint-random": Task("random inpainting, 30 % kept", _random_inpainting(0.3), _random_masks),
     "inpaint-box": Task("box inpainting, half-size box", _box_inpainting, BoxMaskGenerator),
     "jpeg-10": Task(

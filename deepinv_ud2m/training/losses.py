@@ -54,16 +54,40 @@ class WeightedLoss(Loss):
 
 class L2Loss(WeightedLoss):
     r"""
-    Squared error of the image, averaged over pixels and channels, :math:`\| \hat x - x \|^2 / d`. The paper's
-    code has the error of the noise, which is this times :math:`1 / s^2`.
+    Squared error of the image, averaged over pixels and channels, :math:`\| \hat x - x \|^2 / d`; or of the
+    noise in the state, as in the paper: with :math:`\hat\varepsilon = (x_s - \hat x) / s` it is this times
+    :math:`1 / s^2`, which is :math:`\bar\alpha_t / (1 - \bar\alpha_t)` for images in [-1, 1].
 
     :param float weight: weight of this loss in a sum, finite and non-negative (default: 1).
-    :raises TypeError, ValueError: for another weight.
+    :param str of: ``"image"`` (default) or ``"noise"``, which needs states, so not ``stage="end_to_end"``.
+    :raises TypeError, ValueError: for another weight or name.
     """
 
-    def forward(self, *, x: Tensor, x_net: Tensor, samples: Tensor | None = None, **kwargs) -> Tensor:
-        """The loss of ``samples``, or else of ``x_net``."""
-        return self.weight * (as_samples(x, x_net, samples) - x).square().flatten(2).mean((0, 2))
+    def __init__(self, weight: float = 1.0, of: str = "image"):
+        super().__init__(weight)
+        if of not in ("image", "noise"):
+            raise ValueError(f"of must be 'image' or 'noise', got {of!r}")
+        self.of = of
+
+    def forward(
+        self,
+        *,
+        x: Tensor,
+        x_net: Tensor,
+        samples: Tensor | None = None,
+        sigma: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """The loss of ``samples``, or else of ``x_net``; that of the noise needs ``sigma``, `[B]`."""
+        error = (as_samples(x, x_net, samples) - x).square().flatten(2).mean((0, 2))
+        if self.of == "noise":
+            if sigma is None:
+                raise ValueError("sigma, the level of the states, is needed for the error of the noise")
+            error = error / sigma.flatten() ** 2
+        return self.weight * error
+
+    def extra_repr(self) -> str:
+        return f"of={self.of!r}, {super().extra_repr()}"
 
 
 class GaussianNLLLoss(Loss):
@@ -96,13 +120,21 @@ class PerceptualLoss(WeightedLoss):
     :param str network: a name of that class, such as ``"digits"`` (default), ``"efficientnet"`` or
         ``"lpips-vgg"``.
     :param bool download: allow LPIPS to fetch a missing file (default: ``False``).
+    :param bool random: random weights for the backbone of LPIPS, to try a recipe (default: ``False``).
     :param float weight: weight of this loss in a sum, finite and non-negative (default: 1).
     :raises ValueError, ImportError, RuntimeError: as that class.
     """
 
-    def __init__(self, network: str = "digits", *, download: bool = False, weight: float = 1.0):
+    def __init__(
+        self,
+        network: str = "digits",
+        *,
+        download: bool = False,
+        random: bool = False,
+        weight: float = 1.0,
+    ):
         super().__init__(weight)
-        self.distance = PerceptualDistance(network, download=download)
+        self.distance = PerceptualDistance(network, download=download, random=random)
         self.network, self._sees_colour = network, network != "digits"
 
     def forward(self, *, x: Tensor, x_net: Tensor, samples: Tensor | None = None, **kwargs) -> Tensor:

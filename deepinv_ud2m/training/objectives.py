@@ -1,0 +1,118 @@
+"""Losses by name, as recipes list them: ``{loss: energy, patch_size: 8}``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+
+import torch
+from deepinv.loss import Loss
+from torch import Tensor
+
+from deepinv_ud2m.metrics import DigitClassifier, PerceptualDistance
+from deepinv_ud2m.training.adversarial import (
+    AdversarialDiscriminatorLoss,
+    AdversarialGeneratorLoss,
+    Adversary,
+    ConditionalDiscriminator,
+)
+from deepinv_ud2m.training.controller import DiversityController
+from deepinv_ud2m.training.losses import EnergyScoreLoss, L2Loss, PerceptualLoss
+
+
+@dataclass
+class Setting:
+    """
+    What losses are made for.
+
+    :param int channels: channels of the images.
+    :param torch.device device: where to train.
+    :param DiversityController, None controller: sets the weight of diversity.
+    :param bool download: allow LPIPS to fetch weights that are missing.
+    :param bool smoke: take a backbone with random weights for LPIPS, to try a recipe.
+    """
+
+    channels: int
+    device: torch.device
+    controller: DiversityController | None = None
+    download: bool = False
+    smoke: bool = False
+
+
+def _energy(
+    setting: Setting,
+    weight: float = 1.0,
+    num_samples: int = 2,
+    patch_size: int | None = None,
+    features: str | None = None,
+) -> Loss:
+    """The features are of a network of PerceptualDistance, or of the folder of a DigitClassifier."""
+    diversity = setting.controller.weights if setting.controller else 1.0
+    embedding = _embedding(features, setting.device)
+    return EnergyScoreLoss(num_samples, patch_size, embedding, diversity, weight)
+
+
+def _embedding(features: str | None, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    if features is None:
+        return None
+    network = DigitClassifier.from_pretrained(features) if Path(features).is_dir() else features
+    return PerceptualDistance(network, device=device).embedding
+
+
+def _l2(setting: Setting, weight: float = 1.0, of: str = "image") -> Loss:
+    return L2Loss(weight, of=of)
+
+
+def _perceptual(setting: Setting, network: str, weight: float = 1.0) -> Loss:
+    return PerceptualLoss(network, download=setting.download, random=setting.smoke, weight=weight)
+
+
+def _adversarial(
+    setting: Setting,
+    weight: float = 1.0,
+    penalty_weight: float = 0.01,
+    base_channels: int = 32,
+    num_layers: int = 3,
+    lr: float = 1e-4,
+    weight_decay: float = 0.01,
+    ratio: int = 1,
+) -> tuple[Loss, Adversary]:
+    D = ConditionalDiscriminator(setting.channels, base_channels, num_layers).to(setting.device)
+    optimizer = torch.optim.AdamW(D.parameters(), lr=lr, weight_decay=weight_decay)
+    adversary = Adversary(D, AdversarialDiscriminatorLoss(penalty_weight=penalty_weight), optimizer, ratio)
+    return AdversarialGeneratorLoss(weight), adversary
+
+
+#: The losses of a recipe. Their arguments, but the first, are the keys they may have.
+LOSSES = {"energy": _energy, "l2": _l2, "perceptual": _perceptual, "adversarial": _adversarial}
+
+
+def check_losses(losses: Sequence[Mapping]) -> None:
+    """
+    :param Sequence[Mapping] losses: of a recipe.
+    :raises ValueError: for an unknown loss or key, or one that is missing.
+    """
+    for entry in losses:
+        if not isinstance(entry, Mapping) or entry.get("loss") not in LOSSES:
+            raise ValueError(f"losses must be {{loss: name, ...}} with a name of {[*LOSSES]}, got {entry!r}")
+        try:
+            signature(LOSSES[entry["loss"]]).bind(None, **_options(entry))
+        except TypeError as error:
+            raise ValueError(f"losses: {entry!r}: {error}") from error
+
+
+def make_losses(losses: Sequence[Mapping], setting: Setting) -> tuple[list[Loss], Adversary | None]:
+    """
+    :param Sequence[Mapping] losses: of a recipe.
+    :param Setting setting: what they are made for.
+    :returns: the losses of samples, and the adversary, if there is one.
+    """
+    made = [LOSSES[entry["loss"]](setting, **_options(entry)) for entry in losses]
+    adversaries = [one[1] for one in made if isinstance(one, tuple)]
+    return [one[0] if isinstance(one, tuple) else one for one in made], next(iter(adversaries), None)
+
+
+def _options(entry: Mapping) -> dict:
+    return {name: value for name, value in entry.items() if name != "loss"}
