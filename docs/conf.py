@@ -116,7 +116,7 @@ html_theme_options = {
     "show_toc_level": 2,
     "navigation_with_keys": False,
     "secondary_sidebar_items": ["page-toc"],
-    "header_links_before_dropdown": 8,
+    "header_links_before_dropdown": 7,
 }
 html_sidebars = {name: [] for name in ("index", "start", "how_to", "changelog", "map_of_the_code")}
 
