@@ -33,6 +33,7 @@ extensions = [
 exclude_patterns = ["_build", "**/GALLERY_HEADER.rst"]
 templates_path = ["_templates"]
 html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 
 # Markdown, and what docstrings use
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
@@ -99,6 +100,8 @@ sphinx_gallery_conf = {
     "within_subsection_order": "gallery.Position",
     "image_scrapers": ("matplotlib", "gallery.saved_figures"),
     "plot_gallery": plot_gallery,
+    "backreferences_dir": "api/backreferences",
+    "doc_module": ("deepinv_ud2m",),
     "default_thumb_file": str(DOCS / "figures" / "thumbnail.png"),
     "remove_config_comments": True,
     "download_all_examples": False,
