@@ -4,7 +4,7 @@ r"""What happened to a photograph, as a physics: from files to a problem that a 
 - :func:`physics_of` says what happened to it: a blur, a reduction, a hole, or noise alone.
 
 JPEG compression needs the file itself, :meth:`deepinv_ud2m.physics.JPEG.read`. The command line
-(:mod:`deepinv_ud2m.cli`) and the page in the browser (:mod:`deepinv_ud2m.app`) are made of these.
+(:mod:`deepinv_ud2m.cli`) is made of these.
 """
 
 from __future__ import annotations

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from torchvision.transforms.functional import to_pil_image
 
 import deepinv_ud2m
 from deepinv_ud2m import UD2M
 from deepinv_ud2m.benchmark.report import overview, summarise
 from deepinv_ud2m.benchmark.rows import read_rows, read_setup
 from deepinv_ud2m.checkpoint import fingerprint, trained_fingerprint
+from deepinv_ud2m.data import photograph
 from deepinv_ud2m.priors import load_prior
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
@@ -110,6 +112,20 @@ def test_python_blocks_run(capsys):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert "9.0" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [name for name in TEXTS if name.startswith("docs") and "```python" in (ROOT / name).read_text()]
+)
+def test_python_blocks_of_the_site_run(name, tmp_path, monkeypatch):
+    """One after the other, in a folder with two photographs. Blocks of ``py`` need the internet."""
+    monkeypatch.chdir(tmp_path)
+    for file in ("photo.png", "photo.jpg"):
+        to_pil_image(photograph("chelsea")[0, :, 64:128, 64:128]).save(file)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL):
+        exec(compile(block, name, "exec"), names)
 
 
 @pytest.mark.parametrize("name", TEXTS)

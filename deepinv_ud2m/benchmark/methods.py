@@ -233,6 +233,7 @@ def _seeded(restore: Callable[[Tensor, Physics], Tensor]) -> Sampler:
 
 _LINEAR, _DECOMPOSABLE = dinv.physics.LinearPhysics, dinv.physics.DecomposablePhysics
 _ETAS, _WEIGHTS = [0.0, 0.5, 0.8, 1.0], [0.1, 0.3, 0.6, 1.0, 1.5, 2.5, 4.0, 6.0, 10.0, 15.0, 25.0]
+#: Methods by name.
 METHODS = {
     "ud2m-distilled": Method(_ud2m_distilled, {"eta": _ETAS}),
     "ud2m": Method(_ud2m, {"eta": _ETAS, "reference_level": [0.1, 0.2, 0.4]}),

@@ -255,6 +255,7 @@ def _gaussian(size: int, variance: float) -> Tensor:
     return (kernel / kernel.sum())[None, None]
 
 
+#: Tasks by name.
 TASKS = {
     "sr4": Task("super-resolution x4", _super_resolution("gaussian"), _gaussian_blurs(1.0, 4.0, 29)),
     "sr4-bicubic": Task("super-resolution x4, bicubic", _super_resolution("bicubic")),
