@@ -162,6 +162,7 @@ def _restore_file(model: UD2M, file: Path, args, kernel, mask, device) -> dict:
         y, noise = read_photograph(file), args.noise
         options = {name: getattr(args, name) for name in ("gaussian", "borders", "factor", "filter")}
         physics = physics_of(y, args.task, kernel=kernel, mask=mask, **options)
+        y = physics.A(y) if args.task == "inpaint" else y  # whatever was painted into the hole
     y, physics = y.to(device), physics.to(device)
     seed = zlib.crc32(f"{args.seed} {file.name}".encode())
     generator = torch.Generator(device).manual_seed(seed)

@@ -7,7 +7,7 @@ from deepinv_ud2m.training.adversarial import (
     ConditionalDiscriminator,
 )
 from deepinv_ud2m.training.controller import DiversityController
-from deepinv_ud2m.training.distill import distill
+from deepinv_ud2m.training.distillation import distill
 from deepinv_ud2m.training.losses import EnergyScoreLoss, GaussianNLLLoss, L2Loss, PerceptualLoss
 from deepinv_ud2m.training.prior import denoising_psnr, train_prior
 from deepinv_ud2m.training.recipe import Recipe, Stage

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from deepinv_ud2m.data import load_mnist
-from deepinv_ud2m.training.distill import distill
+from deepinv_ud2m.training.distillation import distill
 from deepinv_ud2m.training.recipe import Recipe
 
 
