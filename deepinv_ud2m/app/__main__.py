@@ -63,9 +63,10 @@ def main(argv: list[str] | None = None) -> int:
             print(
                 f"warning: whoever reaches {args.host} can use this page: it has no password", file=sys.stderr
             )
+        print(f"the page is at http://{args.host}:{args.port}, until you press Ctrl-C", flush=True)
         page.launch(
             server_name=args.host, server_port=args.port, share=False, footer_links=[], max_file_size="50mb",
-            app_kwargs={"middleware": [Middleware(Local)]}, run_history=False,
+            app_kwargs={"middleware": [Middleware(Local)]}, run_history=False, quiet=True,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         )  # fmt: skip
     return 0

@@ -17,8 +17,9 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_pil_image
 
 from deepinv_ud2m.app.restore import Report, Result, Stopped, diffpir, restore
+from deepinv_ud2m.app.views import drawn_kernel, painted
 from deepinv_ud2m.checks import check_number
-from deepinv_ud2m.photographs import physics_of, read_photograph
+from deepinv_ud2m.photographs import physics_of, read_kernel, read_photograph
 from deepinv_ud2m.physics import JPEG
 from deepinv_ud2m.sampler import UD2M
 
@@ -84,6 +85,44 @@ class Job:
     with_diffpir: bool = False
     max_pixels: int = 500_000
     max_seconds: float = 600.0
+
+
+def job_of(given: dict, max_pixels: int, max_seconds: float) -> Job:
+    """
+    The job that is set on the page.
+
+    :param dict given: values of the components, by their names in :mod:`deepinv_ud2m.app.page`.
+    :param int max_pixels: see :class:`Job`.
+    :param float max_seconds: see :class:`Job`.
+    :returns: the job.
+    :raises ValueError: if something is missing.
+    """
+    if given["file"] is None:
+        raise ValueError("Upload a photograph first, or choose one of the two below it.")
+    kind, options = given["kind"], {}
+    if kind == "blur" and given["blur"] == "gaussian":
+        options["gaussian"] = given["gaussian"]
+    elif kind == "blur" and given["blur"] == "drawn":
+        options["kernel"] = drawn_kernel(given["drawing"], given["side"])
+    elif kind == "blur":
+        if given["kernel"] is None:
+            raise ValueError("Upload the kernel of the blur first.")
+        options["kernel"] = read_kernel(given["kernel"])
+    elif kind == "inpaint":
+        options["mask"] = (painted(given["hole"]) > 0.5).float()
+    return Job(
+        given["file"],
+        Damage(kind, factor=given["factor"], quality=given["quality"], **options),
+        is_truth=given["is_truth"],
+        added=given["level"],
+        noise=None if given["is_estimated"] else given["level"],
+        count=int(given["count"]),
+        seed=int(given["seed"] or 0),
+        crop=given["crop"],
+        with_diffpir=given["with_diffpir"],
+        max_pixels=max_pixels,
+        max_seconds=max_seconds,
+    )
 
 
 def window(height: int, width: int, max_pixels: int, factor: int = 1, crop: bool = False):
@@ -157,7 +196,9 @@ def read_measured(
     """
     if damage.kind != "jpeg":
         y = read_photograph(file)[..., part[0], part[1]]
-        return y, damage.physics(y)
+        physics = damage.physics(y)
+        # What is in the hole counts as nothing, black or not.
+        return (physics.A(y) if damage.kind == "inpaint" else y), physics
     y, physics = JPEG.read(file)
     y = y[..., part[0], part[1]]
     return y, JPEG(y.shape[1:], physics.quality, physics.subsampling)
@@ -226,7 +267,8 @@ def _psnr(result: Result, x: Tensor, is_reduced: bool) -> dict[str, float]:
         given = interpolate(given, size, mode="bicubic")
     starts = [(a - b) // 2 for a, b in zip(size, given.shape[-2:], strict=True)]
     rows, columns = (slice(a, a + b) for a, b in zip(starts, given.shape[-2:], strict=True))
-    images = {"one sample": result.samples[0], f"mean of {len(result.samples)}": result.mean}
+    images = {"one sample": result.samples[0]}
+    images |= {} if result.std is None else {f"mean of {len(result.samples)}": result.mean}
     images |= {} if result.diffpir is None else {"DiffPIR": result.diffpir}
     psnr, truth = dinv.metric.PSNR(), x[..., rows, columns]
     found = {name: psnr(image[..., rows, columns], truth).item() for name, image in images.items()}

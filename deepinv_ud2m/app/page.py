@@ -8,14 +8,15 @@ import threading
 from pathlib import Path
 
 import gradio as gr
+import numpy as np
 from PIL import Image
 
 from deepinv_ud2m import UD2M, load_prior
-from deepinv_ud2m.app.jobs import Damage, Job, run_job
+from deepinv_ud2m.app.jobs import job_of, run_job
 from deepinv_ud2m.app.restore import Stopped
-from deepinv_ud2m.app.views import as_picture, drawn_kernel, explain, pack, painted, pictures
+from deepinv_ud2m.app.views import as_picture, explain, pack, pictures
 from deepinv_ud2m.data import photograph
-from deepinv_ud2m.photographs import read_kernel, read_photograph
+from deepinv_ud2m.photographs import read_photograph
 
 # Files of users are deleted when they are as old as this, in seconds; looked for as often.
 _AGE = 3600
@@ -37,45 +38,8 @@ _KINDS = {
 
 _KERNELS = {"Gaussian": "gaussian", "I draw it": "drawn", "From a file": "file"}
 
-# What the package raises for settings of no use; anything else is a mistake of ours.
-_ERRORS = (ValueError, TypeError, OSError, ImportError)
-
-
-def job_of(given: dict, args: argparse.Namespace) -> Job:
-    """
-    The job that is set on the page.
-
-    :param dict given: values of the components, by their names in :func:`build`.
-    :param argparse.Namespace args: the options of the command.
-    :returns: the job.
-    :raises ValueError: if something is missing.
-    """
-    if given["file"] is None:
-        raise ValueError("Upload a photograph first, or choose one of the two below it.")
-    kind, options = given["kind"], {}
-    if kind == "blur" and given["blur"] == "gaussian":
-        options["gaussian"] = given["gaussian"]
-    elif kind == "blur" and given["blur"] == "drawn":
-        options["kernel"] = drawn_kernel(given["drawing"], given["side"])
-    elif kind == "blur":
-        if given["kernel"] is None:
-            raise ValueError("Upload the kernel of the blur first.")
-        options["kernel"] = read_kernel(given["kernel"])
-    elif kind == "inpaint":
-        options["mask"] = (painted(given["hole"]) > 0.5).float()
-    return Job(
-        given["file"],
-        Damage(kind, factor=given["factor"], quality=given["quality"], **options),
-        is_truth=given["is_truth"],
-        added=given["level"],
-        noise=None if given["is_estimated"] else given["level"],
-        count=int(given["count"]),
-        seed=int(given["seed"] or 0),
-        crop=given["crop"],
-        with_diffpir=given["with_diffpir"],
-        max_pixels=int(args.max_pixels * 1e6),
-        max_seconds=args.max_seconds,
-    )
+# What the package raises for settings of no use, and torch where memory is short.
+_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 
 def _is_visible(kind: str, is_truth: bool, blur: str, is_estimated: bool) -> dict[str, bool]:
@@ -102,14 +66,12 @@ def _settings(args: argparse.Namespace) -> dict[str, gr.components.Component]:
     )
     given = {}
     gr.Markdown("### 1. The photograph")
-    given["file"] = gr.Image(
-        type="filepath", image_mode=None, sources=["upload"], label="Photograph", height=260
-    )
+    given["file"] = gr.Image(type="filepath", sources=["upload"], label="Photograph", height=260)
+    # The file as it is: gradio would open it, with no message for what is no image.
+    given["file"].preprocess = lambda payload: None if payload is None else payload.path
     with gr.Row():
-        given["astronaut"], given["chelsea"] = (
-            gr.Button("Astronaut", size="sm"),
-            gr.Button("Chelsea", size="sm"),
-        )
+        for name in ("astronaut", "chelsea"):
+            given[name] = gr.Button(name.capitalize(), size="sm")
     gr.Markdown("### 2. What happened to it")
     given["kind"] = gr.Radio([*_KINDS.items()], value="jpeg", show_label=False, container=False)
     given["is_truth"] = gr.Checkbox(
@@ -119,10 +81,10 @@ def _settings(args: argparse.Namespace) -> dict[str, gr.components.Component]:
     given["blur"] = gr.Radio([*_KERNELS.items()], value="gaussian", label="Kernel of the blur", visible=False)
     given["gaussian"] = gr.Slider(0.4, 5, 1.5, step=0.1, label="Standard deviation in pixels", visible=False)
     given["drawing"] = gr.ImageEditor(
-        canvas_size=(240, 240),
-        fixed_canvas=True,
+        np.full((240, 240, 3), 255, np.uint8),  # without it users would have to select the brush first
         brush=black,
         label="Draw the path of the camera",
+        height=400,
         **to_paint,
     )
     given["side"] = gr.Slider(5, 31, 15, step=2, label="Width of the drawing, in pixels", visible=False)
@@ -130,9 +92,7 @@ def _settings(args: argparse.Namespace) -> dict[str, gr.components.Component]:
     given["factor"] = gr.Radio([2, 4], value=2, label="Both sides were reduced by", visible=False)
     given["hole"] = gr.ImageEditor(brush=pink, label="Paint over what is missing", height=440, **to_paint)
     given["is_estimated"] = gr.Checkbox(True, label="Estimate the noise level", visible=False)
-    given["level"] = gr.Slider(
-        0.005, 0.2, 0.02, step=0.005, label="Noise level: standard deviation, white is 1", visible=False
-    )
+    given["level"] = gr.Slider(0.005, 0.2, 0.02, step=0.005, label="Noise level (white is 1)", visible=False)
     gr.Markdown("### 3. Samples")
     given["count"] = gr.Slider(1, 16, 4, step=1, label="Number of samples")
     with gr.Accordion("More", open=False):
@@ -168,7 +128,9 @@ def build(model: UD2M, args: argparse.Namespace, folder: Path) -> gr.Blocks:
         stop.clear()
         try:
             given = {name: values[one] for name, one in components.items() if one in inputs}
-            result = run_job(model, job_of(given, args), prior=prior, report=report)
+            result = run_job(
+                model, job_of(given, int(args.max_pixels * 1e6), args.max_seconds), prior=prior, report=report
+            )
             for old in folder.glob("*/restored.zip"):  # the page has a copy
                 old.unlink()
             text, packed = explain(result, args.model), Path(tempfile.mkdtemp(dir=folder)) / "restored.zip"

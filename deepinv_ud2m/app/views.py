@@ -99,15 +99,18 @@ def explain(result: Result, model_name: str) -> str:
             "- **Caution:** the samples of this model differ too little. In tests the error of the mean was "
             "1.3 to 1.7 times what they predict, and 2.6 times in large holes."
         )
-    lines.append(f"- {count} samples, {result.nfe:.0f} network evaluations each, {result.seconds:.0f} s.")
-    lines.append("\nFlip through the samples by a click on their small pictures, or by the arrow keys.")
+    drawn = "1 sample" if count == 1 else f"{count} samples"
+    lines.append(f"- {drawn}, {result.nfe:.0f} network evaluations each, {result.seconds:.0f} s.")
+    if count > 1:
+        lines.append("\nFlip through the samples by a click on their small pictures, or by the arrow keys.")
     return "\n".join(lines)
 
 
 def pictures(result: Result) -> list[tuple[np.ndarray, str]]:
     """The pictures of the overview, each with its caption."""
-    shown = [(as_picture(result.y), "given"), (as_picture(result.mean), f"mean of {len(result.samples)}")]
+    shown = [(as_picture(result.y), "given")]
     if result.std is not None:
+        shown += [(as_picture(result.mean), f"mean of {len(result.samples)}")]
         shown += [(as_map(result.std), "standard deviation")]
         shown += [(as_picture(result.low), "interval of 90 %, lower end")]
         shown += [(as_picture(result.high), "interval of 90 %, upper end")]
