@@ -16,7 +16,7 @@ from conftest import refused, seeded
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
-from deepinv_ud2m import UD2M
+from deepinv_ud2m import UD2M, load_prior
 from deepinv_ud2m.app.__main__ import main, parse
 from deepinv_ud2m.app.jobs import Damage, Job, degrade, job_of, read_measured, run_job, window
 from deepinv_ud2m.app.restore import Stopped, restore
@@ -109,6 +109,19 @@ def test_a_file_is_restored_as_it_is(model, truth, tmp_path):
     assert result.noise == pytest.approx(0.08, rel=0.25) and 0.7 < result.residual < 1.7
     y, _ = read_measured(truth, Damage("inpaint", mask=hole()))
     assert not y[..., 10:20, 12:24].any() and y[..., :10, :].any(), "a hole need not be black in the file"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_grey", [False, True])
+def test_diffpir_beside_it(model, truth, is_grey):
+    if is_grey:
+        Image.open(truth).convert("L").save(truth)
+    job = Job(truth, Damage("denoise"), is_truth=True, added=0.06, noise=0.06, count=1, with_diffpir=True)
+    result = run_job(model, job, prior=load_prior("photos"))
+    assert result.diffpir.shape == result.mean.shape == (1, 1 if is_grey else 3, SIZE, SIZE)
+    assert result.psnr["DiffPIR"] > result.psnr["given"] + 1
+    assert "same settings for all" in explain(result, "photos")
+    assert pictures(result)[1][1] == "DiffPIR"
 
 
 def test_many_samples_have_quantiles(model):

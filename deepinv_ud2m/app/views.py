@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from deepinv_ud2m.app.restore import FOR_QUANTILES, Result
+from deepinv_ud2m.app.restore import DIFFPIR, FOR_QUANTILES, Result
 from deepinv_ud2m.pictures import write_png
 
 #: Standard deviation that is drawn as the end of the scale.
@@ -99,6 +99,11 @@ def explain(result: Result, model_name: str) -> str:
             "- **Caution:** the samples of this model differ too little. In tests the error of the mean was "
             "1.3 to 1.7 times what they predict, and 2.6 times in large holes."
         )
+    if result.diffpir is not None:
+        lines.append(
+            f"- **DiffPIR:** the same settings for all degradations (zeta = {DIFFPIR['zeta']:g}, lambda = "
+            f"{DIFFPIR['lambda_']:g}). Settings searched for this one might do better."
+        )
     drawn = "1 sample" if count == 1 else f"{count} samples"
     lines.append(f"- {drawn}, {result.nfe:.0f} network evaluations each, {result.seconds:.0f} s.")
     if count > 1:
@@ -114,7 +119,7 @@ def pictures(result: Result) -> list[tuple[np.ndarray, str]]:
         shown += [(as_map(result.std), "standard deviation")]
         shown += [(as_picture(result.low), "interval of 90 %, lower end")]
         shown += [(as_picture(result.high), "interval of 90 %, upper end")]
-    shown += [] if result.diffpir is None else [(as_picture(result.diffpir), "DiffPIR, 100 evaluations")]
+    shown += [] if result.diffpir is None else [(as_picture(result.diffpir), "DiffPIR")]
     return shown + ([] if result.x is None else [(as_picture(result.x), "truth")])
 
 
