@@ -43,6 +43,7 @@ from deepinv_ud2m.pictures import sheet, write_png
 _MODULES = {
     "train": ("deepinv_ud2m.training.__main__", "distil a sampler by a recipe"),
     "benchmark": ("deepinv_ud2m.benchmark.__main__", "compare samplers on your images"),
+    "app": ("deepinv_ud2m.app.__main__", "a page in the browser"),
 }
 
 # Options that make another result. Files are part of it by what they hold.
