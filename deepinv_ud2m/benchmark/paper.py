@@ -48,6 +48,7 @@ class Table:
     figures: Figures  #: what the paper says, with the evaluations in the names of the methods
 
 
+#: The tables by number.
 TABLES = {
     1: Table(
         "imagenet256",
