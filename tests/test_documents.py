@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from mutants import MUTANTS
 from torchvision.transforms.functional import to_pil_image
 
 import deepinv_ud2m
@@ -23,6 +24,14 @@ from deepinv_ud2m.priors import load_prior
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 FOLDERS = sorted(file.parent.name for file in RESULTS.glob("*/rows.csv.gz"))
 PAGE = (RESULTS / "README.md").read_text()
+
+
+def test_mutants_are_of_the_code_as_it_is():
+    """Each text that a mutant replaces is in its file once."""
+    for name, mutants in MUTANTS.items():
+        text = (Path(deepinv_ud2m.__file__).parent / name).read_text()
+        assert [old for old, new in mutants if text.count(old) != 1 or old == new] == [], name
+    assert sum(map(len, MUTANTS.values())) >= 150
 
 
 def summary_of(folder):
