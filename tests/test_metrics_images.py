@@ -152,6 +152,7 @@ def test_what_is_refused(classifier, tmp_path):
         (lambda: PerceptualDistance("digits")(zeros, zeros[:1]), "x_net and x must be of one"),
         (lambda: PerceptualDistance("digits")(colour, colour), r"\[B, 1, 32, 32\]"),
         (lambda: EfficientNetLite(1), r"variant must be one of \[0, 2\], got 1"),
+        (lambda: EfficientNetLite(0, 16), "image_size must be at least 32, got 16"),
     )
 
 
@@ -228,6 +229,8 @@ def test_efficientnet_is_frozen_and_takes_any_size(efficientnet):
     assert not any(p.requires_grad for p in efficientnet.parameters())
     assert "0.1" in efficientnet.name and f"EfficientNet-Lite{efficientnet.variant}" in efficientnet.name
     assert efficientnet.features(colour_images(1, (32, 40))).shape == (1, 1280)
+    small = EfficientNetLite(efficientnet.variant, 64)
+    assert [a.shape[-1] for a in small.activations(colour_images(1))] == [32, 16, 8, 4, 2]
     with pytest.raises(ValueError, match=r"\[B, 3, H, W\], got \[1, 1, 32, 32\]"):
         efficientnet.features(torch.zeros(1, 1, 32, 32))
 

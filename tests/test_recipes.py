@@ -131,6 +131,7 @@ def test_recipes_refuse_what_cannot_work(tmp_path):
     few = {"sigmas": [78.7, 0.2], "delta": [2.0], "rho": [2.0], "validation_images": 2}
     last = Recipe([Stage("single", 10**6, 2), Stage("initial", 1, 2)], **few)
     wrong = Recipe([Stage("single", 10**6, 2)], **few)
+    sized = replace(wrong, losses=[{"loss": "energy", "features": "digits", "features_size": 64}])
     unknown = replace(wrong, losses=[{"loss": "energy", "features": "nothing"}])
     refused(
         (
@@ -154,6 +155,7 @@ def test_recipes_refuse_what_cannot_work(tmp_path):
         (lambda: replace(own, losses=[{"loss": "l3"}]), "losses must be .loss: name"),
         (lambda: replace(own, losses=[{"loss": "l2", "off": "noise"}]), "losses: .* argument 'off'"),
         (lambda: replace(own, losses=[{"loss": "perceptual"}]), "losses: .* 'network'"),
+        (lambda: distill("mnist", physics, digits, sized, tmp_path / "4"), "features_size is for"),
         (lambda: distill(None, physics, digits, own, tmp_path), "prior must be given, or be named"),
         (lambda: distill("mnist", None, digits, own, tmp_path), "physics must be given, or be tasks"),
         (lambda: distill("mnist", None, "folder", small, tmp_path), "fit_wiener needs images as a tensor"),

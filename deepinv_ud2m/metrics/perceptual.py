@@ -93,8 +93,8 @@ class PerceptualDistance(Metric):
         elif network == "digits":
             self.distance = _FeatureDistance(DigitClassifier.from_pretrained())
             self.network = "DigitClassifier (deepinv_ud2m mnist-classifier), unweighted"
-        elif network in _EFFICIENTNETS:
-            backbone = EfficientNetLite(_EFFICIENTNETS[network])
+        elif network in EFFICIENTNETS:
+            backbone = EfficientNetLite(EFFICIENTNETS[network])
             self.distance = _FeatureDistance(backbone)
             self.network = f"{backbone.name}, unweighted"
         elif network in _LPIPS.BACKBONES:
@@ -102,7 +102,7 @@ class PerceptualDistance(Metric):
             weights = "random backbone" if random else "v0.1"
             self.network = f"LPIPS {self.distance.name} {weights} (lpips {version('lpips')})"
         else:
-            known = ("digits", *_EFFICIENTNETS, *_LPIPS.BACKBONES)
+            known = ("digits", *EFFICIENTNETS, *_LPIPS.BACKBONES)
             raise ValueError(f"network must be one of {known} or a module, got {network!r}")
         self.eval().requires_grad_(False).to(device)
         self.lower_better = True
@@ -134,7 +134,7 @@ class PerceptualDistance(Metric):
 
 
 #: Variant by name.
-_EFFICIENTNETS = {"efficientnet": 0, "efficientnet-lite2": 2}
+EFFICIENTNETS = {"efficientnet": 0, "efficientnet-lite2": 2}
 
 
 class _FeatureDistance(nn.Module):

@@ -11,7 +11,8 @@ import torch
 from deepinv.loss import Loss
 from torch import Tensor
 
-from deepinv_ud2m.metrics import DigitClassifier, PerceptualDistance
+from deepinv_ud2m.metrics import DigitClassifier, EfficientNetLite, PerceptualDistance
+from deepinv_ud2m.metrics.perceptual import EFFICIENTNETS
 from deepinv_ud2m.training.adversarial import (
     AdversarialDiscriminatorLoss,
     AdversarialGeneratorLoss,
@@ -47,17 +48,27 @@ def _energy(
     num_samples: int = 2,
     patch_size: int | None = None,
     features: str | None = None,
+    features_size: int | None = None,
 ) -> Loss:
-    """The features are of a network of PerceptualDistance, or of the folder of a DigitClassifier."""
+    """
+    The features are of a network of PerceptualDistance, or of the folder of a DigitClassifier. EfficientNet
+    may see images of another size than its own.
+    """
     diversity = setting.controller.weights if setting.controller else 1.0
-    embedding = _embedding(features, setting.device)
+    embedding = _embedding(features, features_size, setting.device)
     return EnergyScoreLoss(num_samples, patch_size, embedding, diversity, weight)
 
 
-def _embedding(features: str | None, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+def _embedding(
+    features: str | None, size: int | None, device: torch.device
+) -> Callable[[Tensor], Tensor] | None:
     if features is None:
         return None
     network = DigitClassifier.from_pretrained(features) if Path(features).is_dir() else features
+    if size is not None:
+        if features not in EFFICIENTNETS:
+            raise ValueError(f"features_size is for {[*EFFICIENTNETS]}, got it with features {features!r}")
+        network = EfficientNetLite(EFFICIENTNETS[features], size)
     return PerceptualDistance(network, device=device).embedding
 
 
