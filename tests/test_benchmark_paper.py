@@ -40,7 +40,7 @@ def methods(tmp_path):
     return tmp_path / "methods.yaml"
 
 
-@pytest.mark.parametrize("table", [1, 2])
+@pytest.mark.parametrize("table", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_table_of_the_paper(table, images, methods, tmp_path, capsys):
     if table == 2:
         pytest.importorskip("diffusers")

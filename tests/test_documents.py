@@ -115,7 +115,8 @@ PACKAGES = pkgutil.walk_packages(deepinv_ud2m.__path__, "deepinv_ud2m.")
 MODULES = sorted(module.name for module in PACKAGES if not module.name.endswith("__main__"))
 
 
-def test_python_blocks_run(capsys):
+def test_python_blocks_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert blocks
     for block in blocks:
