@@ -39,7 +39,6 @@ class Objective(BaseObjective):
 
 DATASET = """
 import deepinv as dinv
-import torch
 from benchopt import BaseDataset
 
 from deepinv_ud2m.data import photograph
@@ -51,14 +50,14 @@ class Dataset(BaseDataset):
 
     def get_data(self):
         x = photograph("astronaut")[0, :, 160:224, 90:154]
-        noise, kernel = dinv.physics.GaussianNoise, dinv.physics.functional.gaussian_blur(sigma=2.0)
+        noise, kernel = dinv.physics.GaussianNoise, dinv.physics.functional.gaussian_blur(sigma=(2.0, 2.0))
         physics = {
             "denoising": lambda: dinv.physics.Denoising(noise(0.1)),
             "deblurring": lambda: dinv.physics.Blur(kernel, padding="valid", noise_model=noise(0.05)),
             "inpainting": lambda: dinv.physics.Inpainting((3, 64, 64), mask=0.5),
             "super-resolution": lambda: dinv.physics.Downsampling(factor=2, filter="bicubic"),
         }
-        return {"dataset": torch.utils.data.StackDataset(x[None]), "physics": physics[self.task]()}
+        return {"dataset": [x], "physics": physics[self.task]()}
 """
 
 
@@ -70,6 +69,7 @@ def test_the_solver_runs_in_a_benchmark(tmp_path):
         (tmp_path / folder).mkdir()
     (tmp_path / "datasets" / "photographs.py").write_text(DATASET)
     shutil.copy(EXAMPLES / "benchopt" / "ud2m.py", tmp_path / "solvers")
+    (tmp_path / "none.yml").touch()
     command = [sys.executable, "-m", "benchopt", "run", str(tmp_path), "--no-plot", "--output", "found"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "BENCHOPT_CONFIG": str(tmp_path / "none.yml")}
     result = subprocess.run(
