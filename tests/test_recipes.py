@@ -285,7 +285,7 @@ def test_recipes_of_the_paper_in_miniature(name, photos, digits, tmp_path):
     assert losses <= set(history) and "eval: energy score" in history
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     trained = {key.split(".")[0] for key in config["weights"]["tensors"]}
-    assert trained >= ({"adapter", "scalars"} | ({"initializer"} if "ram" in name else set()))
+    assert trained >= ({"lora", "scalars"} | ({"initializer"} if "ram" in name else set()))
     assert config["metadata"]["recipe"]["losses"][0] == {"loss": "l2", "of": "noise"}
     if name in ("imagenet", "lsun"):  # the prior has random weights, from the seed of the run
         torch.manual_seed(0)
