@@ -46,7 +46,7 @@ _MODULES = {
     "app": ("deepinv_ud2m.app.__main__", "a page in the browser"),
 }
 
-# Options that make another result. Files are part of it by what they hold.
+# Options that make another result. The files are part of it as well, by what they hold.
 _OPTIONS = ("task", "gaussian", "borders", "factor", "filter", "noise", "samples", "seed")
 
 # Memory of a sample of the shipped samplers on a CPU, measured: bytes for each pixel, and of the process.
@@ -114,10 +114,11 @@ def _restore(args: argparse.Namespace) -> int:
     options["weights"] = trained_fingerprint(model.unfolded)  # a name may come to mean another sampler
     options |= {n: _digest(v) for n, v in (("kernel", kernel), ("mask", mask)) if v is not None}
     args.out.mkdir(parents=True, exist_ok=True)
-    failed = 0
+    common, failed = options, 0
     title = f"process {rank}" if count > 1 else "restore"
     for file in tqdm(files[rank::count], desc=title, position=rank, disable=len(files) == 1):
         summary = args.out / f"{file.name}.json"
+        options = common | {"file": f"{zlib.crc32(file.read_bytes()):08x}" if file.is_file() else None}
         if summary.is_file() and read_json(summary).get("options") == options:
             continue
         try:

@@ -29,5 +29,5 @@ model = UD2M.from_pretrained("photos")
 samples = model.sample(y, physics, num_samples=8, generator=torch.Generator().manual_seed(0))
 
 # %%
-# Table and figure. DiffPIR has the settings of best PSNR, of eight, on two other photographs.
+# Table and figure. The settings of DiffPIR were searched on two other photographs, for the PSNR.
 compare("photo_superresolution", x, y, physics, samples, model.nfe, zeta=1.0, lambda_=1.5)

@@ -85,6 +85,17 @@ def test_restores_better_than_what_was_there(folder, tmp_path, monkeypatch, caps
     assert (tmp_path / "out" / f"{name}_mean.png").stat().st_mtime_ns > before
 
 
+def test_another_photograph_of_the_same_name_is_restored_as_well(folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    command = ["restore", str(tmp_path / "in"), "--task", "denoise", "--noise", "0.05", "--samples", "2"]
+    means = []
+    for left in (0, 100):
+        to_pil_image(photograph("chelsea")[0, :, :32, left : left + 32]).save(tmp_path / "in" / "a.png")
+        assert main([*command, "--out", str(tmp_path / "out")]) == 0
+        means.append((tmp_path / "out" / "a.png_mean.png").read_bytes())
+    assert means[0] != means[1]
+
+
 def test_a_folder_goes_on_after_a_file_that_is_none(folder, tmp_path, capsys):
     for i in range(2):
         to_pil_image(photograph("chelsea")[0, :, 64 * i : 64 * i + 32, :32]).save(tmp_path / f"{i}.png")
@@ -129,6 +140,7 @@ def test_mistakes_are_told(folder, tmp_path, monkeypatch, capsys):
         "black elsewhere": ["grey.png", "--task", "inpaint", "--mask", "white.png"],
         "factor must be in": ["small.png", "--task", "sr", "--factor", "1"],
         "must be a grey JPEG or one of YCbCr": ["blur.png", "--task", "jpeg"],
+        "not grey JPEG files": ["grey.jpg", "--task", "jpeg"],
         "there is no 'nowhere.png'": ["nowhere.png", "--task", "denoise"],
         "the folder empty has no images": ["empty", "--task", "denoise"],
         "--noise must be a number or estimate": ["grey.png", "--task", "denoise", "--noise", "little"],
@@ -140,6 +152,7 @@ def test_mistakes_are_told(folder, tmp_path, monkeypatch, capsys):
     }
     (folder / "empty").mkdir()
     Image.new("L", (SIZE, SIZE), 255).save(folder / "white.png")
+    Image.open(folder / "grey.png").save(folder / "grey.jpg")
     for message, arguments in cases.items():
         assert main(["restore", "--out", str(tmp_path), *arguments]) == 2
         assert message in capsys.readouterr().err, message
