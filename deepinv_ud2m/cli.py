@@ -22,6 +22,7 @@ import sys
 import time
 import warnings
 import zlib
+from glob import escape
 from importlib import import_module
 from pathlib import Path
 
@@ -110,17 +111,20 @@ def _restore(args: argparse.Namespace) -> int:
     rank, count = (int(os.environ.get(key, one)) for key, one in (("RANK", 0), ("WORLD_SIZE", 1)))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" and count > 1 else args.device
     model = UD2M.from_pretrained(args.model, device=device)
-    options = {name: getattr(args, name) for name in _OPTIONS}
-    options["weights"] = trained_fingerprint(model.unfolded)  # a name may come to mean another sampler
-    options |= {n: _digest(v) for n, v in (("kernel", kernel), ("mask", mask)) if v is not None}
+    common = {name: getattr(args, name) for name in _OPTIONS}
+    common["weights"] = trained_fingerprint(model.unfolded)  # a name may come to mean another sampler
+    common |= {n: _digest(v) for n, v in (("kernel", kernel), ("mask", mask)) if v is not None}
     args.out.mkdir(parents=True, exist_ok=True)
-    common, failed = options, 0
+    failed = 0
     title = f"process {rank}" if count > 1 else "restore"
     for file in tqdm(files[rank::count], desc=title, position=rank, disable=len(files) == 1):
         summary = args.out / f"{file.name}.json"
         options = common | {"file": f"{zlib.crc32(file.read_bytes()):08x}" if file.is_file() else None}
         if summary.is_file() and read_json(summary).get("options") == options:
             continue
+        # Whatever happens now, no summary or sample of before stands beside new results.
+        for old in [summary, *args.out.glob(f"{escape(file.name)}_sample*.png")]:
+            old.unlink(missing_ok=True)
         try:
             found = _restore_file(model, file, args, kernel, mask, device)
         except (ValueError, TypeError) as error:  # the others of a folder are still worth it

@@ -83,6 +83,7 @@ def test_restores_better_than_what_was_there(folder, tmp_path, monkeypatch, caps
     assert (tmp_path / "out" / f"{name}_mean.png").stat().st_mtime_ns == before
     assert main([*command, "--samples", "2", "--seed", "1"]) == 0
     assert (tmp_path / "out" / f"{name}_mean.png").stat().st_mtime_ns > before
+    assert len(list((tmp_path / "out").glob("*_sample*.png"))) == 2, "none of the four of before"
 
 
 def test_another_photograph_of_the_same_name_is_restored_as_well(folder, tmp_path):
