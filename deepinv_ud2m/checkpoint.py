@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from deepinv_ud2m import hub
 from deepinv_ud2m.__about__ import __version__
-from deepinv_ud2m.checks import shapes, shorten
+from deepinv_ud2m.checks import check_path, shapes, shorten
 from deepinv_ud2m.config_file import CONFIG, FORMAT, blame_config, own_weights, read_config
 from deepinv_ud2m.files import check_digest, check_finite, read_weights, write_files
 from deepinv_ud2m.fingerprints import fingerprint, trained_fingerprint
@@ -87,7 +87,7 @@ def save(
         raise TypeError(f"model must be a UD2M of an UnfoldedDenoiser, got {type(unfolded).__name__}")
     if prior is not None and not isinstance(prior, str | Path):
         raise TypeError(f"prior must be a name or a folder for load_prior, got {prior!r}")
-    metadata = _check_metadata(metadata)
+    folder, metadata = check_path("folder", folder), _check_metadata(metadata)
     declared = {id(parameter) for parameter in unfolded.trained_parameters().values()}
     others = [n for n, p in unfolded.named_parameters() if p.requires_grad and id(p) not in declared]
     if others:
@@ -114,7 +114,7 @@ def save(
         "weights": {"sha256": hashlib.sha256(weights).hexdigest(), "tensors": shapes(stored)},
     }
     text = json.dumps(config, indent=2) + "\n"
-    write_files(Path(folder), {_WEIGHTS: weights, CONFIG: text.encode()})
+    write_files(folder, {_WEIGHTS: weights, CONFIG: text.encode()})
 
 
 def describe(unfolded: UnfoldedDenoiser, prior: str | Path | None = None) -> dict:
@@ -341,6 +341,8 @@ def push_to_hub(
     :raises ImportError: without ``huggingface_hub``.
     :raises TypeError, ValueError: see :func:`save`; nothing is uploaded then.
     """
+    if not isinstance(repo_id, str) or not repo_id:
+        raise ValueError(f"repo_id must be 'user/repo' or 'repo', got {repo_id!r}")
     hub.find()  # before anything is written
     with tempfile.TemporaryDirectory() as folder:
         save(unfolded, folder, **options)

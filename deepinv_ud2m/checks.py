@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Number, Real
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -42,6 +43,13 @@ def check_number(
     else:
         accepted = "finite"
     raise ValueError(f"{name} must be {accepted}, got {value!r}")
+
+
+def check_path(name: str, value: str | Path) -> Path:
+    """A path, of a str or as it is; TypeError names the argument."""
+    if not isinstance(value, str | Path):
+        raise TypeError(f"{name} must be a path, got {value!r}")
+    return Path(value)
 
 
 def expand_scalar(value: Scalar, like: Tensor, name: str) -> Tensor:
@@ -120,9 +128,14 @@ def check_device(device: torch.device | str | None) -> None:
     """
     Whether a device is there, before anything is loaded for it.
 
-    :raises ValueError: for a GPU that PyTorch does not see.
+    :raises ValueError: for what is no device, or a GPU that PyTorch does not see.
     """
-    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    try:
+        kind = "cpu" if device is None else torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        message = f"device must be one of PyTorch, such as 'cpu' or 'cuda', got {device!r}"
+        raise ValueError(message) from error
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device is {str(device)!r}, and PyTorch sees no CUDA GPU here: use 'cpu', or install a driver "
             "and a PyTorch with CUDA"

@@ -102,4 +102,5 @@ def blame_config(folder: Path) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder / CONFIG} cannot be used: {error}") from error
+        cause = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{folder / CONFIG} cannot be used: {cause}") from error

@@ -98,15 +98,28 @@ def check_finite(state: Mapping[str, Tensor], where: str) -> None:
         raise ValueError(f"the weights {where} hold NaN or infinite values in {shorten(broken)}")
 
 
+def make_folder(folder: Path) -> None:
+    """
+    Make a folder, and those above it, unless they exist.
+
+    :raises ValueError: if there is a file of this name.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{folder} must be a folder, but it is a file, or in one") from error
+
+
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     """
     Write files into a folder, which is made if it does not exist. All contents are on the disk before the
     first file takes its place. The files take their places in the given order, each at once.
 
+    :raises ValueError: if the folder is a file.
     :raises OSError: if a file cannot be written; it names the file and the cause. What was not replaced yet
         is as it was, and no temporary file is left.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     # Not by tempfile, whose files nobody else may read, also after they are moved.
     temporary = {name: folder / f".{name}.{secrets.token_hex(4)}" for name in contents}
     name = None

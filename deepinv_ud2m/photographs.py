@@ -123,6 +123,8 @@ def _blur(y: Tensor, kernel: Tensor | None, gaussian: float | None, borders: str
         raise ValueError(f"borders must be one of {BORDERS}, got {borders!r}")
     if (kernel is None) == (gaussian is None):
         raise ValueError("a blur needs either kernel or gaussian, the standard deviation in pixels")
+    if kernel is not None and not (kernel.isfinite().all() and (kernel >= 0).all() and kernel.any()):
+        raise ValueError("kernel must have finite values >= 0, not all 0")
     if kernel is None:
         sigma = check_number("gaussian", gaussian, 0.2, 20)
         kernel = dinv.physics.functional.gaussian_blur(sigma=(sigma, sigma))

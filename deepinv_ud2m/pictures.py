@@ -18,8 +18,11 @@ def write_png(file: str | Path, image: Tensor) -> None:
 
     :param str, pathlib.Path file: the file.
     :param torch.Tensor image: image `[C, H, W]`, C = 1 or 3; values outside of [0, 1] are clamped.
+    :raises ValueError: for another shape, or values that are not finite.
     :raises OSError: if it cannot be written.
     """
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or not image.isfinite().all():
+        raise ValueError(f"image must be [C, H, W], C = 1 or 3, and finite, got shape {list(image.shape)}")
     import png  # Pillow has no colour images of 16 bits
 
     values = (image.detach().float().cpu().clamp(0, 1) * 65535).round().to(torch.int32).permute(1, 2, 0)

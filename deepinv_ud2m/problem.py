@@ -14,7 +14,7 @@ from deepinv.physics import Physics
 from deepinv.utils import TensorList
 from torch import Tensor
 
-from deepinv_ud2m.checks import LARGEST, SMALLEST, Scalar, expand_scalar
+from deepinv_ud2m.checks import LARGEST, SMALLEST, Scalar, check_count, expand_scalar
 from deepinv_ud2m.conjugate_gradients import regularised_least_squares
 from deepinv_ud2m.physics.channels import ChannelMap
 from deepinv_ud2m.physics.traits import (
@@ -85,6 +85,8 @@ class Problem:
         channels: int | None = None,
     ):
         check_has_prox(physics)
+        if channels is not None:
+            check_count("channels", channels)
         _check_measurements(y)
         level = _check_level(noise_level(physics, sigma_y))
         # Without a noise model, and without a level in its place, a floor is assumed.
@@ -130,7 +132,7 @@ class Problem:
         :param int copies: number of copies, at least 1.
         :returns: the problem of ``copies * B`` images.
         """
-        if copies == 1:
+        if check_count("copies", copies) == 1:
             return self
         repeated = copy.copy(self)
         repeated.y = _repeat(self.y, copies)

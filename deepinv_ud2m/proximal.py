@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepinv_ud2m.checks import Scalar, expand_scalar
+from deepinv_ud2m.checks import Scalar, check_number, expand_scalar
 from deepinv_ud2m.problem import Problem
 
 
@@ -49,8 +49,13 @@ def posterior_prox(
         both counts (default: 0).
     :param int max_iter: most iterations of the solver (default: 1000). It warns when it reaches them.
     :returns: the minimiser, of the shape of ``x``.
-    :raises ValueError: if a scalar has another shape.
+    :raises ValueError: if images or a scalar have another shape.
     """
+    if not problem.shape == x.shape == x_s.shape:
+        raise ValueError(
+            f"x and x_s must be {list(problem.shape)} as the problem, got {list(x.shape)}, {list(x_s.shape)}"
+        )
+    check_number("tol", tol, low=0)
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
     x_s = x_s.to(x.dtype)

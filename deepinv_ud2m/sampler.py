@@ -140,6 +140,8 @@ class UD2M(Reconstructor):
         self.unfolded, self.eta = unfolded, check_number("eta", eta, 0, 1)
         self.output_range = check_interval("output_range", output_range)
         self.nominal_rmse, self.sigma_y = _check_nominal_rmse(nominal_rmse, unfolded), sigma_y
+        if not isinstance(conformal, Mapping | None):
+            raise TypeError(f"conformal must be Conformal by name, got {conformal!r}")
         self.conformal = {name: Conformal.of(one) for name, one in (conformal or {}).items()}
         if sigmas is None:
             schedule = schedule if schedule is not None else VPSchedule()

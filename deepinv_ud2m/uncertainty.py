@@ -162,7 +162,8 @@ class Conformal:
         check_number("factor", self.factor, positive=True)
         check_number("level", self.level, 0, 0.999)
         check_count("pool", self.pool)
-        check_count("num_samples", self.num_samples)
+        if check_count("num_samples", self.num_samples) < 2:
+            raise ValueError(f"num_samples must be at least 2, got {self.num_samples}")
 
     @classmethod
     def of(cls, value: Conformal | Mapping) -> Conformal:
@@ -331,7 +332,9 @@ def plot(
     maps = {"standard deviation": samples.var(0).mean(1).sqrt()}
     if x is not None:
         maps["|error| of the mean"] = (mean - x).square().mean(1).sqrt()
-    if std_max is None:
+    if std_max is not None:
+        check_number("std_max", std_max, positive=True)
+    else:
         std_max = max(part.flatten().sort().values[int(0.99 * (part.numel() - 1))] for part in maps.values())
         std_max = max(float(std_max), 1e-6)
     rows, cols = samples.shape[1], len(columns) + len(maps)

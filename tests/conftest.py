@@ -148,8 +148,7 @@ def gaussian_problem():
     return GaussianProblem
 
 
-@pytest.fixture
-def tiny_config():
+def make_tiny_config():
     """A prior of the kind that ships, in miniature."""
     network = {"img_resolution": 16, "model_channels": 32, "channel_mult": [1], "num_blocks": 1}
     options = {"attn_resolutions": [], "dropout": 0.0, "pixel_std": 0.5, "pixel_shuffle": 2}
@@ -157,18 +156,27 @@ def tiny_config():
     return {"network": network | options, "prior": info}
 
 
-@pytest.fixture
-def tiny_prior(tiny_config):
+def make_tiny_prior():
     """It, with random weights (no layer left at its zero initialisation), frozen."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        prior = build_network(tiny_config)
+        prior = build_network(make_tiny_config())
         with torch.no_grad():
             for parameter in prior.parameters():
                 if not parameter.any():
                     parameter.normal_(std=0.02)
-    prior.prior_info = PriorInfo(**tiny_config["prior"])
+    prior.prior_info = PriorInfo(**make_tiny_config()["prior"])
     return prior.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def tiny_config():
+    return make_tiny_config()
+
+
+@pytest.fixture
+def tiny_prior():
+    return make_tiny_prior()
 
 
 @pytest.fixture

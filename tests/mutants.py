@@ -59,7 +59,7 @@ MUTANTS = {
         ("    if merge:\n        merge_lora(prior)\n", ""),
         ("with torch.random.fork_rng(devices=[]):", "if True:"),
         (
-            "write_files(Path(folder), {_WEIGHTS: weights, CONFIG: text.encode()})",
+            "write_files(folder, {_WEIGHTS: weights, CONFIG: text.encode()})",
             "Path(folder).mkdir(parents=True,exist_ok=True); Path(folder,_WEIGHTS).write_bytes(weights); Path(folder,CONFIG).write_text(text)",
         ),
         ("{_WEIGHTS: weights, CONFIG: text.encode()}", "{CONFIG: text.encode(), _WEIGHTS: weights}"),
@@ -307,7 +307,7 @@ MUTANTS = {
         ),
         ("start + torch.tensor(best).log()", "start"),
         ("argmin())]", "argmax())]"),
-        ("range(count)), torch.stack", "range(len(images))), torch.stack"),
+        ("range(count)), held_out", "range(len(images))), held_out"),
         ("betas=tuple(recipe.betas)", "betas=(0.5, 0.9)"),
     ],
     "training/evaluation.py": [

@@ -142,10 +142,8 @@ def test_recipes_refuse_what_cannot_work(tmp_path):
         (lambda: Stage("alone", 1, 2), "stage must be one of"),
         (lambda: Stage("single", 0, 2), "steps must be"),
         (lambda: Recipe([], [1.0, 2.0], [1.0], [1.0]), "delta and rho must have one value per iteration"),
-        (
-            lambda: Recipe([], [1.0], [1.0], [1.0], nominal_rmse=0.1, initial="wiener"),
-            "nominal_rmse needs initial: learned",
-        ),
+        (lambda: replace(own, nominal_rmse=0.1, initial="wiener"), "nominal_rmse needs initial: learned"),
+        (lambda: replace(own, stages=[]), "stages must be one or more"),
         (lambda: distill("mnist", physics, digits[:3], own, tmp_path), "images must be at least 4"),
         (
             lambda: distill(load_prior("mnist"), physics, digits, own, tmp_path),
@@ -158,8 +156,8 @@ def test_recipes_refuse_what_cannot_work(tmp_path):
         (lambda: replace(own, losses=[{"loss": "perceptual"}]), "losses: .* 'network'"),
         (lambda: distill("mnist", physics, digits, sized, tmp_path / "4"), "features_size is for"),
         (lambda: distill(None, physics, digits, own, tmp_path), "prior must be given, or be named"),
-        (lambda: distill("mnist", None, digits, own, tmp_path), "physics must be given, or be tasks"),
-        (lambda: distill("mnist", None, "folder", small, tmp_path), "fit_wiener needs images as a tensor"),
+        (lambda: distill("mnist", None, digits, own, tmp_path), "physics must be one or more, or None"),
+        (lambda: distill("mnist", None, tmp_path, small, tmp_path), "fit_wiener needs images as a tensor"),
         (
             lambda: distill("mnist", [*physics, (physics[0], 1)], digits, last, tmp_path / "0"),
             "or all without one",

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from deepinv_ud2m.checks import check_count
+from deepinv_ud2m.checks import check_count, check_path
 
 #: Files of a folder with these endings, in any case, are images.
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -106,7 +106,7 @@ def load_image(file: str | Path, channels: int = 3) -> Tensor:
     :raises ValueError: if it does not exist or cannot be read as an image.
     """
     check_channels(channels)
-    if not Path(file).is_file():
+    if not check_path("file", file).is_file():
         raise ValueError(f"file must be an image file, but there is no {str(file)!r}")
     return _open_files(str(file), [Path(file)]).image(0, channels)[None]
 

@@ -17,9 +17,12 @@ class JointGenerator(PhysicsGenerator):
     their random generators to seed them; and it seeds both alike, which ties what they draw.
 
     :param deepinv.physics.generator.PhysicsGenerator parts: generators, each with a ``rng`` of its own.
+    :raises TypeError: for none, or what is no generator.
     """
 
     def __init__(self, *parts: PhysicsGenerator):
+        if not parts or not all(isinstance(part, PhysicsGenerator) for part in parts):
+            raise TypeError(f"parts must be one or more physics generators, got {parts!r}")
         super().__init__(rng=parts[0].rng, device=parts[0].device)
         self.parts = torch.nn.ModuleList(parts)
 

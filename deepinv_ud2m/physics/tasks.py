@@ -43,6 +43,7 @@ from deepinv.physics.generator import (
 )
 from torch import Tensor
 
+from deepinv_ud2m.checks import check_number
 from deepinv_ud2m.physics.channels import ChannelMap
 from deepinv_ud2m.physics.generators import (
     BoxMaskGenerator,
@@ -89,9 +90,8 @@ def make_physics(
     :raises ValueError: for an unknown name, a level that is not positive, or another shape.
     """
     task = _task(name)
-    if not sigma_y > 0:
-        raise ValueError(f"sigma_y must be positive, got {sigma_y}")
-    if len(shape) != 3 or min(shape[1:]) < 16 or any(n % 4 for n in shape[1:]):
+    check_number("sigma_y", sigma_y, positive=True)
+    if len(shape) != 3 or shape[0] < 1 or min(shape[1:]) < 16 or any(n % 4 for n in shape[1:]):
         raise ValueError(f"shape must be (C, H, W) with H and W multiples of 4 and >= 16, got {shape}")
     physics = task.operator(shape)
     if task.noisy:
@@ -133,6 +133,8 @@ def make_generator(
     """
     task = _task(name)
     is_range = isinstance(sigma_y, tuple | list) and len(sigma_y) == 2
+    if not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
     if not is_range or not 0 < sigma_y[0] <= sigma_y[1]:
         raise ValueError(f"sigma_y must be a range of positive levels, (low, high), got {sigma_y}")
     of_levels, of_operators = (torch.Generator(device).manual_seed(2 * seed + i) for i in range(2))

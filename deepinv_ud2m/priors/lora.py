@@ -75,6 +75,8 @@ def add_lora(
     check_count("rank", rank)
     if alpha is not None and not (isinstance(alpha, Real) and 0 < alpha < math.inf):
         raise ValueError(f"alpha must be a positive number, or None for alpha = rank, got {alpha!r}")
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network must be a module, got {network!r}")
     if any(isinstance(module, BaseTunerLayer) for module in network.modules()):
         raise ValueError("the network already carries an adapter: train it, or take it off with remove_lora")
     names = select_targets(network, targets)

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from deepinv.models import ADMUNet, Denoiser
 
-from deepinv_ud2m.checks import check_count
+from deepinv_ud2m.checks import check_count, check_device
 from deepinv_ud2m.files import (
     check_digest,
     check_finite,
@@ -70,14 +70,15 @@ def load_prior(
         diffusers pipeline.
     :param bool download: download the weights if they are not in the cache (default: ``False``).
     :returns: a denoiser with the attribute ``prior_info``, a :class:`PriorInfo`.
-    :raises ValueError: for an unknown name, settings that are not accepted, or weights that are damaged
-        or of another network.
+    :raises ValueError: for an unknown name or device, settings that are not accepted, or weights that are
+        damaged or of another network.
     :raises FileNotFoundError: if weights that do not ship are not here; it says where to put them.
     :raises ImportError, OSError: without diffusers, or if the download fails.
     :raises TypeError: if ``name`` is neither text nor a path.
     """
     if not isinstance(name, str | Path):
         raise TypeError(f"name must be the name of a prior, or a folder, got {name!r}")
+    check_device(device)
     if name in PUBLISHED:
         network, card = load_published(name, weights, download)
         low, high = network.schedule.sigma([0, network.schedule.num_timesteps - 1]).tolist()
@@ -103,14 +104,22 @@ def save_prior(network: Denoiser, config: Mapping, folder: str | Path) -> None:
     :raises ValueError: for weights that are not finite in float16, or settings that are not accepted.
     :raises OSError: if the folder cannot be written.
     """
-    _prior_info(config)
-    _check_settings(config["network"])
+    _check_entries(config)
     state = {name: value.half().contiguous() for name, value in network.state_dict().items()}
     check_finite(state, "of this network, in float16,")
     weights = safetensors.torch.save(state)
     config = {**config, "sha256": hashlib.sha256(weights).hexdigest()}
     text = json.dumps(config, indent=2) + "\n"
     write_files(Path(folder), {_WEIGHTS: weights, _CONFIG: text.encode()})
+
+
+def _check_entries(config: Mapping) -> PriorInfo:
+    """The info of a configuration whose network has settings that are accepted."""
+    entries = [config.get(key) for key in ("prior", "network")] if isinstance(config, Mapping) else []
+    if not entries or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ValueError(f"config must have the dictionaries 'prior' and 'network', got {config!r}")
+    _check_settings(config["network"])
+    return _prior_info(config)
 
 
 def network_settings(name: str | Path) -> dict:
@@ -182,7 +191,7 @@ def build_network(config: Mapping) -> Denoiser:
         :class:`PriorInfo`.
     :raises ValueError: for settings that are not accepted; it names setting, value and what is accepted.
     """
-    settings, channels = config["network"], _prior_info(config).channels
+    channels, settings = _check_entries(config).channels, config["network"]
     inner = build_unet(settings, channels, channels)
     return PixelShuffledDenoiser(
         inner,

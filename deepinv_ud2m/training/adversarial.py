@@ -44,6 +44,8 @@ class Adversary:
         optimizer: torch.optim.Optimizer | None = None,
         ratio: int = 1,
     ):
+        if not isinstance(D, nn.Module):
+            raise TypeError(f"D must be a discriminator, a module, got {D!r}")
         losses = AdversarialDiscriminatorLoss() if losses is None else losses
         self.D, self.ratio = D, check_count("ratio", ratio)
         self.losses = list(losses) if isinstance(losses, list | tuple) else [losses]

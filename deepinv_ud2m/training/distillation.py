@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from deepinv_ud2m.checks import check_device
+from deepinv_ud2m.checks import check_device, check_path
 from deepinv_ud2m.data.crops import RandomCrops, ResizedCrops
-from deepinv_ud2m.files import check_digest, read_json, read_weights, write_file
+from deepinv_ud2m.files import check_digest, make_folder, read_json, read_weights, write_file
 from deepinv_ud2m.initializers import (
     PosteriorMeanInitializer,
     PseudoInverseInitializer,
@@ -145,21 +145,24 @@ def distill(
     prior = recipe.prior if prior is None else prior
     if prior is None:
         raise ValueError("prior must be given, or be named by the recipe")
-    if not physics and not recipe.tasks:
-        raise ValueError("physics must be given, or be tasks of the recipe")
+    _check_physics(physics, recipe)
+    _check_images(images)
     check_device(device)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    run = _Run(recipe, Path(save_path), device, fast, checkpointing, download, smoke, verbose)
+    save_path = check_path("save_path", save_path)
+    run = _Run(recipe, save_path, device, fast, checkpointing, download, smoke, verbose)
     _check_folder(run)
-    torch.manual_seed(recipe.seed)
-    model = _sampler(run, prior, initial, images, weights)
+    name, prior = _prior(run, prior, weights)
     # All stages are made ready before the first is trained: what is wrong with the last is told at once.
     crops, ready = {}, []
     for number, stage in enumerate(recipe.stages):
-        train, held_out = _data(images, recipe, stage, model.unfolded.prior_info, crops)
+        train, held_out = _data(images, recipe, stage, getattr(prior, "prior_info", None), crops)
         pairs = _physics(physics, recipe, stage, tuple(held_out.shape[1:]), device)
         ready.append((stage, run.folder / f"{number}_{stage.stage}", pairs, train, held_out))
     make_losses(recipe.losses, run.setting(held_out.shape[1]))
+    # Only now, as it may add an adapter to the caller's prior.
+    torch.manual_seed(recipe.seed)
+    model = _sampler(run, prior, _initial(run, name, images) if initial is None else initial)
     write_file(run.folder / _RECIPE, json.dumps(recipe.as_json(), indent=1) + "\n")
     for stage in ready:
         _run_stage(run, model, *stage)
@@ -169,8 +172,39 @@ def distill(
     return model.eval()
 
 
+def _check_physics(physics, recipe: Recipe) -> None:
+    if physics is None and recipe.tasks:
+        return
+    if not physics:
+        raise ValueError("physics must be one or more, or None where the recipe has tasks")
+    for one in physics:
+        one = one[0] if isinstance(one, tuple) else one
+        if not isinstance(one, Physics):
+            raise TypeError(f"physics must be of deepinv, or pairs of one and its generator, got {one!r}")
+
+
+def _check_images(images) -> None:
+    if isinstance(images, str | Path):
+        if not Path(images).is_dir():
+            raise ValueError(f"images must be a folder, a tensor or a dataset: there is no folder {images}")
+    elif not isinstance(images, Tensor | Dataset):
+        raise TypeError(f"images must be a folder, a tensor or a dataset, got {type(images).__name__}")
+    elif isinstance(images, Tensor):
+        _check_values(images)
+
+
+def _check_values(x: Tensor, channels: int | None = None) -> None:
+    if x.ndim != 4 or not x.is_floating_point() or not x.isfinite().all():
+        raise ValueError(f"images must be [N, C, H, W], floating and finite, got {x.dtype} {list(x.shape)}")
+    low, high = x.min().item(), x.max().item()
+    if low < -1 or high > 2:  # some leave the range a little
+        raise ValueError(f"images must be in [0, 1], got values from {low:g} to {high:g}")
+    if channels not in (None, x.shape[1]):
+        raise ValueError(f"images must have {channels} channel(s), as the prior, got {x.shape[1]}")
+
+
 def _check_folder(run: _Run) -> None:
-    run.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(run.folder)
     file, wanted = run.folder / _RECIPE, json.loads(json.dumps(run.recipe.as_json()))
     there = read_json(file) if file.is_file() else wanted
     changed = [name for name in wanted if there.get(name) != wanted[name]]
@@ -181,14 +215,17 @@ def _check_folder(run: _Run) -> None:
         )
 
 
-def _sampler(run: _Run, prior, initial: nn.Module | None, images, weights) -> UD2M:
-    recipe, name = run.recipe, prior if isinstance(prior, str) else None
-    if name in PUBLISHED and run.smoke:
-        prior = random_prior(name)
-    elif name:
-        prior = load_prior(name, weights=weights, download=run.download)
-    if initial is None:
-        initial = _initial(run, name, images)
+def _prior(run: _Run, prior: Denoiser | str, weights) -> tuple[str | None, Denoiser]:
+    """The prior, and its name or folder, if that was given."""
+    if not isinstance(prior, str):
+        return None, prior
+    if prior in PUBLISHED and run.smoke:
+        return prior, random_prior(prior)
+    return prior, load_prior(prior, weights=weights, download=run.download)
+
+
+def _sampler(run: _Run, prior: Denoiser, initial: nn.Module) -> UD2M:
+    recipe = run.recipe
     if recipe.rank:
         add_lora(prior, recipe.rank, targets=recipe.targets)
     unfolded = UnfoldedDenoiser(
@@ -246,7 +283,9 @@ def _data(images, recipe: Recipe, stage: Stage, info, crops: dict) -> tuple[Data
             f"of a step; got {len(images)}"
         )
     count = len(images) - held
-    return Subset(images, range(count)), torch.stack([images[i] for i in range(count, len(images))])
+    held_out = torch.stack([images[i] for i in range(count, len(images))])
+    _check_values(held_out, getattr(info, "channels", None))
+    return Subset(images, range(count)), held_out
 
 
 def _physics(given, recipe: Recipe, stage: Stage, shape, device) -> list[tuple]:

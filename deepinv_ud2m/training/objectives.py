@@ -103,8 +103,10 @@ LOSSES = {"energy": _energy, "l2": _l2, "perceptual": _perceptual, "adversarial"
 def check_losses(losses: Sequence[Mapping]) -> None:
     """
     :param Sequence[Mapping] losses: of a recipe.
-    :raises ValueError: for an unknown loss or key, or one that is missing.
+    :raises ValueError: for none, an unknown loss or key, one that is missing, or a value out of range.
     """
+    if not losses:
+        raise ValueError("losses must be one or more, got none")
     for entry in losses:
         if not isinstance(entry, Mapping) or entry.get("loss") not in LOSSES:
             raise ValueError(f"losses must be {{loss: name, ...}} with a name of {[*LOSSES]}, got {entry!r}")
@@ -112,6 +114,9 @@ def check_losses(losses: Sequence[Mapping]) -> None:
             signature(LOSSES[entry["loss"]]).bind(None, **_options(entry))
         except TypeError as error:
             raise ValueError(f"losses: {entry!r}: {error}") from error
+        if entry["loss"] != "perceptual":  # its network may have to be downloaded
+            values = {k: v for k, v in _options(entry).items() if not k.startswith("features")}
+            LOSSES[entry["loss"]](Setting(1, torch.device("cpu")), **values)
 
 
 def make_losses(losses: Sequence[Mapping], setting: Setting) -> tuple[list[Loss], Adversary | None]:

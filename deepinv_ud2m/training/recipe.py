@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 
-from deepinv_ud2m.checks import check_count
+from deepinv_ud2m.checks import LARGEST, SMALLEST, check_count, check_number, check_path
+from deepinv_ud2m.physics.tasks import TASKS
+from deepinv_ud2m.schedule import check_sigmas
 from deepinv_ud2m.training.objectives import check_losses
 from deepinv_ud2m.training.stages import STAGES
 
@@ -42,6 +45,11 @@ class Stage:
             raise ValueError(f"stage must be one of {list(STAGES)}, got {self.stage!r}")
         for name in ("steps", "batch_size", "accumulate"):
             check_count(name, getattr(self, name))
+        if self.size is not None:
+            check_count("size", self.size)
+        for name in ("lr", "lr_scalars", "lr_initial"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), low=0)
 
 
 @dataclass
@@ -139,9 +147,42 @@ class Recipe:
         for name, known in {"initial": INITIAL, "states": states, "schedule": schedules}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        self._check_numbers()
         if self.nominal_rmse is not None and self.initial != "learned":
             raise ValueError("nominal_rmse needs initial: learned, an estimate that predicts its error")
+        unknown = sorted({*self.tasks} - TASKS.keys())
+        if unknown:
+            raise ValueError(f"tasks must be of {sorted(TASKS)}, got {unknown}")
         check_losses(self.losses)
+
+    def _check_numbers(self) -> None:
+        for name in ("stages", "delta", "factors"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must be one or more, got none")
+        for name in ("delta", "rho", "factors"):
+            for value in getattr(self, name):
+                check_number(name, value, SMALLEST, LARGEST)
+        if self.sigmas is not None:
+            check_sigmas(self.sigmas)
+        for name in ("sigma_y", "betas"):
+            if len(getattr(self, name)) != 2:
+                raise ValueError(f"{name} must be two numbers, got {getattr(self, name)}")
+        if not 0 < self.sigma_y[0] <= self.sigma_y[1] < math.inf:
+            raise ValueError(f"sigma_y must be a range of positive levels, got {self.sigma_y}")
+        for name in ("eta", "ema_decay"):
+            check_number(name, getattr(self, name), 0, 1)
+        for name in ("reference_level", "kappa", "weight_decay"):
+            check_number(name, getattr(self, name), low=0)
+        for beta in self.betas:
+            check_number("betas", beta, 0, 1)
+        if self.grad_clip is not None:
+            check_number("grad_clip", self.grad_clip, positive=True)
+        if self.rank < 0:
+            raise ValueError(f"rank must be >= 0, got {self.rank}")
+        for name in ("validation_images", "evaluations"):
+            check_count(name, getattr(self, name))
+        if check_count("validation_samples", self.validation_samples) < 2:
+            raise ValueError("validation_samples must be at least 2, for a spread, got 1")
 
     @classmethod
     def read(cls, file: str | Path, **changes) -> Recipe:
@@ -157,6 +198,7 @@ class Recipe:
             from jsonargparse import ArgumentParser
         except ImportError as error:
             raise ImportError("recipes in YAML need jsonargparse: pip install jsonargparse") from error
+        check_path("recipe", file)
         shipped = files("deepinv_ud2m.training") / "recipes" / f"{file}.yaml"
         path = Path(str(shipped)) if shipped.is_file() else Path(file)
         if not path.is_file():
