@@ -17,15 +17,17 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import deepinv as dinv
 import torch
+from deepinv.loss import Loss
 from deepinv.models import Denoiser
 from deepinv.physics import Physics
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
@@ -33,6 +35,7 @@ from deepinv_ud2m.checks import check_device
 from deepinv_ud2m.data.crops import RandomCrops, ResizedCrops
 from deepinv_ud2m.files import check_digest, read_json, read_weights, write_file
 from deepinv_ud2m.initializers import (
+    Initializer,
     PosteriorMeanInitializer,
     PseudoInverseInitializer,
     RAMInitializer,
@@ -41,7 +44,7 @@ from deepinv_ud2m.initializers import (
 from deepinv_ud2m.metrics import energy_score, spread_skill_ratio
 from deepinv_ud2m.physics import make_generator, make_physics
 from deepinv_ud2m.physics.traits import is_linear
-from deepinv_ud2m.priors import PUBLISHED, add_lora, load_prior, random_prior
+from deepinv_ud2m.priors import PUBLISHED, PriorInfo, add_lora, load_prior, random_prior
 from deepinv_ud2m.sampler import UD2M
 from deepinv_ud2m.schedule import VPSchedule
 from deepinv_ud2m.training.controller import DiversityController
@@ -85,7 +88,7 @@ def distill(
     recipe: Recipe | str | Path = "default",
     save_path: str | Path = "runs/distilled",
     *,
-    initial: nn.Module | None = None,
+    initial: Initializer | None = None,
     fast: bool = False,
     checkpointing: bool = False,
     weights: str | Path | None = None,
@@ -154,15 +157,16 @@ def distill(
     torch.manual_seed(recipe.seed)
     model = _sampler(run, prior, initial, images, weights)
     # All stages are made ready before the first is trained: what is wrong with the last is told at once.
-    crops, ready = {}, []
+    crops: dict[int, tuple] = {}
+    ready = []
     for number, stage in enumerate(recipe.stages):
         train, held_out = _data(images, recipe, stage, model.unfolded.prior_info, crops)
         pairs = _physics(physics, recipe, stage, tuple(held_out.shape[1:]), device)
         ready.append((stage, run.folder / f"{number}_{stage.stage}", pairs, train, held_out))
     make_losses(recipe.losses, run.setting(held_out.shape[1]))
     write_file(run.folder / _RECIPE, json.dumps(recipe.as_json(), indent=1) + "\n")
-    for stage in ready:
-        _run_stage(run, model, *stage)
+    for prepared in ready:
+        _run_stage(run, model, *prepared)
     factor = _set_noise(run, model, pairs, held_out) if len(recipe.factors) > 1 else 1.0
     metadata = {"recipe": recipe.as_json(), "factor of delta": factor}
     model.save_pretrained(run.folder / "model", metadata=metadata, dtype=torch.float16)
@@ -181,7 +185,13 @@ def _check_folder(run: _Run) -> None:
         )
 
 
-def _sampler(run: _Run, prior, initial: nn.Module | None, images, weights) -> UD2M:
+def _sampler(
+    run: _Run,
+    prior: Any,
+    initial: Initializer | None,
+    images: str | Path | Tensor | Dataset,
+    weights: str | Path | None,
+) -> UD2M:
     recipe, name = run.recipe, prior if isinstance(prior, str) else None
     if name in PUBLISHED and run.smoke:
         prior = random_prior(name)
@@ -203,8 +213,9 @@ def _sampler(run: _Run, prior, initial: nn.Module | None, images, weights) -> UD
     return UD2M(unfolded, eta=recipe.eta, nominal_rmse=recipe.nominal_rmse, **levels)
 
 
-def _initial(run: _Run, name: str | None, images) -> nn.Module:
-    recipe, level = run.recipe, {"reference_level": run.recipe.reference_level}
+def _initial(run: _Run, name: str | None, images: Any) -> Initializer:
+    recipe = run.recipe
+    level: dict[str, Any] = {"reference_level": recipe.reference_level}
     if recipe.initial == "pseudo-inverse":
         return PseudoInverseInitializer(**level)
     if recipe.initial == "ram":
@@ -223,7 +234,9 @@ def _initial(run: _Run, name: str | None, images) -> nn.Module:
     return PosteriorMeanInitializer.from_prior(name, wiener, **level)
 
 
-def _data(images, recipe: Recipe, stage: Stage, info, crops: dict) -> tuple[Dataset, Tensor]:
+def _data(
+    images: Any, recipe: Recipe, stage: Stage, info: PriorInfo | None, crops: dict
+) -> tuple[Dataset, Tensor]:
     """Training images, and those that are held out. Photographs are read once for each size of crops."""
     held, batch = recipe.validation_images, stage.batch_size * stage.accumulate
     if isinstance(images, str | Path):
@@ -232,7 +245,7 @@ def _data(images, recipe: Recipe, stage: Stage, info, crops: dict) -> tuple[Data
         if stage.size not in crops:
             channels = getattr(info, "channels", 3)
             if recipe.resized:
-                read = ResizedCrops(images, stage.size, 1, channels)
+                read: ResizedCrops | RandomCrops = ResizedCrops(images, stage.size, 1, channels)
             else:
                 read = RandomCrops(images, stage.size, 1, channels, skip_small=True)
             crops[stage.size] = read, read.hold_out(held)
@@ -249,11 +262,17 @@ def _data(images, recipe: Recipe, stage: Stage, info, crops: dict) -> tuple[Data
     return Subset(images, range(count)), torch.stack([images[i] for i in range(count, len(images))])
 
 
-def _physics(given, recipe: Recipe, stage: Stage, shape, device) -> list[tuple]:
+def _physics(
+    given: Sequence[Physics | tuple] | None,
+    recipe: Recipe,
+    stage: Stage,
+    shape: Any,
+    device: torch.device,
+) -> list[tuple]:
     if given:
         pairs = [one if isinstance(one, tuple) else (one, None) for one in given]
     else:
-        options = {"sigma_y": tuple(recipe.sigma_y), "seed": recipe.seed, "device": device}
+        options: dict[str, Any] = {"sigma_y": tuple(recipe.sigma_y), "seed": recipe.seed, "device": device}
         pairs = [
             (make_physics(task, shape, device=device), make_generator(task, shape, **options))
             for task in recipe.tasks
@@ -267,7 +286,9 @@ def _physics(given, recipe: Recipe, stage: Stage, shape, device) -> list[tuple]:
     return pairs
 
 
-def _run_stage(run: _Run, model: UD2M, stage: Stage, folder: Path, pairs, train, held_out) -> None:
+def _run_stage(
+    run: _Run, model: UD2M, stage: Stage, folder: Path, pairs: list[tuple], train: Dataset, held_out: Tensor
+) -> None:
     recipe, (physics, generators) = run.recipe, zip(*pairs, strict=True)
     if (folder / "final").is_dir():  # done before
         weights = folder / "final" / "model.safetensors"
@@ -276,14 +297,14 @@ def _run_stage(run: _Run, model: UD2M, stage: Stage, folder: Path, pairs, train,
         return
     of_samples = stage.stage != "initial"
     controller = adversary = None
-    losses = GaussianNLLLoss()
+    losses: Loss | list[Loss] = GaussianNLLLoss()
     if of_samples:
         controller = DiversityController(physics, recipe.kappa) if recipe.kappa else None
         losses, adversary = make_losses(recipe.losses, run.setting(held_out.shape[1], controller))
         if not any(isinstance(loss, EnergyScoreLoss) for loss in losses):
             controller = None
     if recipe.states == "uniform":
-        sigmas = VPSchedule().training_sigmas
+        sigmas: Callable[[int], Tensor] = VPSchedule().training_sigmas
     else:
         sigmas = StateSigmas(model, 0.25 if of_samples else 0.5)
     lr_initial = stage.lr if stage.lr_initial is None else stage.lr_initial
@@ -297,13 +318,13 @@ def _run_stage(run: _Run, model: UD2M, stage: Stage, folder: Path, pairs, train,
         physics=list(physics),
         physics_generator=None if generators[0] is None else list(generators),
         train_dataloader=loader,
-        eval_dataloader=DataLoader(held_out, len(held_out)) if of_samples else None,
+        eval_dataloader=DataLoader(held_out, len(held_out)) if of_samples else None,  # type: ignore[arg-type]
         stage=stage.stage,
         steps=stage.steps,
         losses=losses,
         adversary=adversary,
         sigmas=sigmas,
-        optimizer=torch.optim.AdamW(groups, betas=tuple(recipe.betas)),
+        optimizer=torch.optim.AdamW(groups, betas=(recipe.betas[0], recipe.betas[1])),
         lr_schedule=cosine,
         grad_clip=recipe.grad_clip,
         accumulate=stage.accumulate,
@@ -331,7 +352,8 @@ def _set_noise(run: _Run, model: UD2M, pairs: list[tuple], x: Tensor) -> float:
     """Multiply all delta by the factor of the best energy score, relative to the mean of each physics."""
     recipe = run.recipe
     device, start = next(model.parameters()).device, model.unfolded.log_delta.clone()
-    scores, x = [], x.to(device)
+    x = x.to(device)
+    scores: list[list[Tensor]] = []
     for factor in tqdm(recipe.factors, desc="factor of delta", disable=not run.verbose):
         model.unfolded.log_delta.copy_(start + torch.tensor(factor).log())
         scores.append([])
@@ -341,7 +363,7 @@ def _set_noise(run: _Run, model: UD2M, pairs: list[tuple], x: Tensor) -> float:
                 physics.update(**generator.step(len(x)))
             samples = model.sample(physics(x), physics, recipe.validation_samples)
             scores[-1].append(energy_score(samples, x).mean())
-    scores = torch.tensor(scores)
-    best = recipe.factors[int((scores / scores.mean(0)).mean(1).argmin())]
+    table = torch.tensor(scores)
+    best = recipe.factors[int((table / table.mean(0)).mean(1).argmin())]
     model.unfolded.log_delta.copy_(start + torch.tensor(best).log())
     return best

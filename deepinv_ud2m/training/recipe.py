@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from deepinv_ud2m.checks import check_count
 from deepinv_ud2m.training.objectives import check_losses
@@ -37,7 +38,7 @@ class Stage:
     lr_initial: float | None = None
     accumulate: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {list(STAGES)}, got {self.stage!r}")
         for name in ("steps", "batch_size", "accumulate"):
@@ -130,7 +131,7 @@ class Recipe:
     factors: list[float] = field(default_factory=lambda: [0.9, 0.95, 1.0, 1.05, 1.1])
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.delta) != len(self.rho):
             raise ValueError(f"delta and rho must have one value per iteration, got {self.delta}, {self.rho}")
         if (self.sigmas is None) == (self.num_steps is None):
@@ -144,7 +145,7 @@ class Recipe:
         check_losses(self.losses)
 
     @classmethod
-    def read(cls, file: str | Path, **changes) -> Recipe:
+    def read(cls, file: str | Path, **changes: Any) -> Recipe:
         """
         A recipe from a YAML file.
 
@@ -173,10 +174,10 @@ class Recipe:
 
     def miniature(self) -> Recipe:
         """The same with two steps of two small images in each stage, to try whether all of it runs."""
-        small = {"steps": 2, "batch_size": 2, "size": 32 if self.stages[0].size else None}
-        stages = [replace(stage, **small) for stage in self.stages]
-        few = {"evaluations": 1, "validation_images": 2, "validation_samples": 2, "factors": [1.0]}
-        return replace(self, stages=stages, **few)
+        size = 32 if self.stages[0].size else None
+        stages = [replace(stage, steps=2, batch_size=2, size=size) for stage in self.stages]
+        small = replace(self, stages=stages, evaluations=1, factors=[1.0])
+        return replace(small, validation_images=2, validation_samples=2)
 
     def as_json(self) -> dict:
         """The recipe, as JSON holds it."""
