@@ -200,13 +200,13 @@ def load(
     # Networks are built with random weights first, which must not change the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
         initializer = _find_initializer(initializer, config["initializer"], folder)
-        prior = _find_prior(prior, config["prior"], state)
+        network = _find_prior(prior, config["prior"], state)
         with blame_config(folder):
-            result = _build(prior, initializer, config, state, make)
+            result = _build(network, initializer, config, state, make)
     if config["unfolded"]["train_prior"] != "adapter":
-        setattr(prior, _HOLDS, str(name_or_path))
+        setattr(network, _HOLDS, str(name_or_path))
     if merge:
-        merge_lora(prior)
+        merge_lora(network)
     return result
 
 
@@ -214,7 +214,7 @@ def load(
 _HOLDS = "holds_the_weights_of"
 
 
-def _check_given(prior, initializer) -> None:
+def _check_given(prior: Any, initializer: Any) -> None:
     if prior is not None and not isinstance(prior, nn.Module | str | Path):
         raise TypeError(
             f"prior must be a deepinv Denoiser, or a name or folder for load_prior, got {prior!r}"
@@ -254,9 +254,7 @@ def _find_folder(name_or_path: str | Path, revision: str | None) -> Path:
     return local
 
 
-def _find_prior(
-    prior: Denoiser | str | Path | None, expected: Mapping, state: Mapping[str, Tensor]
-) -> Denoiser:
+def _find_prior(prior: Any, expected: Mapping, state: Mapping[str, Tensor]) -> Denoiser:
     name = expected["name"]
     if prior is None:
         try:
@@ -325,7 +323,7 @@ def push_to_hub(
     private: bool = False,
     token: str | None = None,
     commit_message: str = "Upload UD2M sampler",
-    **options,
+    **options: Any,
 ) -> str:
     """
     Upload to the Hugging Face Hub. The repository, and its model card ``README.md``, are made if they do not

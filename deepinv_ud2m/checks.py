@@ -24,7 +24,7 @@ def check_count(name: str, value: int) -> int:
 
 
 def check_number(
-    name: str, value: float, low: float = -math.inf, high: float = math.inf, *, positive: bool = False
+    name: str, value: float | None, low: float = -math.inf, high: float = math.inf, *, positive: bool = False
 ) -> float:
     """
     A finite real number in [low, high], NumPy's included, as a Python float.
@@ -68,7 +68,7 @@ def expand_scalar(value: Scalar, like: Tensor, name: str) -> Tensor:
     if isinstance(value, Number):  # filled on the device: a copy to it would wait
         if not SMALLEST <= value <= LARGEST:
             raise ValueError(f"{name} must be positive, in [{SMALLEST:g}, {LARGEST:g}], got {value}")
-        value = torch.full((), value, dtype=like.dtype, device=like.device)
+        value = torch.full((), float(value), dtype=like.dtype, device=like.device)
     value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     batch_size, ones = like.shape[0], [1] * (like.ndim - 1)
     if value.numel() not in (1, batch_size) or any(n != 1 for n in value.shape[1:]):

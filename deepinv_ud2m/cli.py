@@ -27,6 +27,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from deepinv_ud2m import UD2M
@@ -159,7 +160,14 @@ def _digest(values: torch.Tensor) -> str:
     return f"{zlib.crc32(values.numpy().tobytes()):08x}"
 
 
-def _restore_file(model: UD2M, file: Path, args, kernel, mask, device) -> dict:
+def _restore_file(
+    model: UD2M,
+    file: Path,
+    args: argparse.Namespace,
+    kernel: Tensor | None,
+    mask: Tensor | None,
+    device: torch.device | str,
+) -> dict:
     """Write the results of one photograph; returns what its summary says."""
     if args.task == "jpeg":
         y, physics = JPEG.read(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ FORMAT = 2
 
 # Sections of config.json, and the types of their entries.
 _NUMBER, _NONE = int | float, type(None)
-_SECTIONS = {
+_SECTIONS: dict[str, dict[str, Any]] = {
     "sampler": {
         "sigmas": list,
         "eta": _NUMBER,
@@ -77,7 +78,7 @@ def _from_format_1(config: Mapping) -> dict:
     return {**config, "sampler": sampler, "unfolded": unfolded, "initializer": initializer}
 
 
-def _check_section(section: str, content, entries: Mapping) -> None:
+def _check_section(section: str, content: Any, entries: Mapping) -> None:
     if not isinstance(content, dict):
         raise ValueError(f"it has no section {section!r}")
     lacking = [key for key in entries if key not in content]

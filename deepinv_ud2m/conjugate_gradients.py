@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,15 @@ class _Solve(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, mean, adjoint, gamma, atol, solve, operator):
+    def forward(
+        ctx: Any,
+        mean: Tensor,
+        adjoint: Tensor,
+        gamma: Tensor,
+        atol: Tensor | float,
+        solve: _Solver,
+        operator: Callable[[], Fingerprint],
+    ) -> Tensor:
         correction = solve(mean, adjoint, gamma, atol)
         ctx.save_for_backward(gamma, correction)
         ctx.solve, ctx.operator, ctx.tensors = solve, operator, operator()
@@ -75,7 +84,7 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if not _are_same(ctx.operator(), ctx.tensors):
             raise RuntimeError(
                 "the physics was updated between the forward and the backward pass of "
@@ -100,7 +109,7 @@ class _Solver:
     max_iter: int
     preconditioner: Callable[[Tensor], Tensor] | None
 
-    def __call__(self, mean, adjoint, gamma, atol):
+    def __call__(self, mean: Tensor, adjoint: Tensor, gamma: Tensor, atol: Tensor | float) -> Tensor:
         precondition = self.preconditioner or (lambda r: r)
         r = gamma * (adjoint - self.normal(mean))
         d = 0 * r  # NaN where r is NaN

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 # torch numbers hooks without a lock: two threads could be given the same number.
 _LOCK = threading.Lock()
@@ -30,13 +30,13 @@ class CallCounter:
             self._hooks = [net.register_forward_hook(self._count_own) for net in self.networks]
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _count_own(self, network, inputs, output):
+    def _count_own(self, network: nn.Module, inputs: tuple, output: Tensor) -> None:
         if threading.get_ident() == self._thread:
             self._count(network, inputs, output)
 
-    def _count(self, network, inputs, output):
+    def _count(self, network: nn.Module, inputs: tuple, output: Tensor) -> None:
         self.images += output.shape[0]

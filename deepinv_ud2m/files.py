@@ -122,7 +122,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     make_folder(folder)
     # Not by tempfile, whose files nobody else may read, also after they are moved.
     temporary = {name: folder / f".{name}.{secrets.token_hex(4)}" for name in contents}
-    name = None
+    name = ""
     try:
         for name, content in contents.items():
             with open(temporary[name], "xb") as file:

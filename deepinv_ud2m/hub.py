@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from deepinv_ud2m.initializers import Initializer
 from deepinv_ud2m.priors import PRIORS
 
 
-def find():
+def find() -> ModuleType:
     """The package ``huggingface_hub``; ImportError says how to install it."""
     try:
         import huggingface_hub

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from deepinv.physics import Physics
@@ -96,7 +97,8 @@ class Problem:
         self.adjoint, again = self._adjoint_of(y)
         if self.is_linear:
             _check_operator(physics, parts(y), parts(again), self.adjoint, level)
-        self.is_grey = self.is_linear and self.shape[1] == 1 and channels not in (None, 1)
+        channels = 1 if channels is None else channels
+        self.is_grey = self.is_linear and self.shape[1] == 1 and channels != 1
         if self.is_grey:
             self.physics = ChannelMap.grey(physics, channels)
             self.adjoint = self.adjoint.expand(-1, channels, -1, -1) / channels
@@ -105,7 +107,7 @@ class Problem:
         # The measurements of each copy, if copies go through the physics one by one.
         self._copies: list | None = None
         self._view = self._remember_adjoint()
-        self._structure = None
+        self._structure: Any = None
         if self.is_linear and not self.has_closed_form():
             with torch.autocast(self.device.type, enabled=False):
                 self._structure = find_structure(self.physics, self.shape, y, self.adjoint, self.is_per_image)
@@ -237,7 +239,7 @@ class Problem:
                 operator=lambda: operator_tensors(self.physics),
             )
 
-    def _by_copy(self, function: Callable, *batches):
+    def _by_copy(self, function: Callable, *batches: Tensor | TensorList | list) -> Any:
         """
         Apply a function to all images at once, or to one copy after the other. Autocast is off: operators
         lose too much precision in bfloat16, and nothing else around them is affected by it.
@@ -256,7 +258,7 @@ class Problem:
         """
         view, y, adjoint, physics = copy.copy(self.physics), self.y, self.adjoint, self.physics
 
-        def A_adjoint(measurements, **kwargs):
+        def A_adjoint(measurements: Tensor | TensorList, **kwargs: Any) -> Tensor:
             if measurements is y and not kwargs:
                 return adjoint
             return physics.A_adjoint(measurements, **kwargs)
@@ -332,7 +334,9 @@ def _check_level(sigma_y: Scalar) -> Scalar:
     return sigma_y
 
 
-def _check_operator(physics, y: list[Tensor], again: list[Tensor], adjoint: Tensor, level: Scalar) -> None:
+def _check_operator(
+    physics: Physics, y: list[Tensor], again: list[Tensor], adjoint: Tensor, level: Scalar
+) -> None:
     r"""Warn of an adjoint that is none, and of measurements of what :math:`A A^\top y` does not see."""
     # The dot product test with white noise u: <A u, y> - <u, B y> has the size of the error of B y.
     generator = torch.Generator(adjoint.device).manual_seed(0)

@@ -7,6 +7,7 @@ A batch of streams stands wherever a :class:`torch.Generator` does: :func:`randn
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +27,14 @@ class SampleStreams:
     def __init__(self, seeds: Sequence[int], device: torch.device | str, block: int = 1):
         self.generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
         self.block = block
-        self._noise, self._used = None, block
+        self._noise: Tensor | None = None
+        self._used = block
 
     def randn(self, like: Tensor) -> Tensor:
         """Noise of the shape and dtype of images, one per stream; ValueError for another shape in a block."""
         if like.shape[0] != len(self.generators):
             raise ValueError(f"there are {len(self.generators)} random streams but {like.shape[0]} images")
-        if self._used == self.block:
+        if self._noise is None or self._used == self.block:
             self._noise = self._draw_block(like)
             self._used = 0
         noise = self._noise[:, self._used]
@@ -45,7 +47,7 @@ class SampleStreams:
 
     def _draw_block(self, like: Tensor) -> Tensor:
         shape = (self.block, *like.shape[1:])
-        options = {"dtype": like.dtype, "device": like.device}
+        options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         return torch.stack([torch.randn(shape, generator=g, **options) for g in self.generators])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ def relative_residual(problem: Problem, x: Tensor) -> Tensor | None:
 
 
 def _relative(problem: Problem, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    power = count = 0
+    power: Any = 0
+    count: Any = 0
     for a, y in pairs:
         measured = ((a != 0) | (y != 0)).flatten(1).sum(1)
         # Complex noise has the level sigma_y in the real and in the imaginary part.
@@ -96,7 +98,7 @@ def estimate_noise(problem: Problem, sample: Callable[[Problem], Tensor]) -> Ten
         raise TypeError(f"sigma_y='estimate' needs a linear physics, got {name}: give the level")
     for _ in range(_PASSES):
         level = problem.sigma_y.flatten()
-        found = (relative_residual(problem, sample(problem)) * level).clamp(*_LEVELS)
+        found = (_relative(problem, _measurements(problem, sample(problem))) * level).clamp(*_LEVELS)
         problem = problem.of(problem.y, found.view(-1, 1, 1, 1))
         if bool(((found / level).log().abs() < 0.05).all()):
             break

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal, overload
 
 import torch
 from deepinv.models import Denoiser, Reconstructor
@@ -36,6 +37,7 @@ from tqdm.auto import tqdm
 from deepinv_ud2m import checkpoint
 from deepinv_ud2m.checks import Scalar, check_count, check_device, check_interval, check_number
 from deepinv_ud2m.counting import CallCounter
+from deepinv_ud2m.initializers import Initializer
 from deepinv_ud2m.problem import Problem
 from deepinv_ud2m.randomness import SampleStreams, draw_seeds, randn
 from deepinv_ud2m.residual import START_LEVEL, check_residual, estimate_noise
@@ -114,6 +116,9 @@ class UD2M(Reconstructor):
         torch.Size([4, 2, 1, 32, 32])
     """
 
+    unfolded: Any  # an UnfoldedDenoiser, or any module with a method ``draw``
+    sigmas: Tensor
+
     def __init__(
         self,
         unfolded: nn.Module,
@@ -158,7 +163,7 @@ class UD2M(Reconstructor):
 
     def forward(
         self,
-        y: Tensor,
+        y: Tensor | TensorList,
         physics: Physics,
         *,
         generator: torch.Generator | None = None,
@@ -177,10 +182,52 @@ class UD2M(Reconstructor):
         """
         return self.sample(y, physics, 1, generator=generator, sigma_y=sigma_y)[0]
 
+    @overload
+    def sample(
+        self,
+        y: Tensor | TensorList,
+        physics: Physics,
+        num_samples: int = 1,
+        *,
+        batch_size: int | None = None,
+        generator: torch.Generator | None = None,
+        sigma_y: Scalar | str | None = None,
+        return_trajectory: Literal[False] = False,
+        verbose: bool = False,
+    ) -> Tensor: ...
+
+    @overload
+    def sample(
+        self,
+        y: Tensor | TensorList,
+        physics: Physics,
+        num_samples: int = 1,
+        *,
+        batch_size: int | None = None,
+        generator: torch.Generator | None = None,
+        sigma_y: Scalar | str | None = None,
+        return_trajectory: Literal[True],
+        verbose: bool = False,
+    ) -> tuple[Tensor, Trajectory]: ...
+
+    @overload
+    def sample(
+        self,
+        y: Tensor | TensorList,
+        physics: Physics,
+        num_samples: int = 1,
+        *,
+        batch_size: int | None = None,
+        generator: torch.Generator | None = None,
+        sigma_y: Scalar | str | None = None,
+        return_trajectory: bool,
+        verbose: bool = False,
+    ) -> Tensor | tuple[Tensor, Trajectory]: ...
+
     @torch.no_grad()
     def sample(
         self,
-        y: Tensor,
+        y: Tensor | TensorList,
         physics: Physics,
         num_samples: int = 1,
         *,
@@ -229,19 +276,27 @@ class UD2M(Reconstructor):
             return samples
         return samples, Trajectory(sigmas if self.nominal_rmse is not None else self.sigmas.clone(), x0, x_s)
 
-    def _sample(self, problem, num_samples, batch_size, generator, all_levels=False, verbose=False):
+    def _sample(
+        self,
+        problem: Problem,
+        num_samples: int,
+        batch_size: int | None,
+        generator: torch.Generator | None,
+        all_levels: bool = False,
+        verbose: bool = False,
+    ) -> tuple[Tensor, ...]:
         """Levels, states and draws `[N, S, B, ...]`, or those of the last level alone, `[1, S, B, ...]`."""
         batch = problem.shape[0]
         seeds = draw_seeds(num_samples * batch, generator)
         per_pass = max(1, (batch_size or _images_per_pass(problem)) // batch)
         passes = [seeds[i : i + per_pass * batch] for i in range(0, len(seeds), per_pass * batch)]
         noises = self.num_steps * (getattr(self.unfolded, "num_iterations", 1) + 1)  # images of one stream
-        found = [], [], []
+        found: tuple[list[Tensor], ...] = [], [], []
         with tqdm(total=len(passes) * self.num_steps, desc="UD2M", disable=not verbose) as bar:
             for seeds_of_pass in passes:
                 streams = SampleStreams(seeds_of_pass, problem.device, block=noises)
                 repeated = problem.repeat(len(seeds_of_pass) // batch)
-                visited = deque(maxlen=None if all_levels else 1)
+                visited: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=None if all_levels else 1)
                 for visit in self.chain(repeated, self.first_state(repeated.adjoint, streams), streams):
                     visited.append(visit)
                     bar.update()
@@ -256,7 +311,9 @@ class UD2M(Reconstructor):
         return x if self.output_range is None else x.clamp(*self.output_range)
 
     @torch.no_grad()
-    def estimate_sigma_y(self, y, physics: Physics, *, generator: torch.Generator | None = None) -> Tensor:
+    def estimate_sigma_y(
+        self, y: Tensor | TensorList, physics: Physics, *, generator: torch.Generator | None = None
+    ) -> Tensor:
         r"""
         The noise level of measurements: the one whose samples leave it as their residual. It takes two to
         four samples. The error is below 20 % for measurements like those of training.
@@ -275,7 +332,7 @@ class UD2M(Reconstructor):
         sample = lambda p: self._as_images(p, self._sample(p, 1, None, generator)[2][-1, 0])  # noqa: E731
         return estimate_noise(problem, sample)
 
-    def first_state(self, like: Tensor, generator: torch.Generator | SampleStreams | None = None):
+    def first_state(self, like: Tensor, generator: torch.Generator | SampleStreams | None = None) -> Tensor:
         """
         A state at the first level: noise around 1/2.
 
@@ -355,7 +412,7 @@ class UD2M(Reconstructor):
             **({"conformal": {k: asdict(v) for k, v in self.conformal.items()}} if self.conformal else {}),
         }
 
-    def save_pretrained(self, folder: str | Path, **options) -> None:
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """
         Write the sampler into a folder.
 
@@ -370,7 +427,7 @@ class UD2M(Reconstructor):
         name_or_path: str | Path,
         *,
         prior: Denoiser | str | Path | None = None,
-        initializer: nn.Module | None = None,
+        initializer: Initializer | None = None,
         device: torch.device | str | None = None,
         merge: bool = True,
         revision: str | None = None,
@@ -390,13 +447,18 @@ class UD2M(Reconstructor):
             3
         """
         check_device(device)
-        options = {"prior": prior, "initializer": initializer, "merge": merge, "revision": revision}
+        options: dict[str, Any] = {
+            "prior": prior,
+            "initializer": initializer,
+            "merge": merge,
+            "revision": revision,
+        }
         model = checkpoint.load(name_or_path, make=cls, **options)
         if device is None:
             device = next((p.device for p in model.unfolded.denoiser.parameters()), "cpu")
         return model.eval().to(device)
 
-    def push_to_hub(self, repo_id: str, **options) -> str:
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """
         Upload what :meth:`save_pretrained` writes to the Hugging Face Hub.
 
@@ -406,7 +468,7 @@ class UD2M(Reconstructor):
         """
         return checkpoint.push_to_hub(self.unfolded, repo_id, sampler=self.config(), **options)
 
-    def _problem(self, y: Tensor | TensorList, physics: Physics, sigma_y: Scalar | None) -> Problem:
+    def _problem(self, y: Tensor | TensorList, physics: Physics, sigma_y: Any) -> Problem:
         weight = next(self.unfolded.parameters(), None)
         first = y[0] if isinstance(y, TensorList) and len(y) else y
         if weight is not None and isinstance(first, Tensor) and first.device != weight.device:
@@ -420,7 +482,9 @@ class UD2M(Reconstructor):
             self.unfolded.check(problem, self.sigmas)
         return problem
 
-    def _check_call(self, problem, num_samples, batch_size, generator) -> None:
+    def _check_call(
+        self, problem: Problem, num_samples: int, batch_size: int | None, generator: torch.Generator | None
+    ) -> None:
         check_count("num_samples", num_samples)
         if batch_size is not None:
             check_count("batch_size", batch_size)

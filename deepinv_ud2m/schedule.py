@@ -46,6 +46,10 @@ class VPSchedule(nn.Module):
         tensor([78.7036,  1.2773,  0.1902])
     """
 
+    kind: str
+    num_timesteps: int
+    log_levels: Tensor
+
     def __init__(self, kind: str = "linear", num_timesteps: int = 1000):
         super().__init__()
         if kind not in _BETAS:

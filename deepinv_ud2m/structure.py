@@ -14,8 +14,8 @@ All are tried on random images before they are used, so a structure that does no
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +56,9 @@ class Separable:
 
     rows: Tensor
     columns: Tensor
+    _factors: dict[str, tuple[Tensor, Tensor, Tensor]] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         factors = {}
         for name, matrix in (("rows", self.rows), ("columns", self.columns)):
             left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
@@ -99,22 +100,25 @@ class Convolution:
     mode: str
     shape: torch.Size
     seen: tuple[int, int]
+    _sizes: list[int] = field(init=False, repr=False, compare=False)
+    _transfer: Tensor = field(init=False, repr=False, compare=False)
+    _circular: Tensor = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # The FFT is of a size it is fast for; what is added is zero, and not seen.
         padded = [n + sum(pad) for n, pad in zip(self.shape[-2:], self.padding, strict=True)]
         object.__setattr__(self, "_sizes", [_fast_size(n) for n in padded])
         object.__setattr__(self, "_transfer", self._transform(self._sizes))
         object.__setattr__(self, "_circular", self._transform(self.shape[-2:]).abs().square())
 
-    def _transform(self, size) -> Tensor:
+    def _transform(self, size: Sequence[int]) -> Tensor:
         spread = self.kernel.new_zeros(*self.kernel.shape[:2], *size)
         height, width = self.kernel.shape[-2:]
         spread[..., :height, :width] = self.kernel
         return torch.fft.rfft2(spread.roll(self.first, (-2, -1)))
 
     @property
-    def _window(self):
+    def _window(self) -> tuple:
         (top, _), (left, _) = self.padding
         return (..., slice(top, top + self.seen[0]), slice(left, left + self.seen[1]))
 
@@ -225,16 +229,16 @@ def find_structure(
     :returns: the structure; none where none was recognised.
     """
     said = getattr(physics, "find_structure", None)
-    structure = said(find_structure, shape, y, like, per_image) if callable(said) else NotImplemented
-    if structure is not NotImplemented:
-        return structure
+    known = said(find_structure, shape, y, like, per_image) if callable(said) else NotImplemented
+    if known is not NotImplemented:
+        return known
     generator = torch.Generator(like.device).manual_seed(0)
     x = torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
     x = x if per_image else x[:1]
     with torch.no_grad():
         if isinstance(y, Tensor) and not y.is_complex() and y.ndim == 4 and y.shape[:2] == shape[:2]:
             expected = physics.A(x)
-            searches = [_convolutions] if per_image else [_separable, _convolutions]
+            searches: list[Callable] = [_convolutions] if per_image else [_separable, _convolutions]
             for find in searches[::-1] if max(shape[-2:]) > _LARGE else searches:
                 for structure in find(physics, shape, x, expected):
                     if (structure.A(x) - expected).norm() < _TOLERANCE * expected.norm():
@@ -242,7 +246,7 @@ def find_structure(
         return _nearly_circular(physics, shape, x - 0.5)
 
 
-def _separable(physics, shape, x, expected):
+def _separable(physics: Physics, shape: torch.Size, x: Tensor, expected: Tensor) -> Iterator[Separable]:
     try:
         rows = _probe(physics.A, shape[-2], expected.shape[-2], x)
         transposed = lambda images: physics.A(images.transpose(-1, -2)).transpose(-1, -2)  # noqa: E731
@@ -255,7 +259,7 @@ def _separable(physics, shape, x, expected):
         yield Separable(rows * scale, columns)
 
 
-def _probe(A, size: int, measured: int, like: Tensor) -> Tensor:
+def _probe(A: Callable[[Tensor], Tensor], size: int, measured: int, like: Tensor) -> Tensor:
     """
     The matrix of the rows, up to a factor, from images that vary from row to row only. Impulses that are
     far apart share an image, one per channel.
@@ -274,7 +278,7 @@ def _probe(A, size: int, measured: int, like: Tensor) -> Tensor:
     return torch.where(distance < spacing / 2, response.T[:, places % spacing], 0)
 
 
-def _convolutions(physics, shape, x, expected):
+def _convolutions(physics: Physics, shape: torch.Size, x: Tensor, expected: Tensor) -> Iterator[Convolution]:
     height, width = expected.shape[-2:]
     if height > shape[-2] or width > shape[-1]:
         return
@@ -292,10 +296,11 @@ def _convolutions(physics, shape, x, expected):
     kernel = response[..., top : bottom + 1, left : right + 1]
     first = top - height // 2, left - width // 2
     last = bottom - height // 2, right - width // 2
-    padding = tuple(
+    rows, columns = (
         (max(0, -low), max(0, seen - 1 + high - (n - 1)))
         for low, high, seen, n in zip(first, last, (height, width), shape[-2:], strict=True)
     )
+    padding = rows, columns
     modes = ("reflect", "replicate", "circular", "constant") if any(map(any, padding)) else ("constant",)
     is_long = any(max(pad) >= n for pad, n in zip(padding, shape[-2:], strict=True))
     for mode in modes:
@@ -303,7 +308,7 @@ def _convolutions(physics, shape, x, expected):
             yield Convolution(kernel, first, padding, mode, shape, (height, width))
 
 
-def _nearly_circular(physics, shape, x) -> NearlyCircular | None:
+def _nearly_circular(physics: Physics, shape: torch.Size, x: Tensor) -> NearlyCircular | None:
     if x.dtype not in (torch.float32, torch.float64):
         return None  # there is no FFT of half precision on a CPU
     height, width = (n // 2 for n in shape[-2:])

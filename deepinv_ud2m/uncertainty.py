@@ -14,14 +14,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from deepinv.physics import Physics
+from deepinv.physics.generator import PhysicsGenerator
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from deepinv_ud2m.checks import check_count, check_number
 from deepinv_ud2m.metrics.posterior import check_samples, spread_skill_ratio
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from deepinv_ud2m.sampler import UD2M
 
 # Added to standard deviations: that of the rounding of images to 8 bits.
 _ROUNDING = 1e-3
@@ -158,7 +165,7 @@ class Conformal:
     pool: int = 1
     num_samples: int = 16
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("factor", self.factor, positive=True)
         check_number("level", self.level, 0, 0.999)
         check_count("pool", self.pool)
@@ -178,14 +185,14 @@ class Conformal:
     @torch.no_grad()
     def fit(
         cls,
-        model,
+        model: UD2M,
         images: Tensor,
         physics: Physics,
         level: float = 0.9,
         *,
         pool: int = 1,
         num_samples: int = 16,
-        physics_generator=None,
+        physics_generator: PhysicsGenerator | None = None,
         generator: torch.Generator | None = None,
         batch_size: int = 8,
     ) -> Conformal:
@@ -303,7 +310,7 @@ def plot(
     *,
     shown: int = 3,
     std_max: float | None = None,
-):
+) -> Figure:
     """
     A figure of one row per image: truth, measurement, samples, their mean, their standard deviation and the
     error of the mean, on one scale.
@@ -319,7 +326,8 @@ def plot(
     """
     import matplotlib.pyplot as plt
 
-    samples, x = (part if part is None else part.detach().cpu() for part in check_samples(samples, x))
+    samples, x = check_samples(samples, x)
+    samples, x = samples.detach().cpu(), None if x is None else x.detach().cpu()
     if samples.shape[2] not in (1, 3):
         raise ValueError(f"samples must have one or three channels to be shown, got {samples.shape[2]}")
     if y is not None and (y.ndim != 4 or y.shape[1] not in (1, 3) or len(y) != samples.shape[1]):
@@ -335,8 +343,8 @@ def plot(
     if std_max is not None:
         check_number("std_max", std_max, positive=True)
     else:
-        std_max = max(part.flatten().sort().values[int(0.99 * (part.numel() - 1))] for part in maps.values())
-        std_max = max(float(std_max), 1e-6)
+        ends = [part.flatten().sort().values[int(0.99 * (part.numel() - 1))] for part in maps.values()]
+        std_max = max(float(max(ends)), 1e-6)
     rows, cols = samples.shape[1], len(columns) + len(maps)
     ratio = samples.shape[-2] / samples.shape[-1]
     figure, axes = plt.subplots(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from deepinv.models import Denoiser, Reconstructor
@@ -111,15 +112,22 @@ class UnfoldedDenoiser(Reconstructor):
         torch.Size([1, 1, 32, 32])
     """
 
+    log_rho: nn.Parameter
+    log_delta: nn.Parameter
+    log_lambda: nn.Parameter
+    start_rho: Tensor
+    start_delta: Tensor
+    start_lambda: Tensor
+
     def __init__(
         self,
         denoiser: Denoiser,
         num_iterations: int = 3,
         initializer: Initializer | None = None,
         *,
-        rho: float | Sequence[float] = RHO,
-        delta: float | Sequence[float] | None = None,
-        lambda_: float | Sequence[float] = 1.0,
+        rho: float | Sequence[float] | Tensor = RHO,
+        delta: float | Sequence[float] | Tensor | None = None,
+        lambda_: float | Sequence[float] | Tensor = 1.0,
         shared: bool = False,
         tol: float = 0.01,
         max_iter: int = 1000,
@@ -139,8 +147,8 @@ class UnfoldedDenoiser(Reconstructor):
         self.shared, self.tol = bool(shared), check_number("tol", tol, positive=True)
         self.max_iter = check_count("max_iter", max_iter)
         if delta is None:
-            ends = torch.tensor([DELTA_LAST, DELTA_FIRST]).log10()
-            delta = torch.logspace(*ends, num_iterations).flip(0)
+            last, first = torch.tensor([DELTA_LAST, DELTA_FIRST]).log10()
+            delta = torch.logspace(last, first, num_iterations).flip(0)
         for name, start in zip(_SCALARS, (rho, delta, lambda_), strict=True):
             argument = "lambda_" if name == "lambda" else name
             self.register_buffer(f"start_{name}", self._multipliers(argument, start))
@@ -159,7 +167,7 @@ class UnfoldedDenoiser(Reconstructor):
                 stacklevel=2,
             )
 
-    def _multipliers(self, name: str, values: float | Sequence[float]) -> Tensor:
+    def _multipliers(self, name: str, values: float | Sequence[float] | Tensor) -> Tensor:
         try:
             given = torch.as_tensor(values, dtype=torch.float32).reshape(-1)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -236,11 +244,13 @@ class UnfoldedDenoiser(Reconstructor):
         with record_function("UD2M initialise"):
             return self.initializer(problem, x_s, sigma)
 
-    def iterate(self, k, x, problem, x_s, sigma, h, noise) -> Tensor:
+    def iterate(
+        self, k: int, x: Tensor, problem: Problem, x_s: Tensor, sigma: Tensor, h: Tensor, noise: Tensor
+    ) -> Tensor:
         """Iteration k, from 0: prox, noise, denoise."""
         rho, delta, lambda_ = self.scalars(k, h)
         with record_function("UD2M prox"):
-            accuracy = {"atol": self.tol * delta.detach(), "max_iter": self.max_iter}
+            accuracy: dict[str, Any] = {"atol": self.tol * delta.detach(), "max_iter": self.max_iter}
             z = posterior_prox(problem, x, x_s, sigma, rho, lambda_, **accuracy)
         with record_function("UD2M denoise"):
             return self.denoise(z + delta * noise, delta)
@@ -365,7 +375,7 @@ class UnfoldedDenoiser(Reconstructor):
         if self.train_prior == "all":
             return parameters
         names = [self.train_prior] if isinstance(self.train_prior, str) else self.train_prior
-        named = {}
+        named: dict[str, nn.Parameter] = {}
         for name in names:
             found = {k: p for k, p in parameters.items() if k == name or k.startswith(f"{name}.")}
             if not found:

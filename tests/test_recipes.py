@@ -157,7 +157,10 @@ def test_recipes_refuse_what_cannot_work(tmp_path):
         (lambda: distill("mnist", physics, digits, sized, tmp_path / "4"), "features_size is for"),
         (lambda: distill(None, physics, digits, own, tmp_path), "prior must be given, or be named"),
         (lambda: distill("mnist", None, digits, own, tmp_path), "physics must be one or more, or None"),
-        (lambda: distill("mnist", None, tmp_path, small, tmp_path), "fit_wiener needs images as a tensor"),
+        (
+            lambda: distill("mnist", None, tmp_path, small, tmp_path),
+            "size of the stage 'initial' must be given",
+        ),
         (
             lambda: distill("mnist", [*physics, (physics[0], 1)], digits, last, tmp_path / "0"),
             "or all without one",

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -75,11 +76,11 @@ def main(argv: list[str] | None = None) -> int:
 class Local:
     """Adds the header by which browsers load nothing from elsewhere (ASGI)."""
 
-    def __init__(self, app):
+    def __init__(self, app: Callable):
         self.app = app
 
-    async def __call__(self, scope, receive, send):
-        async def with_policy(message):
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        async def with_policy(message: dict) -> None:
             if message["type"] == "http.response.start":
                 policy = (b"content-security-policy", _POLICY.encode())
                 message = message | {"headers": [*message["headers"], policy]}

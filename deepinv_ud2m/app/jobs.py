@@ -10,6 +10,7 @@ from pathlib import Path
 
 import deepinv as dinv
 import torch
+from deepinv.models import Denoiser
 from deepinv.physics import Physics
 from PIL import Image
 from torch import Tensor
@@ -52,8 +53,8 @@ class Damage:
 
     def physics(self, image: Tensor) -> Physics:
         """The physics for measurements, or true images, of this size."""
-        options = {"gaussian": self.gaussian, "kernel": self.kernel, "factor": self.factor, "mask": self.mask}
-        return physics_of(image, self.kind, **options)
+        blur, factor, mask = self.gaussian, self.factor, self.mask
+        return physics_of(image, self.kind, gaussian=blur, kernel=self.kernel, factor=factor, mask=mask)
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,9 @@ def job_of(given: dict, max_pixels: int, max_seconds: float) -> Job:
     )
 
 
-def window(height: int, width: int, max_pixels: int, factor: int = 1, crop: bool = False):
+def window(
+    height: int, width: int, max_pixels: int, factor: int = 1, crop: bool = False
+) -> tuple[slice, slice]:
     """
     Which part of an image to take.
 
@@ -151,7 +154,7 @@ def window(height: int, width: int, max_pixels: int, factor: int = 1, crop: bool
     for n, side in zip((height, width), sides, strict=True):
         start = max(n - side, 0) // 2 // _BLOCK * _BLOCK
         parts.append(slice(start, start + side))
-    return tuple(parts)
+    return parts[0], parts[1]
 
 
 def degrade(x: Tensor, damage: Damage, noise: float, seed: int = 0) -> tuple[Tensor, Tensor, Physics]:
@@ -183,7 +186,7 @@ def degrade(x: Tensor, damage: Damage, noise: float, seed: int = 0) -> tuple[Ten
 
 
 def read_measured(
-    file: str | Path, damage: Damage, part=(slice(None), slice(None))
+    file: str | Path, damage: Damage, part: tuple[slice, slice] = (slice(None), slice(None))
 ) -> tuple[Tensor, Physics]:
     """
     Measurements from a file.
@@ -204,7 +207,7 @@ def read_measured(
     return y, JPEG(y.shape[1:], physics.quality, physics.subsampling)
 
 
-def run_job(model: UD2M, job: Job, *, prior=None, report: Report | None = None) -> Result:
+def run_job(model: UD2M, job: Job, *, prior: Denoiser | None = None, report: Report | None = None) -> Result:
     """
     All of one job.
 

@@ -6,6 +6,7 @@ import argparse
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -119,8 +120,9 @@ def build(model: UD2M, args: argparse.Namespace, folder: Path) -> gr.Blocks:
     stop, prior = threading.Event(), load_prior(model.unfolded.prior_info.name)
     prior.to(next(model.unfolded.parameters()).device)
 
-    def restore(values, progress=gr.Progress()):  # noqa: B008, gradio finds it by its default
-        def report(share, text):
+    # gradio finds the progress by its default
+    def restore(values: dict, progress: gr.Progress = gr.Progress()) -> tuple:  # noqa: B008
+        def report(share: float, text: str) -> None:
             if stop.is_set():
                 raise Stopped("The job was stopped.")
             progress(share, desc=text)
@@ -141,10 +143,10 @@ def build(model: UD2M, args: argparse.Namespace, folder: Path) -> gr.Blocks:
         shown = gr.update(value=samples, visible=True), gr.update(value=pictures(result), visible=True)
         return text, *shown, gr.update(value=str(packed), visible=True)
 
-    def visibility(*values):
+    def visibility(*values: Any) -> list:
         return [gr.update(visible=shown) for shown in _is_visible(*values).values()]
 
-    def canvas(file, kind):
+    def canvas(file: str | None, kind: str) -> np.ndarray | None:
         """The photograph, to paint a hole into."""
         try:
             return as_picture(read_photograph(file)) if file and kind == "inpaint" else None

@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import deepinv as dinv
 import torch
+from deepinv.models import Denoiser
 from deepinv.physics import Physics
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepinv_ud2m.checks import check_count
 from deepinv_ud2m.physics import JPEG, ChannelMap
@@ -75,11 +77,11 @@ Report = Callable[[float, str], None]
 
 
 @contextmanager
-def _watched(networks, done: Callable[[int], None]) -> Iterator[None]:
+def _watched(networks: Iterable[nn.Module], done: Callable[[int], None]) -> Iterator[None]:
     """Call ``done`` with the number of images after each pass of a network, in this thread."""
     thread = threading.get_ident()
 
-    def hook(network, inputs, output):
+    def hook(network: nn.Module, inputs: tuple, output: Tensor) -> None:
         if threading.get_ident() == thread:
             done(len(output))
 
@@ -116,10 +118,13 @@ def restore(
     :raises ValueError: if no sample was complete.
     """
     check_count("count", count)
-    start, parts, messages = time.perf_counter(), [], {}
+    start = time.perf_counter()
+    parts: list[Tensor] = []
+    messages: dict[str, str] = {}
     generator = torch.Generator(y.device).manual_seed(seed)
     at_once = max(1, _PIXELS_PER_PASS // physics.A_adjoint(y).shape[-2:].numel())
     total = count * model.num_steps * getattr(model.unfolded, "num_iterations", 1)
+    level: Any = noise
     counted, residual = 0, None
 
     def done(images: int) -> None:
@@ -138,11 +143,11 @@ def restore(
         try:
             is_estimating = noise == "estimate"
             if is_estimating:
-                noise = float(model.estimate_sigma_y(y, physics, generator=generator))
+                level = float(model.estimate_sigma_y(y, physics, generator=generator))
                 is_estimating = False
             while (missing := count - sum(map(len, parts))) > 0:
                 drawn = min(missing, at_once)
-                parts.append(model.sample(y, physics, drawn, sigma_y=noise, generator=generator))
+                parts.append(model.sample(y, physics, drawn, sigma_y=level, generator=generator))
                 residual = model.residual if residual is None else residual
         except Stopped as reason:
             if not parts:
@@ -152,7 +157,7 @@ def restore(
         if one.category is UserWarning:  # samples differ in the numbers of a warning alone
             messages.setdefault(str(one.message).split(":")[0], str(one.message))
     samples = torch.cat(parts)
-    result = Result(samples, y, samples.mean(0), noise=noise, nfe=model.nfe, messages=[*messages.values()])
+    result = Result(samples, y, samples.mean(0), noise=level, nfe=model.nfe, messages=[*messages.values()])
     result.residual = None if residual is None else residual[0].item()
     result.seconds = time.perf_counter() - start
     if len(samples) >= FOR_QUANTILES:
@@ -167,7 +172,12 @@ def restore(
 
 @torch.no_grad()
 def diffpir(
-    prior, y: Tensor, physics: Physics, noise: float | None, seed: int = 0, report: Report | None = None
+    prior: Denoiser,
+    y: Tensor,
+    physics: Physics,
+    noise: float | None,
+    seed: int = 0,
+    report: Report | None = None,
 ) -> Tensor:
     """
     The estimate of deepinv's DiffPIR with the same prior, see :data:`DIFFPIR`.

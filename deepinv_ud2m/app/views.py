@@ -114,7 +114,7 @@ def explain(result: Result, model_name: str) -> str:
 def pictures(result: Result) -> list[tuple[np.ndarray, str]]:
     """The pictures of the overview, each with its caption."""
     shown = [(as_picture(result.y), "given")]
-    if result.std is not None:
+    if result.std is not None and result.low is not None and result.high is not None:
         shown += [(as_picture(result.mean), f"mean of {len(result.samples)}")]
         shown += [(as_map(result.std), "standard deviation")]
         shown += [(as_picture(result.low), "interval of 90 %, lower end")]

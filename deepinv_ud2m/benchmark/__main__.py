@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -94,17 +95,17 @@ def _paper(args: argparse.Namespace) -> None:
     methods = entries + read_methods(args.methods or ["diffpir", "dps", "ddrm"])
     names = ("number", "weights", "settings", "perceptual", "download", "smoke", "batch_size", "device")
     options = {name: getattr(args, name) for name in names}
-    missing = [] if args.dry_run else None
+    missing: list[str] | None = [] if args.dry_run else None
     study = make_study(args.table, args.images, methods, missing=missing, **options)
     if args.dry_run:
-        print("\n".join([*(f"missing: {what}" for what in missing), plan(args.table, study)]))
+        print("\n".join([*(f"missing: {what}" for what in missing or []), plan(args.table, study)]))
         return
     measure_table(args.out, args.table, study, args.bfloat16)
     if state.is_main_process:
         print((args.out / "paper.md").read_text())
 
 
-def _study(args: argparse.Namespace, *given) -> Study:
+def _study(args: argparse.Namespace, *given: Any) -> Study:
     """What is compared; prior and images are loaded unless they are given."""
     prior, x = given or _load(args)
     shipped = ["ud2m-distilled"] if not given and args.prior in PRETRAINED else []
@@ -155,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         subs[name].add_argument("--task-file", help="Python file with TASKS, a Task by name")
         subs[name].set_defaults(command=command, tasks=[], settings=[], samples=1, seed=0)
 
-    def add(names: str, option: str, help: str, **options) -> None:
+    def add(names: str, option: str, help: str, **options: Any) -> None:
         for name in names.split():
             subs[name].add_argument(option, help=help, **options)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from deepinv.physics import Physics
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
@@ -45,7 +46,8 @@ def measure_cost(
     lines, folder = [], Path(folder)
     cases = [(task, x, batch) for task in study.tasks for x in images for batch in batch_sizes]
     for task, x, batch in tqdm(cases, desc="cost", disable=None):
-        x, works = x.repeat(-(-batch // len(x)), 1, 1, 1)[:batch], []
+        x = x.repeat(-(-batch // len(x)), 1, 1, 1)[:batch]
+        works: list[tuple[dict, Callable, Calls, list[dict]]] = []
         for _, physics, entry in replace(study, x=x, tasks=[task]):
             y = measure(physics, x, range(batch), study.seed)
             settings = entry.resolve(study.search.best(task, entry)[0])
@@ -61,7 +63,7 @@ def measure_cost(
             works.append((line, partial(sampler, y, physics), calls, []))
         for turn in range(rounds):
             for _, sample, calls, seconds in works:
-                pair = {"sample": partial(sample, turn), "network": calls.replay}
+                pair: dict[str, Callable] = {"sample": partial(sample, turn), "network": calls.replay}
                 # What the first of a pair leaves behind meets each of them.
                 order = list(pair) if turn % 2 else list(pair)[::-1]
                 seconds.append({name: _seconds(pair[name], x) for name in order})
@@ -81,7 +83,7 @@ def measure_cost(
     return lines
 
 
-def _stages(sampler: Callable, y: Tensor, physics) -> dict[str, float]:
+def _stages(sampler: Callable, y: Tensor, physics: Physics) -> dict[str, float]:
     cuda = [ProfilerActivity.CUDA] if y.is_cuda else []
     with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiler, record_function("all"):
         sampler(y, physics, 0)

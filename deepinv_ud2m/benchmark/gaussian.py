@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -51,7 +52,7 @@ def compare_with_posterior(
     METHODS["exact"] = Method(lambda prior, sigma_y: prior.draw_posterior)
     prior, methods = GaussianPrior(), [Entry("exact"), *study.methods]
     x = prior.draw(check_count("num_images", num_images), size, torch.Generator().manual_seed(study.seed))
-    given = {"prior": prior, "x": x, "methods": methods, "batch_size": num_images}
+    given: dict[str, Any] = {"prior": prior, "x": x, "methods": methods, "batch_size": num_images}
     study = replace(study, **given, names={"prior": repr(prior)})
     for task, physics, _ in study:
         if not isinstance(physics, LinearPhysics):
@@ -88,7 +89,7 @@ class GaussianPrior(Denoiser):
         self.std, self.length = std, length
         self.prior_info = PriorInfo("gaussian", channels=1, sigma_min=0.0, sigma_max=math.inf)
 
-    def forward(self, x: Tensor, sigma: float | Tensor, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, sigma: float | Tensor, **kwargs: Any) -> Tensor:
         """Posterior means of noisy images `[B, C, H, W]`, with one noise level or one per image."""
         variance = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1) ** 2
         spectrum = self.spectrum(*x.shape[-2:]).to(x)
@@ -123,7 +124,7 @@ class GaussianPrior(Denoiser):
         prior_covariance = self.covariance(shape)
         A = physics.A(torch.eye(len(prior_covariance)).reshape(-1, *shape)).flatten(1).double().T
         covariance_of_y = A @ prior_covariance @ A.T
-        covariance_of_y.diagonal().add_(noise_level(physics).double() ** 2)
+        covariance_of_y.diagonal().add_(torch.as_tensor(noise_level(physics)).double() ** 2)
         gain = torch.linalg.solve(covariance_of_y, A @ prior_covariance).T
         centred = y.flatten(1).double() - self.mean * A.sum(1)
         mean = self.mean + centred @ gain.T

@@ -22,13 +22,15 @@ import runpy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import deepinv as dinv
 import numpy as np
 import torch
 import yaml
+from deepinv.models import Denoiser
 from deepinv.physics import Physics
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepinv_ud2m.benchmark.rows import check_setup
 from deepinv_ud2m.fingerprints import trained_fingerprint
@@ -66,7 +68,7 @@ class Entry:
     settings: dict = field(default_factory=dict)  #: they win over searched settings and defaults
     grid: dict = field(default_factory=dict)  #: values that a search tries in place of the method's own
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.name not in METHODS:
             raise ValueError(f"method must be one of {sorted(METHODS)}, got {self.name!r}")
         object.__setattr__(self, "label", str(self.label or self.name))
@@ -143,18 +145,31 @@ class Search:
         return {}, "", 0
 
 
-def _ud2m(prior, sigma_y, num_steps=3, num_iterations=3, eta=1.0, reference_level=0.2):
+def _ud2m(
+    prior: Denoiser,
+    sigma_y: float,
+    num_steps: int = 3,
+    num_iterations: int = 3,
+    eta: float = 1.0,
+    reference_level: float = 0.2,
+) -> Sampler:
     unfolded = UnfoldedDenoiser(prior, num_iterations)
     unfolded.initializer.reference_level = reference_level
     return _ud2m_sampler(UD2M(unfolded, num_steps, eta))
 
 
-def _ud2m_distilled(prior, sigma_y, checkpoint=None, num_steps=None, eta=None):
+def _ud2m_distilled(
+    prior: Denoiser,
+    sigma_y: float,
+    checkpoint: str | None = None,
+    num_steps: int | None = None,
+    eta: float | None = None,
+) -> Sampler:
     checkpoint = checkpoint or prior.prior_info.name  # the shipped sampler of a shipped prior has its name
     # A copy, for the adapter goes on it, and the other methods share the prior.
     trained = UD2M.from_pretrained(checkpoint, prior=copy.deepcopy(prior), device=_device(prior))
     eta = trained.eta if eta is None else eta
-    levels = {"sigmas": trained.sigmas, "nominal_rmse": trained.nominal_rmse}
+    levels: dict[str, Any] = {"sigmas": trained.sigmas, "nominal_rmse": trained.nominal_rmse}
     model = UD2M(trained.unfolded, num_steps, eta, **({} if num_steps else levels))
     sampler = _ud2m_sampler(model)
     sampler.weights = trained_fingerprint(trained.unfolded)
@@ -164,24 +179,34 @@ def _ud2m_distilled(prior, sigma_y, checkpoint=None, num_steps=None, eta=None):
     return sampler
 
 
-def _ud2m_sampler(model):
-    def sample(y, physics, seed):
+def _ud2m_sampler(model: UD2M) -> Any:
+    def sample(y: Tensor, physics: Physics, seed: int) -> Tensor:
         return model(y, physics, generator=torch.Generator(y.device).manual_seed(seed))
 
-    sample.networks = model.unfolded.networks
+    sampler: Any = sample
+    sampler.networks = model.unfolded.networks
     # One of the initial estimate, where it is a network, and one in each iteration.
-    sample.evaluations = model.num_steps * (model.unfolded.num_iterations + len(sample.networks) - 1)
-    return sample
+    sampler.evaluations = model.num_steps * (model.unfolded.num_iterations + len(sampler.networks) - 1)
+    return sampler
 
 
-def _diffpir(prior, sigma_y, num_steps=100, zeta=0.1, lambda_=7.0):
+def _diffpir(
+    prior: Denoiser, sigma_y: float, num_steps: int = 100, zeta: float = 0.1, lambda_: float = 7.0
+) -> Sampler:
     options = {"max_iter": num_steps, "zeta": zeta, "lambda_": lambda_, "device": _device(prior)}
     return _seeded(dinv.sampling.DiffPIR(prior, dinv.optim.L2(), sigma=sigma_y, **options))
 
 
-def _ddrm(prior, sigma_y, num_steps=20, eta=0.85, sigma_max=1.0, spacing="linear"):
+def _ddrm(
+    prior: Denoiser,
+    sigma_y: float,
+    num_steps: int = 20,
+    eta: float = 0.85,
+    sigma_max: float = 1.0,
+    spacing: str = "linear",
+) -> Sampler:
     # deepinv spaces its sigmas evenly. That leaves large gaps near zero where they start high.
-    spaced = {"linear": np.linspace, "geometric": np.geomspace}
+    spaced: dict[str, Callable] = {"linear": np.linspace, "geometric": np.geomspace}
     if spacing not in spaced:
         raise ValueError(f"spacing of DDRM's sigmas must be one of {list(spaced)}, got {spacing!r}")
     # deepinv ends at 0, where a network with EDM's preconditioning is not defined.
@@ -191,39 +216,41 @@ def _ddrm(prior, sigma_y, num_steps=20, eta=0.85, sigma_max=1.0, spacing="linear
     return _seeded(lambda y, physics: model(y.clone(), physics))
 
 
-def _dps(prior, sigma_y, num_steps=1000, weight=1.0, guidance="norm"):
+def _dps(
+    prior: Denoiser, sigma_y: float, num_steps: int = 1000, weight: float = 1.0, guidance: str = "norm"
+) -> Sampler:
     # deepinv's steps are time points, one more than evaluations.
     options = {"num_steps": num_steps + 1, "weight": weight, "guidance": guidance}
     return _seeded(dinv.sampling.DPS(prior, **options, device=_device(prior), dtype=torch.float32))
 
 
-def _pigdm(prior, sigma_y, num_steps=100, weight=1.0):
+def _pigdm(prior: Denoiser, sigma_y: float, num_steps: int = 100, weight: float = 1.0) -> Sampler:
     return _posterior_diffusion(prior, dinv.sampling.PiGDMDataFidelity(prior, weight), num_steps)
 
 
-def _moment_matching(prior, sigma_y, num_steps=100, weight=1.0):
+def _moment_matching(prior: Denoiser, sigma_y: float, num_steps: int = 100, weight: float = 1.0) -> Sampler:
     return _posterior_diffusion(prior, dinv.sampling.MomentMatchingDataFidelity(prior, weight), num_steps)
 
 
-def _posterior_diffusion(prior, fidelity, num_steps):
+def _posterior_diffusion(prior: Denoiser, fidelity: Any, num_steps: int) -> Sampler:
     options = {"device": _device(prior), "dtype": torch.float32}
     sde = dinv.sampling.VariancePreservingDiffusion(alpha=1.0, **options)
     solver = dinv.sampling.DDPMSolver(timesteps=torch.linspace(1, 0, num_steps + 1, device=_device(prior)))
     return _seeded(dinv.sampling.PosteriorDiffusion(fidelity, prior, sde, solver, **options))
 
 
-def _dpir(prior, sigma_y):
+def _dpir(prior: Denoiser, sigma_y: float) -> Sampler:
     return _seeded(dinv.optim.DPIR(sigma=sigma_y, denoiser=prior, device=_device(prior)))
 
 
-def _device(prior):
+def _device(prior: nn.Module) -> torch.device:
     return next(prior.parameters()).device
 
 
 def _seeded(restore: Callable[[Tensor, Physics], Tensor]) -> Sampler:
     """A model of deepinv as a sampler. Seeded globally, for some of them ignore ``seed=0``."""
 
-    def sample(y, physics, seed):
+    def sample(y: Tensor, physics: Physics, seed: int) -> Tensor:
         with torch.random.fork_rng(devices=[y.device] if y.is_cuda else []):
             torch.manual_seed(seed)
             return restore(y, physics)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -214,7 +215,7 @@ def make_study(
         raise ValueError(f"table must be one of {[*TABLES]}, got {table!r}")
     card = TABLES[table]
 
-    def get(load: Callable, stand_in: Callable):
+    def get(load: Callable, stand_in: Callable) -> Any:
         if not smoke:
             try:
                 return load()
@@ -226,7 +227,7 @@ def make_study(
             torch.manual_seed(0)
             return stand_in()
 
-    options = {"device": device, "download": download}
+    options: dict[str, Any] = {"device": device, "download": download}
     prior = get(
         lambda: load_prior(card.prior, weights=weights, download=download),
         lambda: random_prior(card.prior, full_size=not smoke),
@@ -291,7 +292,8 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _markdown(table: int, study: Study, lines: pd.DataFrame) -> str:
-    card, shown = TABLES[table], {}
+    card, network = TABLES[table], study.metric.network if study.metric else "none"
+    shown: dict[str, dict[str, str]] = {}
     for line in lines.to_dict("records"):
         searched = line["criterion"] and f" (searched for {line['criterion']}, {line['searched_on']} images)"
         title = f"{line['method']}, {line['NFE']:.0f}{searched}"
@@ -307,7 +309,7 @@ def _markdown(table: int, study: Study, lines: pd.DataFrame) -> str:
     return (
         f"# Table {table} of the paper\n\nPSNR (dB) ± standard error / LPIPS / FID of one sample of each of "
         f"{len(study.x)} images of {study.names['data']} (the paper: {card.images} of {card.data}), noise "
-        f"{card.sigma_y:g}. LPIPS by {study.metric.network}, FID by Inception. PSNR of one sample ranks no "
+        f"{card.sigma_y:g}. LPIPS by {network}, FID by Inception. PSNR of one sample ranks no "
         f"sampler: a true draw of the posterior lies up to 3 dB below its mean.\n\n{text}\n"
     )
 

@@ -164,9 +164,9 @@ def frechet_table(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
     fit, lines = (z.mean(0), torch.cov(z.T)), []
     for (task, method), group in _groups(rows).items():
         features = _arrays(folder, task, method, "features")
-        z = [features[i] for i in group["image"] if i in features]
-        if len(z) > len(fit[0]):
-            z = torch.from_numpy(np.stack(z)).double()
+        found = [features[i] for i in group["image"] if i in features]
+        if len(found) > len(fit[0]):
+            z = torch.from_numpy(np.stack(found)).double()
             distance = metrics.gaussian_frechet(z.mean(0), torch.cov(z.T), *fit).item()
             error = metrics.frechet_influence(z, *fit).std().item() / len(z) ** 0.5
             lines.append({"task": task, "method": method, "frechet": distance, "frechet_se": error})
@@ -175,7 +175,7 @@ def frechet_table(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
 
 def _arrays(folder: Path, task: str, method: str, key: str) -> dict[int, np.ndarray]:
     """What is stored of each image."""
-    found = {}
+    found: dict[int, np.ndarray] = {}
     for file in sorted(batch_folder(folder, task, method).glob("*.npz")):
         with np.load(file) as arrays:
             if key in arrays:  # pictures are those of the first images only
@@ -186,19 +186,19 @@ def _arrays(folder: Path, task: str, method: str, key: str) -> dict[int, np.ndar
 def task_table(lines: pd.DataFrame, reference: str, network: str) -> str:
     """All numbers of one task, as markdown."""
 
-    def evaluations(line):
+    def evaluations(line: Mapping) -> str:
         return f"{line['nfe']:.0f}" + f" + {line['nfe_backward']:.0f}" * (line["nfe_backward"] > 0)
 
-    def images(line):
+    def images(line: Mapping) -> str:
         several = f"; {line['images_with_samples']} x {line['samples']}"
         return f"{line['images']}" + several * (line["samples"] > 1)
 
-    def coverage(line):
+    def coverage(line: Mapping) -> str:
         errors = [line.get(f"coverage_error{kind}", math.nan) for kind in ("", "_features")]
         shown = " / ".join(f"{error:.2f}" for error in errors if not math.isnan(error))
         return shown and f"{shown} [{line['coverage_noise']:.2f}]"
 
-    def settings(line):
+    def settings(line: Mapping) -> str:
         return ", ".join(
             f"{name} {value}" for name, value in json.loads(line["settings"]).items() if value is not None
         )
@@ -272,7 +272,7 @@ def plot_calibration(file: Path, rows: pd.DataFrame) -> None:
 
 def _plot_sheet(folder: Path, task: str, methods: Iterable[str], reference: str) -> None:
     """Truth, measurement, a sample of each method; of the reference also mean and standard deviation."""
-    columns = {}
+    columns: dict[str, dict[int, np.ndarray]] = {}
     for method in methods:
         kinds = {"truth": "truth", "measurement": "measurement", method: "sample"}
         kinds |= {"mean": "mean", "2 std": "2 std"} if method == reference else {}
@@ -280,8 +280,8 @@ def _plot_sheet(folder: Path, task: str, methods: Iterable[str], reference: str)
             columns.setdefault(title, _arrays(folder, task, method, kind))
     columns = {title: images for title, images in columns.items() if images}
     if shown := sorted(set.intersection(*map(set, columns.values()))) if columns else []:
-        images = {title: np.stack([of[i] for i in shown]) for title, of in columns.items()}
-        images = {title: torch.from_numpy(stack).float() for title, stack in images.items()}
+        stacks = {title: np.stack([of[i] for i in shown]) for title, of in columns.items()}
+        images = {title: torch.from_numpy(stack).float() for title, stack in stacks.items()}
         options = {"rescale_mode": "clip", "show": False, "close": True, "fontsize": 7, "dpi": 100}
         size = (1.5 * len(images), 1.6 * len(shown))
         dinv.utils.plot(images, save_fn=folder / f"sheet_{task}.webp", figsize=size, **options)

@@ -11,6 +11,7 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import deepinv as dinv
 import numpy as np
@@ -61,7 +62,7 @@ class Results:
             raise ValueError(error)
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._lock.release()
 
     def _open(self) -> list[dict]:
@@ -79,7 +80,8 @@ class Results:
 
     def done(self, head: Mapping, digests: Sequence[str]) -> dict[int, int]:
         """Number of samples of a task and method by image; an error if they are of other settings."""
-        done, of = {}, f"rows of {head['method']!r} on {head['task']}"
+        done: dict[int, int] = {}
+        of = f"rows of {head['method']!r} on {head['task']}"
         for row in self.rows:
             i, is_same = row["image"], all(row[name] == head[name] for name in ("task", "method"))
             if i < len(digests) and row["digest"] != digests[i]:
@@ -94,7 +96,7 @@ class Results:
                 done[i] = max(row["num_samples"], done.get(i, 0))
         return done
 
-    def add(self, rows: list[dict], arrays: Mapping[str, np.ndarray]) -> None:
+    def add(self, rows: list[dict], arrays: Mapping[str, Any]) -> None:
         """Append the rows of a batch, after its arrays. Where that fails, the rows before are kept."""
         first, text, packed = rows[0], io.StringIO(), io.BytesIO()
         writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
@@ -123,11 +125,12 @@ def read_rows(folder: str | Path) -> pd.DataFrame:
     The rows of a folder, from ``rows.csv`` or ``rows.csv.gz``: per task, method and image the one with
     the most samples. A last line that a kill cut short is left out.
     """
-    source = Path(folder) / "rows.csv"
-    if source.is_file():
-        text = source.read_bytes()
+    file = Path(folder) / "rows.csv"
+    source: Path | io.BytesIO = file.with_suffix(".csv.gz")
+    if file.is_file():
+        text = file.read_bytes()
         source = io.BytesIO(text[: text.rfind(b"\n") + 1] or ",".join(COLUMNS).encode())
-    elif not (source := source.with_suffix(".csv.gz")).is_file():
+    elif not file.with_suffix(".csv.gz").is_file():
         return pd.DataFrame(columns=COLUMNS)
     rows = pd.read_csv(source, dtype=dict.fromkeys(_WORDS, str)).reindex(columns=COLUMNS)
     rows = rows.fillna(dict.fromkeys(_WORDS, "")).sort_values("num_samples", kind="stable")

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import deepinv as dinv
 import numpy as np
@@ -60,7 +61,8 @@ class Study:
 
     def __iter__(self) -> Iterator[tuple[str, Physics, Entry]]:
         for task in self.tasks:
-            physics = make_physics(task, tuple(self.x.shape[1:]), self.sigma_y, self.x.device)
+            channels, height, width = self.x.shape[1:]
+            physics = make_physics(task, (channels, height, width), self.sigma_y, self.x.device)
             fitting = (entry for entry in self.methods if isinstance(physics, entry.method.physics))
             yield from ((task, physics, entry) for entry in fitting)
 
@@ -92,13 +94,15 @@ def run(folder: str | Path, study: Study) -> None:
             np.savez_compressed(results.folder / "reference.npz", features=z)
 
 
-def _run_method(results, study, task, physics, entry, digests) -> None:
+def _run_method(
+    results: Results, study: Study, task: str, physics: Physics, entry: Entry, digests: Sequence[str]
+) -> None:
     num_samples = study.num_samples if entry.method.random else 1
-    settings, criterion, searched_on = study.search.best(task, entry)
-    settings = entry.resolve(settings)
+    searched, criterion, searched_on = study.search.best(task, entry)
+    settings = entry.resolve(searched)
     sampler = entry.method.build(study.prior, study.sigma_y, **settings)
-    settings = json.dumps(getattr(sampler, "settings", settings), sort_keys=True)
-    head = {"task": task, "method": entry.label, "name": entry.name, "settings": settings}
+    text = json.dumps(getattr(sampler, "settings", settings), sort_keys=True)
+    head: dict[str, Any] = {"task": task, "method": entry.label, "name": entry.name, "settings": text}
     head |= {"criterion": criterion, "searched_on": searched_on, "weights": getattr(sampler, "weights", "")}
     done = results.done(head, digests)
     batches = torch.arange(len(study.x)).split(study.batch_size)
@@ -174,18 +178,20 @@ class Calls:
     """Records the calls of networks within a ``with`` block, and repeats them."""
 
     def __init__(self, networks: Sequence[nn.Module]):
-        self.networks, self.inputs = list(networks), {}
-        self.forward, self.backward = Counter(), Counter()
+        self.networks = list(networks)
+        self.inputs: dict[tuple[int, int], Any] = {}
+        self.forward: Counter[tuple[int, int]] = Counter()
+        self.backward: Counter[tuple[int, int]] = Counter()
 
     def __enter__(self) -> Calls:
         self._hooks = [net.register_forward_hook(self._record, with_kwargs=True) for net in self.networks]
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _record(self, network, args, kwargs, output):
+    def _record(self, network: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         key = self.networks.index(network), len(output)
         if key not in self.inputs:  # not its tensors, which may be wrapped by torch.func
             ones = lambda t: partial(torch.ones, t.shape, dtype=t.dtype, device=t.device)  # noqa: E731
@@ -197,9 +203,10 @@ class Calls:
 
     def images(self) -> tuple[int, int]:
         """Images that went through the networks, forward and backward."""
-        return tuple(
+        forward, backward = (
             sum(key[1] * n for key, n in counter.items()) for counter in (self.forward, self.backward)
         )
+        return forward, backward
 
     def replay(self) -> None:
         """As many calls, forward and backward, and nothing else."""

@@ -53,7 +53,7 @@ def tune(file: Path, study: Study) -> dict:
                 scores = {i: sign * s for i, one in enumerate(tried) if (s := one[criterion]) is not None}
                 if scores:
                     winners = result["winners"].setdefault(criterion, {}).setdefault(task, {})
-                    winners[entry.label] = tried[min(scores, key=scores.get)]["settings"]
+                    winners[entry.label] = tried[min(scores, key=scores.__getitem__)]["settings"]
             file.parent.mkdir(parents=True, exist_ok=True)
             write_file(file, json.dumps(result, indent=1) + "\n")
     return result
@@ -68,4 +68,4 @@ def _scores(samples: Tensor, y: Tensor, physics: Physics, study: Study) -> dict[
     if len(samples) == 1:  # the scores without spread
         columns |= {"energy_score": error.norm(dim=1).tolist(), "crps": error.abs().mean(1).tolist()}
     means = {name: columns.get(column) for name, (column, _) in CRITERIA.items()}
-    return {name: values and float(np.mean(values)) for name, values in means.items()}
+    return {name: float(np.mean(values)) if values else None for name, values in means.items()}

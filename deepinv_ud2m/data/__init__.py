@@ -12,6 +12,7 @@ the internet (:func:`load_mnist`).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, overload
 
 import numpy as np
 import torch
@@ -35,6 +36,24 @@ __all__ = [
 _SHIPPED = Path(__file__).parent / "mnist_digits.npz"
 _PHOTOGRAPHS = Path(__file__).parent / "photos"
 _SPLITS = ("test", "validation")
+
+
+@overload
+def mnist_digits(
+    split: str = "test", num: int | None = None, *, labels: Literal[False] = False
+) -> Tensor: ...
+
+
+@overload
+def mnist_digits(
+    split: str = "test", num: int | None = None, *, labels: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def mnist_digits(
+    split: str = "test", num: int | None = None, *, labels: bool
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def mnist_digits(

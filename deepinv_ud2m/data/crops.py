@@ -105,7 +105,7 @@ class RandomCrops(Dataset):
         crop = photograph[None, :, top : top + side, left : left + side].float() / 255
         if side > self.size:
             crop = F.interpolate(crop, size=(self.size, self.size), mode="bilinear", antialias=True)
-        flip, turns = torch.randint(2, (1,)).item(), torch.randint(4, (1,)).item()
+        flip, turns = int(torch.randint(2, (1,))), int(torch.randint(4, (1,)))
         crop = crop.flip(-1) if flip else crop
         return torch.rot90(crop[0], turns, (-2, -1)).contiguous()
 

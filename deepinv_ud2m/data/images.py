@@ -80,7 +80,7 @@ def load_images(
     images = open_images(source, root)
     if num is not None and num > len(images.labels):
         raise ValueError(f"num must be at most {len(images.labels)}, the images of {images}, got {num}")
-    crops = []
+    crops: list[Tensor] = []
     for i in range(len(images.labels)):
         if len(crops) == num:
             break

@@ -2,6 +2,8 @@ r"""The base class of initializers: an initial estimate of x from y and x_s, and
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from deepinv_ud2m.checks import Scalar, check_number, expand_scalar
@@ -36,7 +38,7 @@ class Initializer(nn.Module):
     #: Initializers by the name of their class, for checkpoints.
     registry: dict[str, type[Initializer]] = {}  # noqa: RUF012
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         Initializer.registry[cls.__name__] = cls
 

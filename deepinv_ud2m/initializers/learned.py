@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepinv.models import ADMUNet
@@ -97,12 +98,12 @@ class PosteriorMeanInitializer(Initializer):
             nn.AdaptiveAvgPool2d(1),
             nn.Conv2d(64, 1, 1),
         )
-        nn.init.zeros_(self.error[-1].weight)
-        nn.init.zeros_(self.error[-1].bias)
+        for parameter in self.error[-1].parameters():
+            nn.init.zeros_(parameter)
 
     @classmethod
     def from_prior(
-        cls, name_or_path: str | Path, wiener: WienerInitializer | None = None, **settings
+        cls, name_or_path: str | Path, wiener: WienerInitializer | None = None, **settings: Any
     ) -> PosteriorMeanInitializer:
         """
         The network of a prior with its weights, to start training from.
@@ -148,7 +149,7 @@ class PosteriorMeanInitializer(Initializer):
     def estimate(self, problem: Problem, x_s: Tensor, sigma: Tensor) -> Tensor:
         return self(problem, x_s, sigma)[0]
 
-    def _images(self, problem, x_s, sigma, sigma_y) -> Tensor:
+    def _images(self, problem: Problem, x_s: Tensor, sigma: Tensor, sigma_y: Tensor) -> Tensor:
         """The inputs besides the estimate of the Wiener filter, all of order one."""
         with torch.no_grad():
             sensitivity = problem.A_adjoint(problem.A(torch.ones_like(x_s)))

@@ -3,6 +3,7 @@ r"""The initial estimate by RAM, deepinv's reconstruction network, which takes y
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from deepinv.physics import LinearPhysics
@@ -151,15 +152,15 @@ class WhitenedPhysics(LinearPhysics):
         blocks = [_scale(block, self.weight_y) for block in (y if self.is_stack else [y])]
         return TensorList([_to(block, x.dtype) for block in [*blocks, self.weight_x * x]])
 
-    def A(self, x: Tensor, **kwargs) -> TensorList:
+    def A(self, x: Tensor, **kwargs: Any) -> TensorList:
         return self.whiten(self.problem.A(x.to(self.dtype)), x)
 
-    def A_adjoint(self, y: TensorList, **kwargs) -> Tensor:
+    def A_adjoint(self, y: TensorList, **kwargs: Any) -> Tensor:
         measurement, x = self._split(y)
         backprojection = self.problem.A_adjoint(measurement)
         return (self.weight_y * backprojection + self.weight_x * x).to(x.dtype)
 
-    def prox_l2(self, z: Tensor, y: TensorList, gamma: Scalar, **_) -> Tensor:
+    def prox_l2(self, z: Tensor, y: TensorList, gamma: Scalar, **_: Any) -> Tensor:
         """The prox of both blocks, in closed form if the physics has one, whatever the solver's settings."""
         measurement, x = self._split(y)
         if self.is_stack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class WienerInitializer(Initializer):
             raise ValueError("correlation must be below 1: the channels would be the same")
 
     @classmethod
-    def fit(cls, images: Tensor, **settings) -> WienerInitializer:
+    def fit(cls, images: Tensor, **settings: Any) -> WienerInitializer:
         r"""
         The initializer of other images than photographs: mean, spectrum and correlation of a sample.
 
@@ -142,7 +143,9 @@ class WienerInitializer(Initializer):
         power = self.scale * (_frequencies(like) + self.cutoff**2) ** (-self.decay / 2)
         return (1 + (channels - 1) * c) * power, (1 - c) * power
 
-    def _wiener(self, problem, variances, spectrum, x_s, sigma_y) -> Tensor:
+    def _wiener(
+        self, problem: Problem, variances: list[Tensor], spectrum: Tensor, x_s: Tensor, sigma_y: Tensor
+    ) -> Tensor:
         """
         The mean in the Fourier basis. A correlates with a kernel and subsamples; A^T of one impulse is this
         kernel. A C A^T is a convolution on the grid of the measurements.
@@ -152,7 +155,7 @@ class WienerInitializer(Initializer):
         impulse[..., 0, 0] = 1
         kernel = torch.fft.rfft2(problem.A_adjoint(impulse)[:, :1])
 
-        def measured(spectrum):
+        def measured(spectrum: Tensor) -> Tensor:
             return torch.fft.irfft2(kernel.conj() * spectrum, s=size)[..., ::factor, ::factor]
 
         A_mean = self.mean * kernel[..., :1, :1].real
@@ -166,7 +169,7 @@ class WienerInitializer(Initializer):
         spectrum = spectrum + _weighted(kernel * torch.fft.rfft2(weights), variances)
         return self.mean + torch.fft.irfft2(spectrum, s=size)
 
-    def _solve(self, problem, mean, variances, sigma_y) -> Tensor:
+    def _solve(self, problem: Problem, mean: Tensor, variances: list[Tensor], sigma_y: Tensor) -> Tensor:
         """Conjugate gradients, in coordinates in which the prior is white: a few suffice."""
         deviations = [variance.sqrt() for variance in variances]
         residual = _filtered(problem.adjoint.to(mean.dtype) - problem.A_adjoint_A(mean), deviations)

@@ -44,7 +44,7 @@ class DigitClassifier(nn.Module):
     #: Dimension of :meth:`features`.
     num_features = 64
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.convolutions = nn.Sequential(
             nn.Conv2d(1, 24, 5, stride=2, padding=2, bias=False),

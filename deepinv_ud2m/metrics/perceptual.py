@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from deepinv.loss.metric import Metric
@@ -79,7 +79,7 @@ class PerceptualDistance(Metric):
         download: bool = False,
         random: bool = False,
         device: str | torch.device | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         if isinstance(network, nn.Module):
@@ -88,7 +88,7 @@ class PerceptualDistance(Metric):
                     "network must have a method activations(x) that gives its maps; "
                     f"{type(network).__name__} has none"
                 )
-            self.distance = _FeatureDistance(network)
+            self.distance: Any = _FeatureDistance(network)
             self.network = f"{type(network).__name__}, unweighted"
         elif network == "digits":
             self.distance = _FeatureDistance(DigitClassifier.from_pretrained())
@@ -111,7 +111,7 @@ class PerceptualDistance(Metric):
         """The network stays in evaluation mode."""
         return super().train(False)
 
-    def metric(self, x_net: Tensor, x: Tensor | None = None, *args, **kwargs) -> Tensor:
+    def metric(self, x_net: Tensor, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """Distances `[B]` of images and references of one shape `[B, C, H, W]`; NaN without reference."""
         if x is None:
             return torch.full((len(x_net),), torch.nan)
@@ -138,6 +138,8 @@ EFFICIENTNETS = {"efficientnet": 0, "efficientnet-lite2": 2}
 
 
 class _FeatureDistance(nn.Module):
+    backbone: Any  # a network with activations()
+
     def __init__(self, backbone: nn.Module):
         super().__init__()
         self.backbone = backbone

@@ -12,6 +12,8 @@ Samples are `[S, B, C, H, W]`, as :meth:`deepinv_ud2m.UD2M.sample` returns them,
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from deepinv.physics import Physics
 from deepinv.utils import TensorList
@@ -175,6 +177,14 @@ def _measured(physics: Physics, x: Tensor) -> Tensor:
 def _rows(y: Tensor | TensorList) -> Tensor:
     """Measurements as one vector per image, `[B, m]`."""
     return torch.cat([_rows(part) for part in y], 1) if isinstance(y, TensorList) else y.flatten(1)
+
+
+@overload
+def check_samples(samples: Tensor, x: Tensor, minimum: int = 2) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def check_samples(samples: Tensor, x: Tensor | None, minimum: int = 2) -> tuple[Tensor, Tensor | None]: ...
 
 
 def check_samples(samples: Tensor, x: Tensor | None, minimum: int = 2) -> tuple[Tensor, Tensor | None]:

@@ -3,12 +3,14 @@ r"""Operators on images of other channels: grey and complex measurements of colo
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from deepinv.physics import LinearPhysics, Physics
 from deepinv.utils import TensorList
 from torch import Tensor
 
+from deepinv_ud2m.checks import Scalar
 from deepinv_ud2m.physics.traits import has_closed_form, is_linear, is_per_image
 
 
@@ -79,23 +81,23 @@ class ChannelMap(LinearPhysics):
         """
         return cls(physics, torch.tensor([[1 / channels], [0.0]]).expand(2, channels).clone())
 
-    def A(self, x: Tensor, **kwargs) -> Tensor | TensorList:
+    def A(self, x: Tensor, **kwargs: Any) -> Tensor | TensorList:
         """A of the mapped images. Further arguments are those of the physics."""
         return self.physics.A(self._map(x), **kwargs)
 
-    def A_adjoint(self, y: Tensor | TensorList, **kwargs) -> Tensor:
+    def A_adjoint(self, y: Tensor | TensorList, **kwargs: Any) -> Tensor:
         """Its adjoint."""
         return self._unmap(self.physics.A_adjoint(y, **kwargs))
 
-    def A_adjoint_A(self, x: Tensor, **kwargs) -> Tensor:
+    def A_adjoint_A(self, x: Tensor, **kwargs: Any) -> Tensor:
         r""":math:`W^\top A^\top A W x`."""
         return self._unmap(self.physics.A_adjoint_A(self._map(x), **kwargs))
 
-    def A_dagger(self, y: Tensor | TensorList, **kwargs) -> Tensor:
+    def A_dagger(self, y: Tensor | TensorList, **kwargs: Any) -> Tensor:
         """The pseudo-inverse of A in all channels alike; exact if the rows of W are orthogonal."""
         return self._unmap(self.physics.A_dagger(y, **kwargs)) / self._norm
 
-    def prox_l2(self, z: Tensor, y: Tensor | TensorList, gamma, **kwargs) -> Tensor:
+    def prox_l2(self, z: Tensor, y: Tensor | TensorList, gamma: Scalar, **kwargs: Any) -> Tensor:
         """The prox of the class, or that of a :class:`deepinv.physics.LinearPhysics`, which is iterative."""
         if not self._is_orthogonal:
             return super().prox_l2(z, y, gamma, **kwargs)
@@ -103,7 +105,7 @@ class ChannelMap(LinearPhysics):
         found = self.physics.prox_l2(mapped, y, self._norm * gamma, **kwargs)
         return z + self._unmap(found - mapped) / self._norm
 
-    def update_parameters(self, **kwargs) -> None:
+    def update_parameters(self, **kwargs: Any) -> None:
         """Update the parameters of A."""
         self.physics.update_parameters(**kwargs)
 
@@ -117,7 +119,14 @@ class ChannelMap(LinearPhysics):
         """As A is."""
         return is_per_image(self.physics, batch_size)
 
-    def find_structure(self, find, shape: torch.Size, y, like: Tensor, per_image: bool):
+    def find_structure(
+        self,
+        find: Callable,
+        shape: torch.Size,
+        y: Tensor | TensorList,
+        like: Tensor,
+        per_image: bool,
+    ) -> Any:
         """The structure of A behind W, if ``find`` finds one of A: see :mod:`deepinv_ud2m.structure`."""
         if not self._is_orthogonal:
             return NotImplemented
@@ -138,7 +147,7 @@ class ChannelMap(LinearPhysics):
 class _MappedStructure:
     """A structure of A behind W, whose rows are orthogonal. It has the methods that the other one has."""
 
-    def __init__(self, physics: ChannelMap, inner):
+    def __init__(self, physics: ChannelMap, inner: Any):
         self.physics, self.inner = physics, inner
         for name in ("normal", "prox", "preconditioner"):
             if hasattr(inner, name):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from deepinv.physics.generator import PhysicsGenerator
@@ -24,9 +25,9 @@ class JointGenerator(PhysicsGenerator):
         if not parts or not all(isinstance(part, PhysicsGenerator) for part in parts):
             raise TypeError(f"parts must be one or more physics generators, got {parts!r}")
         super().__init__(rng=parts[0].rng, device=parts[0].device)
-        self.parts = torch.nn.ModuleList(parts)
+        self.parts: Iterable[PhysicsGenerator] = torch.nn.ModuleList(parts)
 
-    def step(self, batch_size: int = 1, seed: int | None = None, **kwargs) -> dict:
+    def step(self, batch_size: int = 1, seed: int | None = None, **kwargs: Any) -> dict:
         """
         Draw a batch of parameters.
 
@@ -52,7 +53,7 @@ class JointGenerator(PhysicsGenerator):
 class _Generator(PhysicsGenerator):
     """A generator that draws by :meth:`_draw`."""
 
-    def step(self, batch_size: int = 1, seed: int | None = None, **kwargs) -> dict:
+    def step(self, batch_size: int = 1, seed: int | None = None, **kwargs: Any) -> dict:
         """
         Draw a batch of parameters.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from numbers import Number
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepinv.physics import Physics
@@ -83,13 +84,15 @@ class JPEG(Physics):
         tensor([True, True])
     """
 
+    quality: Tensor
+
     def __init__(
         self,
         img_size: Sequence[int],
         quality: float | Tensor = 10,
         subsampling: str = "4:2:0",
         max_iter: int = 20,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(max_iter=check_count("max_iter", max_iter), **kwargs)
         self.img_size = tuple(img_size)
@@ -131,7 +134,7 @@ class JPEG(Physics):
 
     # -- What deepinv calls -------------------------------------------------------------------------
 
-    def update_parameters(self, quality: float | Tensor | None = None, **kwargs) -> None:
+    def update_parameters(self, quality: float | Tensor | None = None, **kwargs: Any) -> None:
         """
         Set the quality.
 
@@ -142,7 +145,7 @@ class JPEG(Physics):
         if quality is not None:
             self.quality = _check_quality(quality).to(self.quality)
 
-    def A(self, x: Tensor, quality: float | Tensor | None = None, **kwargs) -> Tensor:
+    def A(self, x: Tensor, quality: float | Tensor | None = None, **kwargs: Any) -> Tensor:
         """
         Code and decode.
 
@@ -165,7 +168,7 @@ class JPEG(Physics):
             coefficients = [codec.quantise(c, q) for c, q in pairs]
             return codec.to_image(codec.decode(coefficients, self._factor, self.img_size[1:])) / 255
 
-    def A_adjoint(self, y: Tensor, **kwargs) -> Tensor:
+    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
         """
         The visible part of the decoded image. (It is not an adjoint: coding is not linear.)
 
@@ -173,11 +176,11 @@ class JPEG(Physics):
         """
         return self._whole(y)[..., : self.img_size[1], : self.img_size[2]]
 
-    def A_dagger(self, y: Tensor, **kwargs) -> Tensor:
+    def A_dagger(self, y: Tensor, **kwargs: Any) -> Tensor:
         """As :meth:`A_adjoint`: the coefficients of the decoded image are the centre of the box."""
         return self.A_adjoint(y)
 
-    def prox_l2(self, z: Tensor, y: Tensor, gamma: float | Tensor, **kwargs) -> Tensor:
+    def prox_l2(self, z: Tensor, y: Tensor, gamma: float | Tensor, **kwargs: Any) -> Tensor:
         r"""
         :math:`(z + \gamma P_C(z)) / (1 + \gamma)`, see the class.
 
@@ -288,7 +291,7 @@ class JPEG(Physics):
             planes = self._clamp_once(planes, centres, steps)
         return planes
 
-    def _clamp_once(self, planes, centres, steps) -> list[Tensor]:
+    def _clamp_once(self, planes: list[Tensor], centres: list[Tensor], steps: list[Tensor]) -> list[Tensor]:
         """One projection of the extended planes; the visible part of the result."""
         moved = []
         coefficients = codec.encode(planes, self._factor)
@@ -319,7 +322,7 @@ class JPEG(Physics):
         self._check_images(y, (self.img_size[0], *size))
         return y
 
-    def _check_images(self, images: Tensor, size: tuple[int, int, int]) -> None:
+    def _check_images(self, images: Tensor, size: tuple[int, ...]) -> None:
         if images.ndim != 4 or tuple(images.shape[1:]) != size:
             raise ValueError(
                 f"images must be of shape [B, {', '.join(map(str, size))}] for this JPEG of img_size "

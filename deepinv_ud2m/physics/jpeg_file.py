@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def read_jpeg(file: str | Path) -> tuple[Tensor, int, str]:
     return torch.from_numpy(planes.copy())[None] / 255, quality, _SAMPLINGS[sampling]
 
 
-def _is_plain_rgb(picture: Image.Image) -> bool:
+def _is_plain_rgb(picture: Any) -> bool:
     """Whether a colour file holds R, G and B themselves, by the rule of libjpeg."""
     named = [layer[0] for layer in picture.layer] == list(b"RGB")
     transform = picture.info.get("adobe_transform", 0 if named else 1)

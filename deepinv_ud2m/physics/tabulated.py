@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from deepinv.physics import LinearPhysics, Physics
@@ -38,12 +39,12 @@ class TabulatedPhysics(LinearPhysics):
             self.register_buffer("matrix", matrix.to_sparse_csr())
             self.register_buffer("transposed", matrix.t().coalesce().to_sparse_csr())
 
-    def A(self, x: Tensor, **kwargs) -> Tensor:
+    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
         """The product with the matrix, of images `[B, C, H, W]`."""
         columns = x.flatten(2).flatten(0, 1).T
         return _Product.apply(columns, self.matrix, self.transposed).T.reshape(len(x), *self.measured)
 
-    def A_adjoint(self, y: Tensor, **kwargs) -> Tensor:
+    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
         """The product with its transpose, of measurements."""
         columns = y.flatten(2).flatten(0, 1).T
         return _Product.apply(columns, self.transposed, self.matrix).T.reshape(len(y), *self.img_size)
@@ -70,12 +71,12 @@ class _Product(torch.autograd.Function):
     """Sparse times dense. PyTorch has no gradient for it on all devices."""
 
     @staticmethod
-    def forward(ctx, columns, matrix, transposed):
+    def forward(ctx: Any, columns: Tensor, matrix: Tensor, transposed: Tensor | None) -> Tensor:
         ctx.transposed = transposed
         return matrix.to(columns.dtype) @ columns
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _Product.apply(grad, ctx.transposed, None), None, None
 
 
@@ -117,7 +118,7 @@ def tabulate(
         raise ValueError(f"img_size must be (C, H, W), got {img_size!r}")
     channels, height, width = img_size
     like = next((t for t in physics.buffers() if t.is_floating_point()), torch.zeros(1))
-    options = {"device": like.device, "dtype": torch.float32}
+    options: dict[str, Any] = {"device": like.device, "dtype": torch.float32}
     generator = torch.Generator(like.device).manual_seed(0)
     x = torch.rand(1, *img_size, generator=generator, **options)
     with torch.no_grad():
@@ -145,7 +146,9 @@ def tabulate(
     )
 
 
-def _of_impulses(physics, x: Tensor, max_megabytes: float, verbose: bool) -> Iterator[tuple[Tensor, Tensor]]:
+def _of_impulses(
+    physics: Physics, x: Tensor, max_megabytes: float, verbose: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
     channels, height, width = x.shape[1:]
     count = 0
     for start in tqdm(range(0, height * width, _BATCH), desc="tabulate", disable=not verbose):
@@ -160,7 +163,7 @@ def _of_impulses(physics, x: Tensor, max_megabytes: float, verbose: bool) -> Ite
         yield torch.stack([row, pixels[column]]), response[column, row]
 
 
-def _of_grids(physics, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _of_grids(physics: Physics, width: int) -> Iterator[tuple[Tensor, Tensor]]:
     """
     Of deepinv's tomography: each ray is a sum of samples of the image, bilinear between four pixels. The
     image is padded to its diagonal, or seen through a circle.
@@ -195,7 +198,7 @@ def _of_grids(physics, width: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield summed.indices(), summed.values()
 
 
-def _too_large(physics, megabytes: float, most: float) -> str:
+def _too_large(physics: Physics, megabytes: float, most: float) -> str:
     return (
         f"the matrix of {type(physics).__name__} takes {megabytes:.4g} MB or more, and max_megabytes is "
         f"{most:.4g}: it is not sparse enough to be tabulated, or the image is too large"

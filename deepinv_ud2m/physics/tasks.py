@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from deepinv.physics import (
@@ -207,17 +208,19 @@ def _tomography(angles: int) -> Callable[[Shape], Physics]:
     return operator
 
 
-def _columns(shape: Shape, **options) -> PhysicsGenerator:
+def _columns(shape: Shape, **options: Any) -> PhysicsGenerator:
     return RandomMaskGenerator((2, *shape[1:]), acceleration=4, **options)
 
 
-def _motion_blurs(shape: Shape, **options) -> PhysicsGenerator:
+def _motion_blurs(shape: Shape, **options: Any) -> PhysicsGenerator:
     size = max(5, min(shape[-2:]) // 8 * 2 + 1)
     return MotionBlurGenerator((size, size), **options)
 
 
-def _gaussian_blurs(low: float, high: float, size: int, isotropic: bool = True):
-    def generator(shape: Shape, **options) -> PhysicsGenerator:
+def _gaussian_blurs(
+    low: float, high: float, size: int, isotropic: bool = True
+) -> Callable[..., PhysicsGenerator]:
+    def generator(shape: Shape, **options: Any) -> PhysicsGenerator:
         side = min(size, (min(shape[-2:]) - 1) // 2 * 2 + 1)  # odd, not larger than the image
         widths = {"sigma_min": low, "sigma_max": high, "isotropic": isotropic}
         return GaussianBlurGenerator((side, side), **widths, **options)
@@ -225,7 +228,7 @@ def _gaussian_blurs(low: float, high: float, size: int, isotropic: bool = True):
     return generator
 
 
-def _random_masks(shape: Shape, **options) -> PhysicsGenerator:
+def _random_masks(shape: Shape, **options: Any) -> PhysicsGenerator:
     kept = {"random_split_ratio": True, "min_split_ratio": 0.1, "max_split_ratio": 0.7}
     return BernoulliSplittingMaskGenerator(shape, 0.4, **kept, **options)
 
@@ -239,7 +242,7 @@ def _random_inpainting(kept: float) -> Callable[[Shape], Physics]:
     return operator
 
 
-def _thirty_percent(shape: Shape, **options) -> PhysicsGenerator:
+def _thirty_percent(shape: Shape, **options: Any) -> PhysicsGenerator:
     return BernoulliSplittingMaskGenerator((1, *shape[1:]), 0.3, **options)
 
 

@@ -36,7 +36,7 @@ class PriorInfo:
     size_multiple: int = 1
     image_size: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise ValueError(f"name must be a string, got {self.name!r}")
         check_count("channels", self.channels)

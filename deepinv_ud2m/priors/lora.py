@@ -25,7 +25,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -223,8 +223,8 @@ def prior_state_dict(network: nn.Module) -> dict[str, Tensor]:
     :returns: detached tensors, which share the memory of the prior.
     """
     adapted = dict(_lora_layers(network))
-    state = {_prior_name(key, adapted): value for key, value in network.state_dict().items()}
-    state.pop(None, None)
+    named = ((_prior_name(key, adapted), value) for key, value in network.state_dict().items())
+    state = {name: value for name, value in named if name is not None}
     originals = {f"{n}.weight": layer.prior_weight for n, layer in adapted.items() if layer.merged}
     return state | originals
 
@@ -286,7 +286,7 @@ def _stay_in_eval(module: nn.Module, args: tuple) -> None:
         module.eval()
 
 
-def _lora_layers(network: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+def _lora_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
     kind = getattr(sys.modules.get("peft.tuners.lora"), "LoraLayer", ())  # no peft, no layer of its
     return ((name, module) for name, module in network.named_modules() if isinstance(module, kind))
 

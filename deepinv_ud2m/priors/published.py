@@ -141,7 +141,8 @@ def _cached(card: Published) -> list[Path] | None:
     from huggingface_hub import try_to_load_from_cache
 
     found = [try_to_load_from_cache(card.repository, f, revision=card.revision) for f in card.files]
-    return [Path(file) for file in found] if all(isinstance(file, str) for file in found) else None
+    files = [Path(file) for file in found if isinstance(file, str)]
+    return files if len(files) == len(found) else None
 
 
 def _download(card: Published) -> list[Path]:
@@ -169,7 +170,7 @@ def _diffunet(large: bool) -> nn.Module:
     return network
 
 
-def _noise_of_diffunet(network: nn.Module, v: Tensor, t: Tensor) -> Tensor:
+def _noise_of_diffunet(network: DiffUNet, v: Tensor, t: Tensor) -> Tensor:
     return network.forward_diffusion(v, t)[:, :3]  # the others are variances
 
 

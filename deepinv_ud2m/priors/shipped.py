@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -232,15 +233,15 @@ def _check_settings(settings: Mapping) -> None:
             raise ValueError(f"network setting {name} must be {accepted}, got {value!r}")
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: float) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and 1 <= value <= 1024
 
 
-def _are_counts(value: object) -> bool:
+def _are_counts(value: Any) -> bool:
     return isinstance(value, Sequence) and len(value) <= 16 and all(map(_is_count, value))
 
 
-def _is_positive(value: object) -> bool:
+def _is_positive(value: float) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf
 
 
@@ -253,13 +254,14 @@ _OF_PIXELS: dict[str, tuple[str, Callable]] = {
     "pad_to_multiple": _COUNT,
     "checkerboard_filter": ("a positive number or none", lambda v: v is None or _is_positive(v)),
 }
-_SETTINGS = _OF_PIXELS | {
+_SETTINGS: dict[str, tuple[str, Callable]] = {
+    **_OF_PIXELS,
     "img_resolution": _COUNT,
     "model_channels": _COUNT,
     "channel_mult": ("1 to 16 integers from 1 to 1024", lambda v: _are_counts(v) and len(v) > 0),
     "channel_mult_emb": _COUNT,
     "num_blocks": _COUNT,
     "attn_resolutions": ("up to 16 integers from 1 to 1024", _are_counts),
-    "dropout": ("a number in [0, 1)", lambda v: isinstance(v, Real) and 0 <= v < 1),
+    "dropout": ("a number in [0, 1)", lambda v: isinstance(v, Real) and 0 <= float(v) < 1),
     "pixel_std": ("a positive number", _is_positive),
 }

@@ -29,7 +29,7 @@ _DEFAULTS = {"prediction_type": "epsilon", "trained_betas": None, "rescale_betas
 _RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
-def unet2d_class() -> type[nn.Module]:
+def unet2d_class() -> type:
     """``UNet2DModel``; ImportError says how to install diffusers."""
     try:
         from diffusers import UNet2DModel

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ class Adversary:
         self.losses = list(losses) if isinstance(losses, list | tuple) else [losses]
         self.optimizer = optimizer or torch.optim.AdamW(D.parameters(), lr=1e-4, weight_decay=0.01)
         #: The :class:`deepinv_ud2m.training.updates.Update` of the discriminator, which the trainer sets.
-        self.update = None
+        self.update: Any = None
 
     def context(self, problem: Problem) -> dict:
         """What the adversarial losses are called with besides: ``D`` and the ``condition``."""
@@ -67,7 +68,7 @@ class Adversary:
         :param Callable compute: ``compute(losses, batch, turn)`` gives the mean loss of each of the losses.
         :returns: mean losses by name.
         """
-        sums = defaultdict(float)
+        sums: dict[str, float] = defaultdict(float)
         for turn in range(self.ratio):
             self.update.start(step)
             for batch in batches:
@@ -165,7 +166,14 @@ class AdversarialGeneratorLoss(WeightedLoss):
     """
 
     def forward(
-        self, *, x: Tensor, x_net: Tensor, D: nn.Module, condition: Tensor, samples=None, **kwargs
+        self,
+        *,
+        x: Tensor,
+        x_net: Tensor,
+        D: nn.Module,
+        condition: Tensor,
+        samples: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """The loss of ``samples``, or else of ``x_net``."""
         samples = as_samples(x, x_net, samples)
@@ -198,7 +206,14 @@ class AdversarialDiscriminatorLoss(WeightedLoss):
         self.penalty_weight = check_number("penalty_weight", penalty_weight, low=0)
 
     def forward(
-        self, *, x: Tensor, x_net: Tensor, D: nn.Module, condition: Tensor, samples=None, **kwargs
+        self,
+        *,
+        x: Tensor,
+        x_net: Tensor,
+        D: nn.Module,
+        condition: Tensor,
+        samples: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """The loss of ``samples``, or else of ``x_net``."""
         samples, judge = as_samples(x, x_net, samples).detach(), _judge(D, condition)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from deepinv.loss import Loss
 from torch import Tensor
@@ -16,6 +17,9 @@ from deepinv_ud2m.priors import PriorInfo, has_merged_lora
 from deepinv_ud2m.sampler import UD2M
 from deepinv_ud2m.training.stages import STAGES
 from deepinv_ud2m.unfolded import UnfoldedDenoiser
+
+if TYPE_CHECKING:
+    from deepinv_ud2m.training.trainer import DistillationTrainer
 
 #: Arguments of deepinv's trainer that have no meaning in a distillation, and what to use instead.
 UNUSED = {
@@ -47,7 +51,7 @@ _COUNTS = (
 _MARGIN = 0.2
 
 
-def check(trainer) -> None:
+def check(trainer: DistillationTrainer) -> None:
     """Refuse arguments of a :class:`deepinv_ud2m.training.DistillationTrainer` that cannot work."""
     defaults = {field.name: field.default for field in fields(trainer)}
     for name, instead in UNUSED.items():
@@ -84,7 +88,9 @@ def check(trainer) -> None:
         raise ValueError(f"physics_generator must be one per physics, {len(physics)}, got {len(generators)}")
 
 
-def check_model(unfolded, trained: Mapping[str, Tensor], stage: str, num_samples: int) -> None:
+def check_model(
+    unfolded: UnfoldedDenoiser, trained: Mapping[str, Tensor], stage: str, num_samples: int
+) -> None:
     """Refuse an unfolded denoiser whose parameters ``trained`` cannot be trained in this stage."""
     if not trained:
         raise ValueError("model has nothing to train: all of its trained_parameters are frozen")
@@ -106,7 +112,7 @@ def check_model(unfolded, trained: Mapping[str, Tensor], stage: str, num_samples
         )
 
 
-def check_batch(batch, prior_info: PriorInfo | None) -> None:
+def check_batch(batch: Any, prior_info: PriorInfo | None) -> None:
     """Refuse images that cannot be trained on, and warn of images far outside of [0, 1]."""
     x = batch["x"] if isinstance(batch, Mapping) else batch
     x = x[0] if isinstance(x, list | tuple) else x
@@ -124,7 +130,7 @@ def check_batch(batch, prior_info: PriorInfo | None) -> None:
         prior_info.check_images(x.shape)
 
 
-def loader_of_each(loaders, number: int) -> list | None:
+def loader_of_each(loaders: Any, number: int) -> list | None:
     """The data loader of each physics, of one for all or one for each; none is empty."""
     if loaders is None:
         return None
@@ -138,7 +144,7 @@ def loader_of_each(loaders, number: int) -> list | None:
     return loaders * number if len(loaders) == 1 else loaders
 
 
-def as_list(things) -> list:
+def as_list(things: Any) -> list:
     """One thing or several, as a list; ``None`` is an empty one."""
     if things is None:
         return []

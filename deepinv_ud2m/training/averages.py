@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,7 +20,7 @@ class MovingAverage:
     :param float decay: :math:`\beta`, in [0, 1).
     """
 
-    def __init__(self, parameters: Sequence[Tensor], decay: float):
+    def __init__(self, parameters: Iterable[Tensor], decay: float):
         self.parameters, self.decay, self.swapped = list(parameters), decay, False
         self.values = [parameter.detach().clone() for parameter in self.parameters]
 

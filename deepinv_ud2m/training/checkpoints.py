@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -19,6 +20,9 @@ from tqdm.auto import tqdm
 
 from deepinv_ud2m.checkpoint import describe
 from deepinv_ud2m.files import write_file
+
+if TYPE_CHECKING:
+    from deepinv_ud2m.training.trainer import DistillationTrainer
 
 FORMAT = 2
 
@@ -51,14 +55,14 @@ def read_checkpoint(file: Path) -> dict:
     return state
 
 
-def save_run(trainer, file: Path) -> None:
+def save_run(trainer: DistillationTrainer, file: Path) -> None:
     """Write the last complete step of a :class:`deepinv_ud2m.training.DistillationTrainer`."""
     state = {
         "run": trainer.run,
         "step": trainer.completed,
         "trained": trainer.unfolded.state(),
         "average": dict(zip(trainer.trained, trainer.averaged.values, strict=True)),
-        "optimizer": trainer.optimizer.state_dict(),
+        "optimizer": trainer.update.optimizer.state_dict(),
         "adversary": trainer.adversary.state_dict() if trainer.adversary else {},
         "data": trainer.places,
         "history": [dict(trainer.history), trainer.history.sums],
@@ -70,7 +74,7 @@ def save_run(trainer, file: Path) -> None:
     write_checkpoint(state, file)
 
 
-def load_run(trainer, file: Path) -> None:
+def load_run(trainer: DistillationTrainer, file: Path) -> None:
     """
     Load what :func:`save_run` wrote, if there is any. Only the first process needs to see the file.
 
@@ -87,7 +91,7 @@ def load_run(trainer, file: Path) -> None:
         )
     trainer.unfolded.load_state(state["trained"])
     trainer.averaged.load(state["average"].values())
-    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.update.optimizer.load_state_dict(state["optimizer"])
     if trainer.adversary is not None:
         trainer.adversary.load_state_dict(state["adversary"])
     if trainer.controller is not None:
@@ -101,7 +105,7 @@ def load_run(trainer, file: Path) -> None:
         tqdm.write(f"going on from step {trainer.completed} of {file}")
 
 
-def describe_run(trainer) -> dict:
+def describe_run(trainer: DistillationTrainer) -> dict:
     """What must be equal for a checkpoint to be of the same run, as JSON holds it."""
     parts = describe(trainer.unfolded) | {"sampler": trainer.model.config()}
     prior = parts.pop("prior")["fingerprint"]
@@ -115,7 +119,7 @@ def describe_run(trainer) -> dict:
         "adversary": repr(trainer.adversary),
         "physics": [type(physics).__name__ for physics in trainer.physics],
         "losses": [repr(loss) for loss in trainer.losses],
-        "learning rates": [group["initial_lr"] for group in trainer.optimizer.param_groups],
+        "learning rates": [group["initial_lr"] for group in trainer.update.optimizer.param_groups],
         "batches": [[getattr(of, "batch_size", None), len(of)] for of in trainer.train_dataloader],
         "accumulate": trainer.accumulate,
         "seed": trainer.seed,
@@ -160,7 +164,7 @@ class _Later:
 
     pressed = False
 
-    def __call__(self, *arguments) -> None:
+    def __call__(self, *arguments: Any) -> None:
         self.pressed = True
 
 

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 from deepinv.physics import Physics
+
+
+class Controller(Protocol):
+    """What a :class:`deepinv_ud2m.training.DistillationTrainer` calls with the results of each evaluation."""
+
+    def __call__(self, results: dict[str, float], /) -> dict[str, float]: ...
+
+    def state(self) -> Any: ...
+
+    def load(self, state: Any, /) -> None: ...
 
 
 class DiversityController:
@@ -35,7 +46,7 @@ class DiversityController:
         """
         for i, (physics, c) in enumerate(self.weights.items()):
             name = "spread-skill ratio"
-            ratio = results.get(f"{name}/{i}", results.get(name))
+            ratio: Any = results.get(f"{name}/{i}", results.get(name))
             self.weights[physics] = min(max(c * ratio**self.kappa, self.low), self.high)
         return {f"diversity/{i}": c for i, c in enumerate(self.weights.values())}
 

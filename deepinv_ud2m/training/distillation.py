@@ -17,15 +17,17 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import deepinv as dinv
 import torch
+from deepinv.loss import Loss
 from deepinv.models import Denoiser
 from deepinv.physics import Physics
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
@@ -33,6 +35,7 @@ from deepinv_ud2m.checks import check_device, check_path
 from deepinv_ud2m.data.crops import RandomCrops, ResizedCrops
 from deepinv_ud2m.files import check_digest, make_folder, read_json, read_weights, write_file
 from deepinv_ud2m.initializers import (
+    Initializer,
     PosteriorMeanInitializer,
     PseudoInverseInitializer,
     RAMInitializer,
@@ -41,7 +44,7 @@ from deepinv_ud2m.initializers import (
 from deepinv_ud2m.metrics import energy_score, spread_skill_ratio
 from deepinv_ud2m.physics import make_generator, make_physics
 from deepinv_ud2m.physics.traits import is_linear
-from deepinv_ud2m.priors import PUBLISHED, add_lora, load_prior, random_prior
+from deepinv_ud2m.priors import PUBLISHED, PriorInfo, add_lora, load_prior, random_prior
 from deepinv_ud2m.sampler import UD2M
 from deepinv_ud2m.schedule import VPSchedule
 from deepinv_ud2m.training.controller import DiversityController
@@ -85,7 +88,7 @@ def distill(
     recipe: Recipe | str | Path = "default",
     save_path: str | Path = "runs/distilled",
     *,
-    initial: nn.Module | None = None,
+    initial: Initializer | None = None,
     fast: bool = False,
     checkpointing: bool = False,
     weights: str | Path | None = None,
@@ -154,7 +157,8 @@ def distill(
     _check_folder(run)
     name, prior = _prior(run, prior, weights)
     # All stages are made ready before the first is trained: what is wrong with the last is told at once.
-    crops, ready = {}, []
+    crops: dict[int, tuple] = {}
+    ready = []
     for number, stage in enumerate(recipe.stages):
         train, held_out = _data(images, recipe, stage, getattr(prior, "prior_info", None), crops)
         pairs = _physics(physics, recipe, stage, tuple(held_out.shape[1:]), device)
@@ -164,15 +168,15 @@ def distill(
     torch.manual_seed(recipe.seed)
     model = _sampler(run, prior, _initial(run, name, images) if initial is None else initial)
     write_file(run.folder / _RECIPE, json.dumps(recipe.as_json(), indent=1) + "\n")
-    for stage in ready:
-        _run_stage(run, model, *stage)
+    for prepared in ready:
+        _run_stage(run, model, *prepared)
     factor = _set_noise(run, model, pairs, held_out) if len(recipe.factors) > 1 else 1.0
     metadata = {"recipe": recipe.as_json(), "factor of delta": factor}
     model.save_pretrained(run.folder / "model", metadata=metadata, dtype=torch.float16)
     return model.eval()
 
 
-def _check_physics(physics, recipe: Recipe) -> None:
+def _check_physics(physics: Sequence[Physics | tuple] | None, recipe: Recipe) -> None:
     if physics is None and recipe.tasks:
         return
     if not physics:
@@ -183,7 +187,7 @@ def _check_physics(physics, recipe: Recipe) -> None:
             raise TypeError(f"physics must be of deepinv, or pairs of one and its generator, got {one!r}")
 
 
-def _check_images(images) -> None:
+def _check_images(images: Any) -> None:
     if isinstance(images, str | Path):
         if not Path(images).is_dir():
             raise ValueError(f"images must be a folder, a tensor or a dataset: there is no folder {images}")
@@ -215,16 +219,17 @@ def _check_folder(run: _Run) -> None:
         )
 
 
-def _prior(run: _Run, prior: Denoiser | str, weights) -> tuple[str | None, Denoiser]:
+def _prior(run: _Run, prior: Any, weights: str | Path | None) -> tuple[str | None, Any]:
     """The prior, and its name or folder, if that was given."""
-    if not isinstance(prior, str):
+    if not isinstance(prior, str | Path):
         return None, prior
-    if prior in PUBLISHED and run.smoke:
-        return prior, random_prior(prior)
-    return prior, load_prior(prior, weights=weights, download=run.download)
+    name = str(prior)
+    if name in PUBLISHED and run.smoke:
+        return name, random_prior(name)
+    return name, load_prior(name, weights=weights, download=run.download)
 
 
-def _sampler(run: _Run, prior: Denoiser, initial: nn.Module) -> UD2M:
+def _sampler(run: _Run, prior: Any, initial: Initializer) -> UD2M:
     recipe = run.recipe
     if recipe.rank:
         add_lora(prior, recipe.rank, targets=recipe.targets)
@@ -240,8 +245,9 @@ def _sampler(run: _Run, prior: Denoiser, initial: nn.Module) -> UD2M:
     return UD2M(unfolded, eta=recipe.eta, nominal_rmse=recipe.nominal_rmse, **levels)
 
 
-def _initial(run: _Run, name: str | None, images) -> nn.Module:
-    recipe, level = run.recipe, {"reference_level": run.recipe.reference_level}
+def _initial(run: _Run, name: str | None, images: Any) -> Initializer:
+    recipe = run.recipe
+    level: dict[str, Any] = {"reference_level": recipe.reference_level}
     if recipe.initial == "pseudo-inverse":
         return PseudoInverseInitializer(**level)
     if recipe.initial == "ram":
@@ -260,7 +266,9 @@ def _initial(run: _Run, name: str | None, images) -> nn.Module:
     return PosteriorMeanInitializer.from_prior(name, wiener, **level)
 
 
-def _data(images, recipe: Recipe, stage: Stage, info, crops: dict) -> tuple[Dataset, Tensor]:
+def _data(
+    images: Any, recipe: Recipe, stage: Stage, info: PriorInfo | None, crops: dict
+) -> tuple[Dataset, Tensor]:
     """Training images, and those that are held out. Photographs are read once for each size of crops."""
     held, batch = recipe.validation_images, stage.batch_size * stage.accumulate
     if isinstance(images, str | Path):
@@ -269,7 +277,7 @@ def _data(images, recipe: Recipe, stage: Stage, info, crops: dict) -> tuple[Data
         if stage.size not in crops:
             channels = getattr(info, "channels", 3)
             if recipe.resized:
-                read = ResizedCrops(images, stage.size, 1, channels)
+                read: ResizedCrops | RandomCrops = ResizedCrops(images, stage.size, 1, channels)
             else:
                 read = RandomCrops(images, stage.size, 1, channels, skip_small=True)
             crops[stage.size] = read, read.hold_out(held)
@@ -288,11 +296,17 @@ def _data(images, recipe: Recipe, stage: Stage, info, crops: dict) -> tuple[Data
     return Subset(images, range(count)), held_out
 
 
-def _physics(given, recipe: Recipe, stage: Stage, shape, device) -> list[tuple]:
+def _physics(
+    given: Sequence[Physics | tuple] | None,
+    recipe: Recipe,
+    stage: Stage,
+    shape: Any,
+    device: torch.device,
+) -> list[tuple]:
     if given:
         pairs = [one if isinstance(one, tuple) else (one, None) for one in given]
     else:
-        options = {"sigma_y": tuple(recipe.sigma_y), "seed": recipe.seed, "device": device}
+        options: dict[str, Any] = {"sigma_y": tuple(recipe.sigma_y), "seed": recipe.seed, "device": device}
         pairs = [
             (make_physics(task, shape, device=device), make_generator(task, shape, **options))
             for task in recipe.tasks
@@ -306,7 +320,9 @@ def _physics(given, recipe: Recipe, stage: Stage, shape, device) -> list[tuple]:
     return pairs
 
 
-def _run_stage(run: _Run, model: UD2M, stage: Stage, folder: Path, pairs, train, held_out) -> None:
+def _run_stage(
+    run: _Run, model: UD2M, stage: Stage, folder: Path, pairs: list[tuple], train: Dataset, held_out: Tensor
+) -> None:
     recipe, (physics, generators) = run.recipe, zip(*pairs, strict=True)
     if (folder / "final").is_dir():  # done before
         weights = folder / "final" / "model.safetensors"
@@ -315,14 +331,14 @@ def _run_stage(run: _Run, model: UD2M, stage: Stage, folder: Path, pairs, train,
         return
     of_samples = stage.stage != "initial"
     controller = adversary = None
-    losses = GaussianNLLLoss()
+    losses: Loss | list[Loss] = GaussianNLLLoss()
     if of_samples:
         controller = DiversityController(physics, recipe.kappa) if recipe.kappa else None
         losses, adversary = make_losses(recipe.losses, run.setting(held_out.shape[1], controller))
         if not any(isinstance(loss, EnergyScoreLoss) for loss in losses):
             controller = None
     if recipe.states == "uniform":
-        sigmas = VPSchedule().training_sigmas
+        sigmas: Callable[[int], Tensor] = VPSchedule().training_sigmas
     else:
         sigmas = StateSigmas(model, 0.25 if of_samples else 0.5)
     lr_initial = stage.lr if stage.lr_initial is None else stage.lr_initial
@@ -336,13 +352,13 @@ def _run_stage(run: _Run, model: UD2M, stage: Stage, folder: Path, pairs, train,
         physics=list(physics),
         physics_generator=None if generators[0] is None else list(generators),
         train_dataloader=loader,
-        eval_dataloader=DataLoader(held_out, len(held_out)) if of_samples else None,
+        eval_dataloader=DataLoader(held_out, len(held_out)) if of_samples else None,  # type: ignore[arg-type]
         stage=stage.stage,
         steps=stage.steps,
         losses=losses,
         adversary=adversary,
         sigmas=sigmas,
-        optimizer=torch.optim.AdamW(groups, betas=tuple(recipe.betas)),
+        optimizer=torch.optim.AdamW(groups, betas=(recipe.betas[0], recipe.betas[1])),
         lr_schedule=cosine,
         grad_clip=recipe.grad_clip,
         accumulate=stage.accumulate,
@@ -370,7 +386,8 @@ def _set_noise(run: _Run, model: UD2M, pairs: list[tuple], x: Tensor) -> float:
     """Multiply all delta by the factor of the best energy score, relative to the mean of each physics."""
     recipe = run.recipe
     device, start = next(model.parameters()).device, model.unfolded.log_delta.clone()
-    scores, x = [], x.to(device)
+    x = x.to(device)
+    scores: list[list[Tensor]] = []
     for factor in tqdm(recipe.factors, desc="factor of delta", disable=not run.verbose):
         model.unfolded.log_delta.copy_(start + torch.tensor(factor).log())
         scores.append([])
@@ -380,7 +397,7 @@ def _set_noise(run: _Run, model: UD2M, pairs: list[tuple], x: Tensor) -> float:
                 physics.update(**generator.step(len(x)))
             samples = model.sample(physics(x), physics, recipe.validation_samples)
             scores[-1].append(energy_score(samples, x).mean())
-    scores = torch.tensor(scores)
-    best = recipe.factors[int((scores / scores.mean(0)).mean(1).argmin())]
+    table = torch.tensor(scores)
+    best = recipe.factors[int((table / table.mean(0)).mean(1).argmin())]
     model.unfolded.log_delta.copy_(start + torch.tensor(best).log())
     return best

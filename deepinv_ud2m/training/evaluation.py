@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 import numpy as np
 from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
 
 from deepinv_ud2m.problem import Problem
 from deepinv_ud2m.training.arguments import names_of
 from deepinv_ud2m.training.figures import plot_samples
 from deepinv_ud2m.training.randomness import BatchStream, seed_all
 
+if TYPE_CHECKING:
+    from deepinv_ud2m.training.trainer import DistillationTrainer
 
-def evaluate(trainer, key: list[int]) -> dict[str, float]:
+
+def evaluate(trainer: DistillationTrainer, key: list[int]) -> dict[str, float]:
     """
     Mean of each metric over physics and images, and with several physics also of each, for the model of a
     :class:`deepinv_ud2m.training.DistillationTrainer` as it is; ``key`` fixes all random numbers.
     """
-    values = defaultdict(list)
+    values: dict[str, list[float]] = defaultdict(list)
     for operator, loader in enumerate(trainer.eval_dataloader):
         for name, value in _evaluate_on(trainer, operator, loader, [*key, operator]).items():
             values[name].append(value)
@@ -28,7 +33,7 @@ def evaluate(trainer, key: list[int]) -> dict[str, float]:
     return {name: float(np.mean(of)) for name, of in values.items()}
 
 
-def score_of(trainer, results: dict[str, float]) -> float:
+def score_of(trainer: DistillationTrainer, results: dict[str, float]) -> float:
     """What decides which model is the best: the first metric of samples, or else of images. Low is good."""
     if trainer.sample_metrics:
         return results[next(iter(trainer.sample_metrics))]
@@ -36,8 +41,11 @@ def score_of(trainer, results: dict[str, float]) -> float:
     return score if getattr(trainer.metrics[0], "lower_better", True) else -score
 
 
-def _evaluate_on(trainer, operator: int, loader, key: list[int]) -> dict[str, float]:
-    values, model, accelerator = defaultdict(list), trainer.model, trainer.accelerator
+def _evaluate_on(
+    trainer: DistillationTrainer, operator: int, loader: DataLoader, key: list[int]
+) -> dict[str, float]:
+    values: dict[str, list[float]] = defaultdict(list)
+    model, accelerator = trainer.model, trainer.accelerator
     stream = BatchStream(loader, key)
     for i in range(len(loader)):
         seed_all([*key, i], trainer.seeded)
@@ -51,7 +59,7 @@ def _evaluate_on(trainer, operator: int, loader, key: list[int]) -> dict[str, fl
         for name, metric in zip(names_of(trainer.metrics), trainer.metrics, strict=True):
             of = metric(x=x, x_net=samples[0], y=y, physics=physics, model=model)
             values[name] += of.flatten().tolist()
-        for name, metric in trainer.sample_metrics.items():
+        for name, metric in (trainer.sample_metrics or {}).items():
             values[name] += metric(samples, x).flatten().tolist()
         if i == 0 and trainer.plot_images and trainer.writes:
             problem = Problem(y, physics, model.sigma_y)

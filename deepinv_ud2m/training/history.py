@@ -13,7 +13,7 @@ from deepinv_ud2m.training.figures import plot_curves
 class History(dict):
     """Points `(step, value)` by name. Values of steps are averaged before they become a point."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.sums: dict[str, list] = {}
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,7 @@ class L2Loss(WeightedLoss):
         x_net: Tensor,
         samples: Tensor | None = None,
         sigma: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         """The loss of ``samples``, or else of ``x_net``; that of the noise needs ``sigma``, `[B]`."""
         error = (as_samples(x, x_net, samples) - x).square().flatten(2).mean((0, 2))
@@ -102,7 +103,7 @@ class GaussianNLLLoss(Loss):
 
     num_samples = 1
 
-    def forward(self, *, x: Tensor, x_net: Tensor, rmse: Tensor | None = None, **kwargs) -> Tensor:
+    def forward(self, *, x: Tensor, x_net: Tensor, rmse: Tensor | None = None, **kwargs: Any) -> Tensor:
         """The loss of the estimate ``x_net`` and ``rmse``."""
         if rmse is None:
             raise ValueError("rmse, the predicted RMSE of an estimate, is needed: train with stage='initial'")
@@ -137,7 +138,7 @@ class PerceptualLoss(WeightedLoss):
         self.distance = PerceptualDistance(network, download=download, random=random)
         self.network, self._sees_colour = network, network != "digits"
 
-    def forward(self, *, x: Tensor, x_net: Tensor, samples: Tensor | None = None, **kwargs) -> Tensor:
+    def forward(self, *, x: Tensor, x_net: Tensor, samples: Tensor | None = None, **kwargs: Any) -> Tensor:
         """The loss of ``samples``, or else of ``x_net``."""
         samples = as_samples(x, x_net, samples)
         if self._sees_colour and x.shape[1] == 1:
@@ -210,19 +211,20 @@ class EnergyScoreLoss(WeightedLoss):
             raise ValueError(f"num_samples must be at least 2, got {num_samples}")
         if features is not None and not callable(features):
             raise ValueError(f"features must be callable, got {features!r}")
-        is_map = isinstance(diversity_weight, Mapping)
-        weights = list(diversity_weight.values()) if is_map else [diversity_weight]
+        weights = (
+            [*diversity_weight.values()] if isinstance(diversity_weight, Mapping) else [diversity_weight]
+        )
         if not weights or not all(isinstance(c, Real) and 0 <= c <= 1.2 for c in weights):
             raise ValueError(
                 "diversity_weight must be a number in [0, 1.2], or {physics: number}, got "
-                f"{weights if is_map else diversity_weight!r}"
+                f"{weights if isinstance(diversity_weight, Mapping) else diversity_weight!r}"
             )
-        self.features = features
+        self.features: Any = features
         self.patch_size = None if patch_size is None else check_count("patch_size", patch_size)
         self.diversity_weight = diversity_weight  # a mapping itself: a controller changes it during training
 
     def forward(
-        self, *, x: Tensor, samples: Tensor | None = None, physics: Physics | None = None, **kwargs
+        self, *, x: Tensor, samples: Tensor | None = None, physics: Physics | None = None, **kwargs: Any
     ) -> Tensor:
         """The score of ``samples``, of which there must be two at least; it may be negative."""
         if samples is None or len(samples) < 2:
@@ -274,13 +276,13 @@ class EnergyScoreLoss(WeightedLoss):
     def extra_repr(self) -> str:
         patches = "" if self.patch_size is None else f", patch_size={self.patch_size}"
         weights = self.diversity_weight
-        weights = weights.values() if isinstance(weights, Mapping) else [weights]
-        weights = ", ".join(f"{c:g}" for c in weights)
-        diversity = "" if weights == "1" else f", diversity_weight={weights}"
+        each = weights.values() if isinstance(weights, Mapping) else [weights]
+        shown = ", ".join(f"{c:g}" for c in each)
+        diversity = "" if shown == "1" else f", diversity_weight={shown}"
         return f"num_samples={self.num_samples}{patches}{diversity}, {super().extra_repr()}"
 
 
-def as_samples(x: Tensor | None, x_net: Tensor | None, samples: Tensor | None) -> Tensor:
+def as_samples(x: Tensor | None, x_net: Any, samples: Tensor | None) -> Tensor:
     """``samples``, or else ``x_net`` alone, as `[S, B, C, H, W]`, in single precision at least."""
     if x is None:
         raise ValueError("x, the clean images, is needed: distillation is supervised")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from deepinv.loss import Loss
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepinv_ud2m.metrics import DigitClassifier, EfficientNetLite, PerceptualDistance
 from deepinv_ud2m.metrics.perceptual import EFFICIENTNETS
@@ -64,7 +64,9 @@ def _embedding(
 ) -> Callable[[Tensor], Tensor] | None:
     if features is None:
         return None
-    network = DigitClassifier.from_pretrained(features) if Path(features).is_dir() else features
+    network: str | nn.Module = (
+        DigitClassifier.from_pretrained(features) if Path(features).is_dir() else features
+    )
     if size is not None:
         if features not in EFFICIENTNETS:
             raise ValueError(f"features_size is for {[*EFFICIENTNETS]}, got it with features {features!r}")
@@ -97,7 +99,12 @@ def _adversarial(
 
 
 #: The losses of a recipe. Their arguments, but the first, are the keys they may have.
-LOSSES = {"energy": _energy, "l2": _l2, "perceptual": _perceptual, "adversarial": _adversarial}
+LOSSES: dict[str, Callable] = {
+    "energy": _energy,
+    "l2": _l2,
+    "perceptual": _perceptual,
+    "adversarial": _adversarial,
+}
 
 
 def check_losses(losses: Sequence[Mapping]) -> None:

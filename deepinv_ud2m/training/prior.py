@@ -91,7 +91,7 @@ def train_prior(
     with lock(file.parent) if file else nullcontext():
         (state,) = broadcast_object_list([read_checkpoint(file) if file and file.is_file() else None])
         if state is not None:
-            check_same_run(Path(checkpoint), state["run"], run)
+            check_same_run(Path(str(checkpoint)), state["run"], run)
             prior.load_state_dict(state["prior"])
             average.load(state["average"])
             optimizer.load_state_dict(state["optimizer"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def seed_all(key: Iterable[int], generators: Iterable[torch.Generator] = ()) -> 
         generator.manual_seed(int(seed) >> 1)
 
 
-def find_generators(*owners) -> list[torch.Generator]:
+def find_generators(*owners: object) -> list[torch.Generator]:
     """
     The random generators in the attributes of modules, and of the modules, lists and dictionaries that these
     hold, each once; not in functions, except for a sum ``g1 + g2`` of deepinv's physics generators.
@@ -38,7 +39,7 @@ def find_generators(*owners) -> list[torch.Generator]:
     return list(found.values())
 
 
-def _walk(thing, seen: set[int]) -> Iterator[torch.Generator]:
+def _walk(thing: object, seen: set[int]) -> Iterator[torch.Generator]:
     if isinstance(thing, torch.Generator):
         yield thing
     elif id(thing) not in seen:
@@ -56,7 +57,7 @@ def _walk(thing, seen: set[int]) -> Iterator[torch.Generator]:
 
 
 def _parts_of_sum(module: torch.nn.Module) -> list:
-    step = getattr(module, "step_func", None)
+    step: Any = getattr(module, "step_func", None)
     of_sum = f"{PhysicsGenerator.__add__.__qualname__}.<locals>.step"
     if getattr(step, "__qualname__", None) != of_sum:
         return []
@@ -82,12 +83,13 @@ class BatchStream:
                 "cannot be set, and a run would not be repeatable"
             )
         self.loader, self.key, self.check = loader, list(key), check
-        self.epoch, self.position, self._iterator = 0, 0, None
+        self.epoch, self.position = 0, 0
+        self._iterator: Any = None
 
     def __iter__(self) -> BatchStream:
         return self
 
-    def __next__(self):
+    def __next__(self) -> Any:
         if self._iterator is None:
             self._start()
         batch = next(self._iterator, self._END)
@@ -109,7 +111,8 @@ class BatchStream:
 
     def _start(self) -> None:
         # Only a loader's own draws: the order of the data, and the seeds of its workers.
-        sampler, batches = (getattr(self.loader, name, None) for name in ("sampler", "batch_sampler"))
+        sampler: Any = getattr(self.loader, "sampler", None)
+        batches = getattr(self.loader, "batch_sampler", None)
         parts = [self.loader, sampler, batches, getattr(batches, "sampler", None)]
         generators = {id(g): g for g in (getattr(part, "generator", None) for part in parts) if g}
         if hasattr(sampler, "set_epoch"):

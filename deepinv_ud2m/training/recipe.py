@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from deepinv_ud2m.checks import LARGEST, SMALLEST, check_count, check_number, check_path
 from deepinv_ud2m.physics.tasks import TASKS
@@ -40,7 +41,7 @@ class Stage:
     lr_initial: float | None = None
     accumulate: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {list(STAGES)}, got {self.stage!r}")
         for name in ("steps", "batch_size", "accumulate"):
@@ -138,7 +139,7 @@ class Recipe:
     factors: list[float] = field(default_factory=lambda: [0.9, 0.95, 1.0, 1.05, 1.1])
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.delta) != len(self.rho):
             raise ValueError(f"delta and rho must have one value per iteration, got {self.delta}, {self.rho}")
         if (self.sigmas is None) == (self.num_steps is None):
@@ -185,7 +186,7 @@ class Recipe:
             raise ValueError("validation_samples must be at least 2, for a spread, got 1")
 
     @classmethod
-    def read(cls, file: str | Path, **changes) -> Recipe:
+    def read(cls, file: str | Path, **changes: Any) -> Recipe:
         """
         A recipe from a YAML file.
 
@@ -215,10 +216,10 @@ class Recipe:
 
     def miniature(self) -> Recipe:
         """The same with two steps of two small images in each stage, to try whether all of it runs."""
-        small = {"steps": 2, "batch_size": 2, "size": 32 if self.stages[0].size else None}
-        stages = [replace(stage, **small) for stage in self.stages]
-        few = {"evaluations": 1, "validation_images": 2, "validation_samples": 2, "factors": [1.0]}
-        return replace(self, stages=stages, **few)
+        size = 32 if self.stages[0].size else None
+        stages = [replace(stage, steps=2, batch_size=2, size=size) for stage in self.stages]
+        small = replace(self, stages=stages, evaluations=1, factors=[1.0])
+        return replace(small, validation_images=2, validation_samples=2)
 
     def as_json(self) -> dict:
         """The recipe, as JSON holds it."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from deepinv_ud2m.sampler import UD2M
 from deepinv_ud2m.schedule import VPSchedule
 
 
@@ -31,7 +32,7 @@ class SamplerSigmas:
         torch.Size([8])
     """
 
-    def __init__(self, model: nn.Module, share: float = 0.5, schedule: VPSchedule | None = None):
+    def __init__(self, model: UD2M, share: float = 0.5, schedule: VPSchedule | None = None):
         if not 0 <= share <= 1:
             raise ValueError(f"share must be in [0, 1], got {share}")
         self.model, self.share = model, share
@@ -62,7 +63,7 @@ class StateSigmas:
     :raises ValueError: for other values.
     """
 
-    def __init__(self, model: nn.Module, first: float, low: float = 0.02, high: float = 2.0):
+    def __init__(self, model: UD2M, first: float, low: float = 0.02, high: float = 2.0):
         if not 0 <= first <= 1 or not 0 < low <= high:
             raise ValueError(f"0 <= first <= 1 and 0 < low <= high must hold, got {first}, {low} and {high}")
         self.model, self.first, self.limits = model, first, (low, high)

@@ -47,4 +47,4 @@ def _states(x: Tensor, sigmas: Callable[[int], Tensor]) -> dict[str, Tensor]:
     return {"x_s": x + expand_scalar(sigma, x, "sigmas") * torch.randn_like(x), "sigma": sigma}
 
 
-STAGES = {"initial": initial, "single": single, "end_to_end": end_to_end}
+STAGES: dict[str, Callable[..., dict]] = {"initial": initial, "single": single, "end_to_end": end_to_end}

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast
@@ -44,6 +45,7 @@ from deepinv_ud2m.training import arguments, checkpoints
 from deepinv_ud2m.training.adversarial import Adversary
 from deepinv_ud2m.training.arguments import as_list, loader_of_each, names_of
 from deepinv_ud2m.training.averages import MovingAverage
+from deepinv_ud2m.training.controller import Controller
 from deepinv_ud2m.training.evaluation import evaluate, score_of
 from deepinv_ud2m.training.history import History
 from deepinv_ud2m.training.randomness import Turns, find_generators, seed_all
@@ -162,7 +164,7 @@ class DistillationTrainer(Trainer):
     max_skipped: int = 10
     eval_samples: int = 4
     sample_metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None
-    controller: Callable[[dict], dict] | None = None
+    controller: Controller | None = None
     eval_interval: int = 1000
     ckp_interval: int = 500
     log_interval: int = 50
@@ -177,21 +179,22 @@ class DistillationTrainer(Trainer):
     non_blocking_transfers: bool = False
     history: History = field(init=False, default_factory=History)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         arguments.check(self)
         super().__post_init__()
         self._start_accelerator()
         self.model.to(self.device)
-        self.physics = [physics.to(self.device) for physics in as_list(self.physics)]
-        self.losses, self.metrics = as_list(self.losses), as_list(self.metrics)
-        self.physics_generator = as_list(self.physics_generator) or None
-        self.train_dataloader = loader_of_each(self.train_dataloader, len(self.physics))
-        self.eval_dataloader = loader_of_each(self.eval_dataloader, len(self.physics))
+        self.physics: list[Physics] = [physics.to(self.device) for physics in as_list(self.physics)]
+        self.losses = as_list(self.losses)
+        self.metrics: list = as_list(self.metrics)
+        self.physics_generator: list | None = as_list(self.physics_generator) or None
+        self.train_dataloader: Any = loader_of_each(self.train_dataloader, len(self.physics))
+        self.eval_dataloader: Any = loader_of_each(self.eval_dataloader, len(self.physics))
         if self.sample_metrics is None:
             self.sample_metrics = {"energy score": energy_score} if self.eval_samples > 1 else {}
         if self.sigmas is None:
             self.sigmas = VPSchedule().training_sigmas
-        self.folder = Path(self.save_path) if self.save_path else None
+        self.folder: Any = Path(self.save_path) if self.save_path else None
         self.num_samples = max(getattr(loss, "num_samples", 1) for loss in self.losses)
         self.unfolded = self.model.unfolded
         self.trained = {n: p for n, p in self.unfolded.trained_parameters().items() if p.requires_grad}
@@ -215,7 +218,8 @@ class DistillationTrainer(Trainer):
     # Setting up
 
     def _start_accelerator(self) -> None:
-        self.accelerator, self.device = start_accelerator(self.device)
+        self.accelerator, device = start_accelerator(self.device)
+        self.device: torch.device = device
         processes = self.accelerator.num_processes
         if self.accumulate % processes:
             raise ValueError(
@@ -223,20 +227,22 @@ class DistillationTrainer(Trainer):
                 f"batches of a step; got {self.accumulate}"
             )
         if not self.mixed_precision and self.accelerator.mixed_precision == "bf16":
-            self.mixed_precision = torch.bfloat16
+            self.mixed_precision: Any = torch.bfloat16
         if self.mixed_precision == torch.float16 or self.accelerator.mixed_precision in ("fp16", "fp8"):
             raise ValueError("mixed_precision must be 'bfloat16' or False: others need scaled gradients")
         if not self.accelerator.is_main_process:
             self.verbose = self.wandb_vis = self.mlflow_vis = False
 
-    def _update_of(self, optimizer, parameters, buffers=()) -> Update:
+    def _update_of(
+        self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], buffers: Iterable[Tensor] = ()
+    ) -> Update:
         tensors = [*parameters, *buffers]
         broadcast([tensor.data for tensor in tensors])  # all processes start from those of the first
         trained = [tensor for tensor in tensors if tensor.requires_grad]
         batches = self.accumulate // self.accelerator.num_processes
         return Update(self.accelerator, optimizer, trained, batches, self.grad_clip, self.lr_schedule)
 
-    def setup_train(self, train: bool = True, **kwargs) -> None:
+    def setup_train(self, train: bool = True, **kwargs: Any) -> None:
         """deepinv's set-up of metrics and loggers, and the state of a run: new, or that of a checkpoint."""
         save_path, self.save_path = self.save_path, None  # deepinv would make a folder named by the second
         super().setup_train(train=train, **kwargs)
@@ -244,7 +250,8 @@ class DistillationTrainer(Trainer):
         if not train:
             return
         self.completed, self.evaluated, self._saved = 0, 0, 0
-        self.skipped, self.skipped_in_a_row, self.best, self.found = 0, 0, math.inf, {}
+        self.skipped, self.skipped_in_a_row, self.best = 0, 0, math.inf
+        self.found: dict[str, float] = {}
         self.history, self.averaged = History(), MovingAverage(self.trained.values(), self.ema_decay)
         losses = [*self.losses, *(self.adversary.losses if self.adversary else [])]
         self.seeded = find_generators(self.physics, self.physics_generator, losses, list(self.generators))
@@ -255,7 +262,7 @@ class DistillationTrainer(Trainer):
             checkpoints.load_run(self, self.folder / "checkpoint.pt")
             self._saved = self.completed
 
-    def load_model(self, ckpt_pretrained=None, strict: bool = True) -> None:
+    def load_model(self, ckpt_pretrained: str | Path | None = None, strict: bool = True) -> None:
         """deepinv's way to resume, which unpickles, is refused."""
         if ckpt_pretrained is not None:
             raise NotImplementedError(
@@ -328,7 +335,8 @@ class DistillationTrainer(Trainer):
         :returns: losses, gradient norm and learning rate, by name; nothing of a skipped step.
         """
         update, processes, names = self.update, self.accelerator.num_processes, names_of(self.losses)
-        logs, batches = defaultdict(float), []
+        logs: dict[str, float] = defaultdict(float)
+        batches = []
         update.start(step)
         for micro_step in range(step * self.accumulate, (step + 1) * self.accumulate):
             turn = self.turns[micro_step]
@@ -345,7 +353,7 @@ class DistillationTrainer(Trainer):
         with checkpoints.uninterrupted():
             logs["loss"] = sum(logs.values())
             logs["gradient norm"] = update.finish()
-            logs["learning rate"] = self.optimizer.param_groups[0]["lr"]
+            logs["learning rate"] = update.optimizer.param_groups[0]["lr"]
             finite = update.finite
             if finite and self.adversary is not None:  # where it is not finite, the model stays too
                 logs |= self.adversary.step(step, batches, self._compute_for_adversary)
@@ -400,7 +408,7 @@ class DistillationTrainer(Trainer):
     # ---------------------------------------------------------------------------------------------
     # Evaluation
 
-    def test(self, test_dataloader, *args, **kwargs) -> dict:
+    def test(self, test_dataloader: Any, *args: Any, **kwargs: Any) -> dict:
         """deepinv's test; one data loader serves all physics, or there is one for each."""
         return super().test(loader_of_each(test_dataloader, len(self.physics)), *args, **kwargs)
 

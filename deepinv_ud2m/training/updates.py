@@ -7,7 +7,7 @@ up. DistributedDataParallel would wait for ever for a process that skips its bac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -45,7 +45,7 @@ class Update:
         self,
         accelerator: Accelerator,
         optimizer: torch.optim.Optimizer,
-        parameters: Sequence[nn.Parameter],
+        parameters: Iterable[Tensor],
         batches: int = 1,
         grad_clip: float | None = None,
         lr_schedule: Callable[[int], float] | None = None,
@@ -77,11 +77,11 @@ class Update:
 
         :returns: the losses, averaged over processes.
         """
-        losses = torch.stack(list(losses))
-        values = self.accelerator.reduce(losses.detach(), "mean").tolist()
+        stacked = torch.stack(list(losses))
+        values = self.accelerator.reduce(stacked.detach(), "mean").tolist()
         self.finite = self.finite and all(map(math.isfinite, values))
         if self.finite:
-            (losses.sum() / self.batches).backward()
+            (stacked.sum() / self.batches).backward()
         return values
 
     def finish(self) -> float:
@@ -131,7 +131,7 @@ def parameter_groups(
     :returns: the groups that have parameters, each with its ``name``: prior, scalars, initializer.
     """
     rates = {"denoiser": lr, "scalars": lr_scalars, "initializer": lr_initializer}
-    groups = {kind: [] for kind in rates}
+    groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
     for name, parameter in unfolded.trained_parameters().items():
         if parameter.requires_grad:
             groups[name.partition(".")[0] if "." in name else "scalars"].append(parameter)
