@@ -334,7 +334,8 @@ def push_to_hub(
     :param bool private: whether a repository that is made is private (default: ``False``).
     :param str, None token: access token (default: that of ``hf auth login``).
     :param str commit_message: message of the commit.
-    :param options: those of :func:`save`; ``metadata`` is shown on the model card.
+    :param options: those of :func:`save`; ``metadata`` is shown on the model card, see
+        :func:`deepinv_ud2m.hub.model_card`.
     :returns: address of the repository.
     :raises ImportError: without ``huggingface_hub``.
     :raises TypeError, ValueError: see :func:`save`; nothing is uploaded then.

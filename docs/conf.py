@@ -121,7 +121,8 @@ html_theme_options = {
     "secondary_sidebar_items": ["page-toc"],
     "header_links_before_dropdown": 7,
 }
-html_sidebars = {name: [] for name in ("index", "start", "how_to", "changelog", "map_of_the_code")}
+ALONE = ("index", "start", "how_to", "changelog", "map_of_the_code", "releasing")
+html_sidebars = {name: [] for name in ALONE}
 
 
 def setup(app):

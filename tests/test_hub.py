@@ -4,11 +4,15 @@ import json
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import sample
+from huggingface_hub import ModelCard
 
+import deepinv_ud2m
 from deepinv_ud2m import UD2M
+from deepinv_ud2m.checkpoint import PRETRAINED
 from deepinv_ud2m.hub import model_card
 
 
@@ -56,7 +60,6 @@ class FakeHub:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    huggingface_hub = pytest.importorskip("huggingface_hub")
     hub = FakeHub(tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "HfApi", hub.HfApi)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
@@ -102,13 +105,62 @@ def test_what_is_left_alone(tiny_sampler, sampler_folder, hub, monkeypatch):
 def test_model_card(sampler_folder):
     config = json.loads((sampler_folder / "config.json").read_text())
     card = model_card("me/repo", config)
-    assert card.startswith("---\nlibrary_name: deepinv\n")
+    assert card.data.to_dict() | {"tags": None} == {
+        "license": "unknown", "library_name": "deepinv", "pipeline_tag": "image-to-image", "tags": None
+    }  # fmt: skip
     parts = ['UD2M.from_pretrained("me/repo", prior=prior)', '"seed": 7', config["prior"]["fingerprint"]]
-    assert all(part in card for part in [*parts, "3.3, 0.7, 0.1", "rank 2 on"])
-    config |= {"initializer": {"kind": "RAMInitializer"}, "lora": None}
+    nothing = ["does not say what the sampler was trained on", "holds no results"]
+    assert all(part in card.text for part in [*parts, *nothing, "3.3, 0.7, 0.1", "rank 2 on"])
+    config |= {"initializer": {"kind": "RAMInitializer"}, "lora": None, "metadata": {"license": "mit"}}
     config["prior"] |= {"name": "mnist", "channels": None}
     card = model_card("me/repo", config)
-    assert 'from_pretrained("me/repo", initializer=initializer)' in card and "| LoRA | none |" in card
+    assert 'from_pretrained("me/repo", initializer=initializer)' in card.text
+    assert "| LoRA | none |" in card.text and card.data.license == "mit"
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_cards_say_what_the_shipped_files_say(name, tmp_path):
+    weights = Path(deepinv_ud2m.__file__).parent / "weights"
+    config = json.loads((weights / PRETRAINED[name] / "config.json").read_text())
+    metadata, digits = config["metadata"], name.startswith("mnist")
+    model_card("me/repo", config).save(tmp_path / "README.md")
+    card = ModelCard.load(tmp_path / "README.md")  # it is read as the Hub reads it
+    assert (card.data.license, card.data.pipeline_tag) == ("bsd-3-clause", "image-to-image")
+    assert card.data.datasets == (["ylecun/mnist"] if digits else None)
+    assert card.data.metrics == (["PSNR", "energy score"] if digits else None)
+    assert f"| images | {metadata['data']} |" in card.text
+    assert all(task in card.text for task in metadata["tasks"])
+    low, high = metadata["sigma_y"]
+    assert f"| noise levels, least and largest | {low}, {high} |" in card.text or low == high
+    if digits:
+        assert f"| all | {metadata['validation']['PSNR']:.4g} |" in card.text
+    assert ("calibration: factor" in card.text) == ("delta_factor" in metadata)
+
+
+def test_cards_of_trainings(sampler_folder):
+    """What a recipe and an evaluation store."""
+    config = json.loads((sampler_folder / "config.json").read_text())
+    stages = [{"size": 64}, {"size": 32}, {"size": None}]
+    recipe = {
+        "tasks": ["sr4", "jpeg-10"],
+        "sigma_y": [0.01, 0.1],
+        "losses": [{"loss": "energy"}],
+        "stages": stages,
+    }
+    figures = {"energy score": 1.5, "energy score/0": 1.25, "energy score/1": 1.75, "diversity/0": 1.1}
+    config["metadata"] = {"recipe": recipe, "factor of delta": 0.95, "step": 40, **figures}
+    card = model_card("me/repo", config)
+    lines = [
+        "| degradations | sr4, jpeg-10 |",
+        "| noise levels, least and largest | 0.01, 0.1 |",
+        "| image size in pixels | 32, 64 |",
+        "| losses | loss energy |",
+        "| calibration: factor on all delta_k | 0.95 |",
+        "| all | 1.5 |",
+        "| jpeg-10 | 1.75 |",
+    ]
+    assert [line for line in lines if line not in card.text] == []
+    assert card.data.metrics == ["energy score"]
 
 
 def test_without_huggingface_hub(tiny_sampler, monkeypatch):
