@@ -105,9 +105,7 @@ class VPSchedule(nn.Module):
                 f"num_steps must be an integer in [1, {self.num_timesteps // 2}], got {num_steps!r}"
             )
         roots = torch.linspace(0, self.num_timesteps**0.5, num_steps + 1, dtype=torch.float64)[1:]
-        # The last square is T up to rounding; the subtraction keeps it inside the table.
-        times = (roots**2 + 1e-9).floor()
-        times[-1] = self.num_timesteps - 1
+        times = (roots**2 + 1e-9).floor()  # the last square is T up to rounding
         # Many steps crowd at t = 0: move each to the next free time.
         steps = torch.arange(num_steps)
         times = (times - steps).cummax(0).values + steps

@@ -262,7 +262,10 @@ MUTANTS = {
             "below = t.round().clamp(0, self.num_timesteps - 2).long()",
         ),
         (".clamp(max=0.999)", ""),
-        ("times[-1] = self.num_timesteps - 1", "pass"),
+        (
+            "times.clamp(max=self.num_timesteps - 1)).flip(0)",
+            "times.clamp(max=self.num_timesteps - 2)).flip(0)",
+        ),
         ("roots**2 + 1e-9", "roots**2"),
         ("1 + uniform * (self.num_timesteps - 2)", "uniform * (self.num_timesteps - 1)"),
         ("scale = 1000 / num_timesteps", "scale = 1"),

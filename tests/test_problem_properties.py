@@ -1,15 +1,19 @@
-"""Random problems: the prox against a dense solve, copies against the loop, batches against their images."""
+"""
+Random problems: the prox against a dense solve, copies against the loop, batches against images, and samples.
+"""
 
+import warnings
 from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import dense_matrix, flat, pick, rand
 from deepinv import physics as dp
+from deepinv.models import Denoiser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepinv_ud2m import Problem, posterior_prox
+from deepinv_ud2m import UD2M, Problem, UnfoldedDenoiser, posterior_prox
 
 pytestmark = pytest.mark.filterwarnings("ignore:posterior_prox stopped after")
 examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -155,3 +159,50 @@ def test_an_image_does_not_depend_on_its_batch(case, data):
     copies = [value.repeat(case.copies, *[1] * (value.ndim - 1)) for value in part]
     repeated = posterior_prox(problem_of(case, images).repeat(case.copies), *copies)
     close(case, repeated[: len(part[0])], together[images])
+
+
+def sampler_of(case, num_iterations, num_steps):
+    """An untrained sampler whose prior is the denoiser of white noise of variance 0.1 around 1/2."""
+    return UD2M(UnfoldedDenoiser(ShrinkingDenoiser(), num_iterations).to(case.dtype), num_steps)
+
+
+class ShrinkingDenoiser(Denoiser):
+    def forward(self, x, sigma, **kwargs):
+        sigma = torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        return 0.5 + (x - 0.5) * 0.1 / (0.1 + sigma**2)
+
+
+def check_samples(case, num_iterations, num_steps, log_sigma_y, batch_size):
+    """Finite, the same for the same seed, and the same for any split into batches to 1e-3."""
+    model = sampler_of(case, num_iterations, num_steps)
+    y = case.physics().A(case.images(case.batch))
+
+    def sample(**options):
+        generator = torch.Generator().manual_seed(case.seed)
+        sigma_y = 10**log_sigma_y
+        return model.sample(y, case.physics(), case.copies, sigma_y=sigma_y, generator=generator, **options)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it is no trained sampler, and some operators are hard
+        samples = sample()
+        assert samples.isfinite().all() and samples.shape == (case.copies, case.batch, *case.shape)
+        assert torch.equal(samples, sample())
+        split = sample(batch_size=batch_size)
+    # Where an iterative solution stops one iteration earlier, samples differ by up to 1e-2, see UD2M.sample.
+    assert (samples - split).abs().max() < 1e-2 and (samples - split).abs().mean() < 1e-3
+
+
+options = given(cases(), st.integers(1, 3), st.integers(1, 3), st.floats(-2.5, -0.5), st.integers(1, 5))
+
+
+@options
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+def test_samples_of_random_problems(case, num_iterations, num_steps, log_sigma_y, batch_size):
+    check_samples(case, num_iterations, num_steps, log_sigma_y, batch_size)
+
+
+@pytest.mark.slow
+@options
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
+def test_samples_of_500_random_problems(case, num_iterations, num_steps, log_sigma_y, batch_size):
+    check_samples(case, num_iterations, num_steps, log_sigma_y, batch_size)
