@@ -1,10 +1,14 @@
-"""Counting network evaluations (NFE)."""
+"""What a computation takes: network evaluations (NFE), and memory."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 from collections.abc import Iterable
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 # torch numbers hooks without a lock: two threads could be given the same number.
@@ -40,3 +44,16 @@ class CallCounter:
 
     def _count(self, network: nn.Module, inputs: tuple, output: Tensor) -> None:
         self.images += output.shape[0]
+
+
+def peak_gb(device: torch.device) -> float:
+    """Peak memory since the last call: of the GPU, or of the process, except on Linux since its start."""
+    import resource  # which Windows lacks
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak / 2**30

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 #: Test files by file of the package.
 TESTS = {
     "checkpoint.py": "checkpoint checkpoint_files hub",
-    "checks.py": "errors sampler schedule",
+    "checks.py": "errors sampler schedule bad_inputs",
     "config_file.py": "checkpoint_files checkpoint",
     "conjugate_gradients.py": "proximal problem",
     "counting.py": "sampler",
@@ -49,6 +49,7 @@ TESTS = {
     "training/history.py": "training_evaluation trainer",
     "training/losses.py": "losses",
     "training/objectives.py": "recipes",
+    "training/preparation.py": "recipes bad_inputs",
     "training/prior.py": "training_prior",
     "training/randomness.py": "training_runs trainer",
     "training/sigmas.py": "trainer recipes",
@@ -317,13 +318,9 @@ MUTANTS = {
         ('results.get(f"{name}/{i}", results.get(name))', "results.get(name)"),
     ],
     "training/distillation.py": [
-        (
-            '        weights = folder / "final" / "model.safetensors"\n',
-            '        return\n        weights = folder / "final" / "model.safetensors"\n',
-        ),
+        ('    weights = folder / "final"', '    return\n    weights = folder / "final"'),
         ("start + torch.tensor(best).log()", "start"),
         ("argmin())]", "argmax())]"),
-        ("range(count)), held_out", "range(len(images))), held_out"),
         ("betas=(recipe.betas[0], recipe.betas[1])", "betas=(0.5, 0.9)"),
     ],
     "training/evaluation.py": [
@@ -339,6 +336,11 @@ MUTANTS = {
         ("Path(features).is_dir()", "False"),
         ("setting.controller.weights if setting.controller else 1.0", "1.0"),
         ("        try:\n            signature", "        if 0:\n            signature"),
+    ],
+    "training/preparation.py": [
+        ("range(count)), held_out", "range(len(images))), held_out"),
+        ("            if self.missing is None:\n                raise\n", ""),
+        ("if low < -1 or high > 2:", "if low < -1:"),
     ],
     "training/prior.py": [
         ("lr_schedule=schedule)", "lr_schedule=None)"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,15 @@ from deepinv_ud2m.data import mnist_digits
 from deepinv_ud2m.metrics import DigitClassifier, energy_score
 from deepinv_ud2m.physics import make_physics
 from deepinv_ud2m.priors import random_prior
-from deepinv_ud2m.training import DiversityController, EnergyScoreLoss, Recipe, Stage, distill
+from deepinv_ud2m.training import (
+    DiversityController,
+    EnergyScoreLoss,
+    Recipe,
+    Stage,
+    distill,
+    plan,
+    preparation,
+)
 from deepinv_ud2m.training.__main__ import main
 
 
@@ -171,6 +180,27 @@ def test_recipes_refuse_what_cannot_work(tmp_path):
         ),
         (lambda: distill("mnist", physics, digits, unknown, tmp_path / "3"), "network must be"),
     )
+
+
+def test_a_plan_names_what_is_missing_and_measures_a_step_of_each_stage(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "random_prior", lambda name, full_size: random_prior(name))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    stages = [Stage("single", 500, 1, size=32, accumulate=2), Stage("end_to_end", 100, 1, size=32)]
+    losses = [{"loss": "l2"}, {"loss": "perceptual", "network": "lpips-vgg"}]
+    small = {"num_steps": 2, "delta": [1.0], "rho": [1.0], "validation_images": 1, "factors": [1.0]}
+    recipe = Recipe(stages, prior="ffhq256", initial="wiener", tasks=["sr4"], losses=losses, **small)
+    monkeypatch.chdir(tmp_path)
+    text = plan(None, None, photos, recipe, device="cpu")
+    missing, *_, first, second, total = text.splitlines()
+    assert missing.startswith("missing: the weights of the prior 'ffhq256' are not here")
+    assert "vgg" in text.lower()
+    measured = r" x 1 images of 32x32 pixels: [\d.e-]+ s the first step, [\d.]+ GiB at its peak; "
+    assert re.match(f"single, 2{measured}500 steps take", first), first
+    assert re.match(f"end_to_end, 1{measured}100 steps take", second), second
+    assert total.startswith("all: about")
+    assert not list(tmp_path.iterdir()), "nothing is written"
+    with pytest.raises(FileNotFoundError, match="ffhq256"):
+        distill(None, None, photos, recipe, tmp_path / "run", device="cpu")
 
 
 def test_the_controller_of_diversity_finds_the_weight_that_calibrates():

@@ -239,3 +239,4 @@ def test_threads_that_share_a_model_count_and_sample_by_themselves(tiny_prior):
     with ThreadPoolExecutor(4) as threads:
         for samples, alone in zip(threads.map(run, range(4)), expected, strict=True):
             torch.testing.assert_close(samples, alone, rtol=0, atol=1e-5)
+    assert not tiny_prior._forward_hooks, "no counter stays"

@@ -7,10 +7,7 @@ many images. The overhead is the ratio of the two times.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,6 +23,7 @@ from tqdm import tqdm
 
 from deepinv_ud2m.benchmark.rows import machine
 from deepinv_ud2m.benchmark.run import Calls, Study, measure, synchronize
+from deepinv_ud2m.counting import peak_gb
 from deepinv_ud2m.files import write_file
 
 #: Stages of a sample of UD2M, as it names them to PyTorch's profiler. What is left is "other".
@@ -54,11 +52,11 @@ def measure_cost(
             sampler = entry.method.build(study.prior, study.sigma_y, **settings)
             calls = Calls(getattr(sampler, "networks", [study.prior]))
             line = {"task": task, "size": x.shape[-1], "batch": batch, "method": entry.label}
-            peak_gb(x)
+            peak_gb(x.device)
             with calls, torch.no_grad():  # the warm-up
                 sampler(y, physics, 0)
             line["nfe"], line["nfe_backward"] = (images / batch for images in calls.images())
-            line["peak_gb"] = peak_gb(x)
+            line["peak_gb"] = peak_gb(x.device)
             line |= _stages(sampler, y, physics) if entry.name.startswith("ud2m") else {}
             works.append((line, partial(sampler, y, physics), calls, []))
         for turn in range(rounds):
@@ -91,17 +89,6 @@ def _stages(sampler: Callable, y: Tensor, physics: Physics) -> dict[str, float]:
     spent = {event.key: getattr(event, kind) for event in profiler.key_averages()}
     shares = {stage: spent.get(f"UD2M {stage}", 0.0) / spent["all"] for stage in STAGES}
     return shares | {"other": 1 - sum(shares.values())}
-
-
-def peak_gb(like: Tensor) -> float:
-    """Peak memory since the last call: of the GPU, or of the process, except on Linux since its start."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if like.is_cuda:
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return peak / 2**30
 
 
 @torch.no_grad()

@@ -21,10 +21,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from deepinv_ud2m.benchmark.cost import peak_gb
 from deepinv_ud2m.benchmark.methods import Entry, Search
 from deepinv_ud2m.benchmark.rows import batch_folder, read_rows
 from deepinv_ud2m.benchmark.run import Study, run, synchronize
+from deepinv_ud2m.counting import peak_gb
 from deepinv_ud2m.data.crops import ResizedCrops
 from deepinv_ud2m.files import read_weights, write_file
 from deepinv_ud2m.metrics import PerceptualDistance, gaussian_frechet
@@ -325,14 +325,14 @@ def plan(table: int, study: Study) -> str:
     x = study.x[: study.batch_size]
     sigma, parts = torch.full((len(x),), 0.1, device=x.device), []
     for needs_gradient in (False, True):
-        peak_gb(x)
+        peak_gb(x.device)
         start = time.perf_counter()
         with torch.set_grad_enabled(needs_gradient):
             out = study.prior(x.clone().requires_grad_(needs_gradient), sigma)
             if needs_gradient:
                 out.sum().backward()
         synchronize(x)
-        parts.append(((time.perf_counter() - start) / len(x), peak_gb(x)))
+        parts.append(((time.perf_counter() - start) / len(x), peak_gb(x.device)))
     size = f"{x.shape[-1]}x{x.shape[-2]}"
     lines = [f"table {table}: {len(study.x)} images of {size} pixels, {len(study.tasks)} tasks"]
     for name, (seconds, memory) in zip(("evaluation", "with its gradient"), parts, strict=True):

@@ -7,7 +7,7 @@ from deepinv_ud2m.training.adversarial import (
     ConditionalDiscriminator,
 )
 from deepinv_ud2m.training.controller import DiversityController
-from deepinv_ud2m.training.distillation import distill
+from deepinv_ud2m.training.distillation import distill, plan
 from deepinv_ud2m.training.losses import EnergyScoreLoss, GaussianNLLLoss, L2Loss, PerceptualLoss
 from deepinv_ud2m.training.prior import denoising_psnr, train_prior
 from deepinv_ud2m.training.recipe import Recipe, Stage
@@ -33,6 +33,7 @@ __all__ = [
     "denoising_psnr",
     "distill",
     "parameter_groups",
+    "plan",
     "train_prior",
     "warmup_cosine",
 ]

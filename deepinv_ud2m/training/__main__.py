@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from deepinv_ud2m.data import load_mnist
-from deepinv_ud2m.training.distillation import distill
+from deepinv_ud2m.training.distillation import distill, plan
 from deepinv_ud2m.training.recipe import Recipe
 
 
@@ -28,6 +28,7 @@ def main() -> None:
     add("--weights", help="file or folder of the weights of a published prior")
     add("--download", action="store_true", help="download weights that are not here")
     add("--smoke", action="store_true", help="try all of the recipe in miniature, with random weights")
+    add("--dry-run", action="store_true", help="one step of each stage: what is missing, time and memory")
     add("--device", help="where to train (default: a GPU, if there is one)")
     args = parser.parse_args()
     try:
@@ -35,9 +36,12 @@ def main() -> None:
         if args.accumulate:
             recipe.stages = [replace(stage, accumulate=args.accumulate) for stage in recipe.stages]
         images = load_mnist("", True, npz=args.images)[0] if args.images.endswith(".npz") else args.images
-        names = ("fast", "checkpointing", "weights", "download", "smoke", "device")
+        names = ("fast", "checkpointing", "weights", "download", "device")
         options = {name: getattr(args, name) for name in names}
-        distill(args.prior, None, images, recipe, args.out, **options)
+        if args.dry_run:
+            print(plan(args.prior, None, images, recipe, **options))
+            return
+        distill(args.prior, None, images, recipe, args.out, smoke=args.smoke, **options)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         sys.exit(f"error: {error}")
     print(f"written to {args.out / 'model'}: UD2M.from_pretrained({str(args.out / 'model')!r})")

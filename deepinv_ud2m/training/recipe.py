@@ -155,6 +155,9 @@ class Recipe:
         if unknown:
             raise ValueError(f"tasks must be of {sorted(TASKS)}, got {unknown}")
         check_losses(self.losses)
+        of_noise = any(loss.get("of") == "noise" for loss in self.losses)
+        if of_noise and any(stage.stage == "end_to_end" for stage in self.stages):
+            raise ValueError("losses: l2 of noise needs states of one level, not the stage end_to_end")
 
     def _check_numbers(self) -> None:
         for name in ("stages", "delta", "factors"):
