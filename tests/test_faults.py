@@ -114,16 +114,13 @@ def _searched(prior, folder):
 
 
 def _restore(prior, folder, whole):
-    (folder / "in").mkdir(exist_ok=True)
+    pictures = prior.folder.parent / f"pictures {whole}"
+    pictures.mkdir(exist_ok=True)
     for i in range(1 + whole):
-        file = folder / "in" / f"{i}.png"
-        if not file.exists():
-            picture = to_pil_image(photograph("astronaut")[0, :, 100 + 8 * i :, 100:][:, :32, :32])
-            picture.save(folder / "new.png")
-            os.replace(folder / "new.png", file)
+        x = photograph("astronaut")[0, :, 100 + 8 * i :, 100:][:, :32, :32]
+        to_pil_image(x).save(pictures / f"{i}.png")
     options = ["--task", "denoise", "--noise", "0.05", "--samples", "2", "--out", str(folder / "out")]
-    code = main(["restore", str(folder / "in"), *options])
-    if code:
+    if main(["restore", str(pictures), *options]):
         raise OSError(errno.ENOSPC, "restore ended with an error that it has told")
 
 

@@ -116,7 +116,8 @@ class Results:
         except OSError as error:
             if self.file.is_file():
                 os.truncate(self.file, size)
-            raise OSError(f"cannot write to {self.folder}: {error}. The rows before are kept") from error
+            cause = f"{self.folder} cannot be written: {error.strerror or error}. The rows before are kept"
+            raise OSError(error.errno, cause) from error
         self.rows += rows
 
 
