@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from deepinv_ud2m.benchmark.methods import Entry, Search
@@ -262,11 +263,13 @@ def measure_table(folder: str | Path, table: int, study: Study, bfloat16: bool =
     :param int table: 1 or 2.
     :param Study study: what to compare.
     :param bool bfloat16: networks in mixed precision (default: ``False``).
-    :returns: PSNR, LPIPS and FID by task and method.
+    :returns: PSNR, LPIPS and FID by task and method; nothing but in the first of several processes.
     """
     device = study.x.device.type
     with torch.autocast(device, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
         run(folder, study)
+    if not PartialState().is_main_process:  # it alone has stored the rows of all
+        return pd.DataFrame()
     folder, lines = Path(folder), []
     rows = read_rows(folder)
     with np.load(folder / "reference.npz") as arrays:
