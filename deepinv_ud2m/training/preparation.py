@@ -134,6 +134,7 @@ def prepare(
     _check_images(images)
     if run.missing is None:
         _check_folder(run)
+    torch.manual_seed(recipe.seed)  # for random weights
     name, prior = _prior(run, prior, weights)
     crops: dict[int, tuple] = {}
     stages = []
