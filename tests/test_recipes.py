@@ -25,6 +25,7 @@ from deepinv_ud2m.priors import random_prior
 from deepinv_ud2m.training import (
     DiversityController,
     EnergyScoreLoss,
+    L2Loss,
     Recipe,
     Stage,
     distill,
@@ -32,6 +33,8 @@ from deepinv_ud2m.training import (
     preparation,
 )
 from deepinv_ud2m.training.__main__ import main
+from deepinv_ud2m.training.objectives import Setting, make_losses
+from deepinv_ud2m.training.preparation import Run
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +204,26 @@ def test_a_plan_names_what_is_missing_and_measures_a_step_of_each_stage(photos, 
     assert not list(tmp_path.iterdir()), "nothing is written"
     with pytest.raises(FileNotFoundError, match="ffhq256"):
         distill(None, None, photos, recipe, tmp_path / "run", device="cpu")
+
+
+def test_images_that_are_held_out_are_not_trained_on(tmp_path):
+    images, noise = mnist_digits(num=9), dinv.physics.GaussianNoise(0.05)
+    physics = [dinv.physics.Inpainting((1, 32, 32), mask=0.5, noise_model=noise)]
+    recipe = Recipe.read(
+        "default", validation_images=3, stages=[{"stage": "single", "steps": 1, "batch_size": 2}]
+    )
+    _, (stage,) = preparation.prepare(Run.of(recipe, tmp_path, "cpu"), "mnist", physics, images, None, None)
+    assert torch.equal(stage.held_out, images[6:])
+    assert torch.equal(torch.stack([*stage.train]), images[:6])
+
+
+def test_losses_of_a_recipe_follow_the_controller():
+    controller = DiversityController([dinv.physics.Denoising()], kappa=0.5)
+    (energy, l2), adversary = make_losses(
+        [{"loss": "energy", "weight": 2.0}, {"loss": "l2"}], Setting(1, torch.device("cpu"), controller)
+    )
+    assert energy.diversity_weight is controller.weights and energy.weight == 2 and adversary is None
+    assert isinstance(l2, L2Loss)
 
 
 def test_the_controller_of_diversity_finds_the_weight_that_calibrates():
