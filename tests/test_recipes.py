@@ -1,6 +1,7 @@
 """The training recipes in miniature, as a user would start them."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ from deepinv_ud2m.training import (
     Recipe,
     Stage,
     distill,
+    distillation,
     plan,
     preparation,
 )
@@ -204,6 +206,25 @@ def test_a_plan_names_what_is_missing_and_measures_a_step_of_each_stage(photos, 
     assert not list(tmp_path.iterdir()), "nothing is written"
     with pytest.raises(FileNotFoundError, match="ffhq256"):
         distill(None, None, photos, recipe, tmp_path / "run", device="cpu")
+
+
+def test_the_factor_of_the_best_energy_score_is_kept(tiny_prior, tmp_path, monkeypatch):
+    """Samples that are the factor itself, times a number of the physics, and images between the factors."""
+    model = UD2M(UnfoldedDenoiser(tiny_prior, 2))
+    with torch.no_grad():
+        model.unfolded.log_delta.fill_(math.log(2.0))
+    recipe = Recipe.read("default", factors=[0.8, 0.9, 1.0, 1.1], validation_samples=2)
+    run = Run.of(recipe, tmp_path, "cpu", verbose=False)
+    pairs = [(dinv.physics.Denoising(dinv.physics.GaussianNoise(sigma)), None) for sigma in (0.1, 0.2)]
+    scale = dict(zip((physics for physics, _ in pairs), (1.0, 1.05), strict=True))
+
+    def sample(y, physics, num_samples):
+        return (scale[physics] * model.unfolded.log_delta[0].exp() / 2).expand(num_samples, *y.shape)
+
+    monkeypatch.setattr(model, "sample", sample)
+    x = torch.full((3, 1, 16, 16), 0.92)
+    assert distillation._set_noise(run, model, pairs, x) == 0.9
+    assert model.unfolded.log_delta.tolist() == pytest.approx(2 * [math.log(1.8)])
 
 
 def test_images_that_are_held_out_are_not_trained_on(tmp_path):
