@@ -117,7 +117,7 @@ def test_bad_arguments():
         (lambda: make_generator("sr3", SHAPE), "task must be one of"),
         (lambda: make_generator("sr4", SHAPE, (0, 0.1)), "sigma_y must be a range"),
         (lambda: make_generator("sr4", SHAPE, 0.05), "sigma_y must be a range.*got 0.05"),
-        (lambda: make_physics("sr4", SHAPE, 0), "sigma_y must be positive, got 0"),
+        (lambda: make_physics("sr4", SHAPE, 0), "sigma_y must be positive and finite, got 0"),
         (lambda: make_physics("sr4", (32, 32)), r"shape must be \(C, H, W\)"),
         (lambda: make_physics("sr4", (1, 32, 34)), "multiples of 4"),
     ):

@@ -155,7 +155,7 @@ def test_gradients_are_clipped_together(tiny_prior, clip):
     adversary.optimizer = torch.optim.SGD(parts["D"], lr=1.0)
     trainer = make_trainer(tiny_prior, adversarial=True, adversary=adversary, grad_clip=clip)
     parts["model"] = list(trainer.trained.values())
-    trainer.update.optimizer = torch.optim.SGD(parts["model"], lr=1.0)
+    trainer.update.optimizer = torch.optim.SGD([{"params": parts["model"], "initial_lr": 1.0}], lr=1.0)
     trainer.update.start = lambda step, start=trainer.update.optimizer.zero_grad: start()
     trainer.setup_train()
     before = {name: [p.detach().clone() for p in of] for name, of in parts.items()}
