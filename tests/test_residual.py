@@ -146,7 +146,7 @@ def test_a_right_problem_does_not_warn(name):
 
 
 @pytest.mark.parametrize("level", [0.02, 0.08])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ["mnist", pytest.param("photos", marks=pytest.mark.slow)])
 def test_the_noise_level_is_found(name, level):
     x, model = images_of(name), UD2M.from_pretrained(name)
     x = mnist_digits("test", num=2) if name.startswith("mnist") else x
