@@ -230,10 +230,12 @@ def test_the_factor_of_the_best_energy_score_is_kept(tiny_prior, tmp_path, monke
 def test_images_that_are_held_out_are_not_trained_on(tmp_path):
     images, noise = mnist_digits(num=9), dinv.physics.GaussianNoise(0.05)
     physics = [dinv.physics.Inpainting((1, 32, 32), mask=0.5, noise_model=noise)]
-    recipe = Recipe.read(
-        "default", validation_images=3, stages=[{"stage": "single", "steps": 1, "batch_size": 2}]
-    )
-    _, (stage,) = preparation.prepare(Run.of(recipe, tmp_path, "cpu"), "mnist", physics, images, None, None)
+    stage = {"stage": "single", "steps": 1, "batch_size": 2}
+    recipe = Recipe.read("default", validation_images=3, stages=[stage], betas=[0.8, 0.95])
+    run = Run.of(recipe, tmp_path, "cpu", verbose=False)
+    model, (stage,) = preparation.prepare(run, "mnist", physics, images, None, None)
+    trainer = distillation._trainer(run, model, stage, None)
+    assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.8, 0.95)}
     assert torch.equal(stage.held_out, images[6:])
     assert torch.equal(torch.stack([*stage.train]), images[:6])
 
