@@ -210,20 +210,6 @@ class UD2M(Reconstructor):
         verbose: bool = False,
     ) -> tuple[Tensor, Trajectory]: ...
 
-    @overload
-    def sample(
-        self,
-        y: Tensor | TensorList,
-        physics: Physics,
-        num_samples: int = 1,
-        *,
-        batch_size: int | None = None,
-        generator: torch.Generator | None = None,
-        sigma_y: Scalar | str | None = None,
-        return_trajectory: bool,
-        verbose: bool = False,
-    ) -> Tensor | tuple[Tensor, Trajectory]: ...
-
     @torch.no_grad()
     def sample(
         self,

@@ -1,5 +1,6 @@
 """The training recipes in miniature, as a user would start them."""
 
+import copy
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from deepinv_ud2m import UD2M, UnfoldedDenoiser, WienerInitializer, load_prior
 from deepinv_ud2m.data import mnist_digits
 from deepinv_ud2m.metrics import DigitClassifier, energy_score
 from deepinv_ud2m.physics import make_physics
-from deepinv_ud2m.priors import random_prior
+from deepinv_ud2m.priors import has_lora, random_prior
 from deepinv_ud2m.training import (
     DiversityController,
     EnergyScoreLoss,
@@ -204,6 +205,10 @@ def test_a_plan_names_what_is_missing_and_measures_a_step_of_each_stage(photos, 
     assert re.match(f"end_to_end, 1{measured}100 steps take", second), second
     assert total.startswith("all: about")
     assert not list(tmp_path.iterdir()), "nothing is written"
+    own, state = load_prior("mnist"), copy.deepcopy(load_prior("mnist").state_dict())
+    few = {"stages": [Stage("single", 9, 2)], "tasks": ["sr4"], "validation_images": 2}
+    plan(own, None, mnist_digits(num=8), replace(Recipe.read("default"), **few), device="cpu")
+    assert all(map(torch.equal, own.state_dict().values(), state.values())) and not has_lora(own)
     with pytest.raises(FileNotFoundError, match="ffhq256"):
         distill(None, None, photos, recipe, tmp_path / "run", device="cpu")
 

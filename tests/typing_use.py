@@ -52,8 +52,6 @@ def sample(y: Tensor) -> None:
     assert_type(model.sample(y, physics, 4, sigma_y="estimate", generator=generator), Tensor)
     assert_type(model.sample(y, physics, return_trajectory=False), Tensor)
     assert_type(model.sample(y, physics, return_trajectory=True), tuple[Tensor, Trajectory])
-    whether = bool(y.isnan().any())
-    assert_type(model.sample(y, physics, return_trajectory=whether), Tensor | tuple[Tensor, Trajectory])
     samples, trajectory = model.sample(y, physics, num_samples=2, return_trajectory=True)
     assert_type(trajectory.x0, Tensor)
     assert_type(model.forward(y, physics, sigma_y=torch.tensor([0.1])), Tensor)

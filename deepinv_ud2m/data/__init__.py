@@ -50,12 +50,6 @@ def mnist_digits(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@overload
-def mnist_digits(
-    split: str = "test", num: int | None = None, *, labels: bool
-) -> Tensor | tuple[Tensor, Tensor]: ...
-
-
 def mnist_digits(
     split: str = "test", num: int | None = None, *, labels: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:

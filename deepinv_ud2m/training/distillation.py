@@ -15,6 +15,7 @@ follows the spread-skill ratio, for each physics by itself
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -148,6 +149,7 @@ def plan(
     run = Run.of(recipe, "", device, missing=[], **options)
     steps = [stage.steps for stage in run.recipe.stages]
     run.recipe = replace(run.recipe, stages=[replace(stage, steps=1) for stage in run.recipe.stages])
+    prior, initial = copy.deepcopy((prior, initial))  # which a step of training changes
     model, stages = prepare(run, prior, physics, images, initial, weights)
     lines, total = [], 0.0
     for prepared, count in zip(stages, steps, strict=True):
