@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import seeded
 from deepinv.physics import Denoising, GaussianNoise
+from filelock import FileLock
 from PIL import Image
 from test_benchmark import computed, entry, study_of
 
@@ -177,6 +178,8 @@ def test_a_search_resumes_and_finds_the_minimum(tiny_prior, tmp_path):
     with tiny_prior.register_forward_hook(lambda *_: pytest.fail("the network was called")):
         assert tune(file, study) == result
     before = file.read_text()
+    with FileLock(tmp_path / ".s.json.lock"), pytest.raises(ValueError, match=r"s\.json is in use by another"):
+        tune(file, study_of(tiny_prior, [entry("dps")], images=2, samples=2))
     for other in ({"sigma_y": 0.1}, {"samples": 3}, {"images": 3}, {"names": {"data": "mine"}}):
         with pytest.raises(ValueError, match="is of another setup"):
             tune(file, study_of(tiny_prior, **{"images": 2, "samples": 2} | other))

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 from deepinv.physics import Physics
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
 from deepinv_ud2m.benchmark.rows import check_setup
 from deepinv_ud2m.benchmark.run import Study, draw, evaluate, measure
-from deepinv_ud2m.files import write_file
+from deepinv_ud2m.files import make_folder, write_file
 
 #: Column of a row by criterion, and the sign of what is to be small.
 CRITERIA = {"energy": ("energy_score", 1), "crps": ("crps", 1), "psnr": ("psnr_mean", -1)}
@@ -32,8 +33,19 @@ def tune(file: Path, study: Study) -> dict:
 
     :param pathlib.Path file: JSON file of the result, written after each setting: all scores, and the
         winner of each criterion. Settings that are in it are not tried again.
-    :raises ValueError: if the file holds a search of another setup.
+    :raises ValueError: if the file holds a search of another setup, or another search is writing it.
     """
+    make_folder(file.parent)
+    try:
+        with FileLock(file.with_name(f".{file.name}.lock"), timeout=0):
+            return _tune(file, study)
+    except Timeout as error:
+        raise ValueError(
+            f"{file} is in use by another search: wait for it, or choose another file"
+        ) from error
+
+
+def _tune(file: Path, study: Study) -> dict:
     setup = {**study.setup, "images": len(study.x), "num_samples": study.num_samples}
     result = {"setup": setup, "winners": {}, "scores": {}}
     if file.is_file():
@@ -54,7 +66,6 @@ def tune(file: Path, study: Study) -> dict:
                 if scores:
                     winners = result["winners"].setdefault(criterion, {}).setdefault(task, {})
                     winners[entry.label] = tried[min(scores, key=scores.__getitem__)]["settings"]
-            file.parent.mkdir(parents=True, exist_ok=True)
             write_file(file, json.dumps(result, indent=1) + "\n")
     return result
 
