@@ -178,7 +178,8 @@ def test_a_search_resumes_and_finds_the_minimum(tiny_prior, tmp_path):
     with tiny_prior.register_forward_hook(lambda *_: pytest.fail("the network was called")):
         assert tune(file, study) == result
     before = file.read_text()
-    with FileLock(tmp_path / ".s.json.lock"), pytest.raises(ValueError, match=r"s\.json is in use by another"):
+    in_use = pytest.raises(ValueError, match=r"s\.json is in use by another")
+    with FileLock(tmp_path / ".s.json.lock"), in_use:
         tune(file, study_of(tiny_prior, [entry("dps")], images=2, samples=2))
     for other in ({"sigma_y": 0.1}, {"samples": 3}, {"images": 3}, {"names": {"data": "mine"}}):
         with pytest.raises(ValueError, match="is of another setup"):

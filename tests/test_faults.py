@@ -167,7 +167,7 @@ def finish(work, prior, folder, whole, log):
 
 def remains(folder):
     """Files that only exist while another one is written."""
-    return [file for file in folder.rglob(".*.*") if file.is_file() and file.suffix != ".lock" and file.name != ".lock"]
+    return [file for file in folder.rglob(".*.*") if file.is_file() and not file.name.endswith(".lock")]
 
 
 @pytest.fixture

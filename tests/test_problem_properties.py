@@ -188,8 +188,7 @@ def check_samples(case, num_iterations, num_steps, log_sigma_y, batch_size):
         assert samples.isfinite().all() and samples.shape == (case.copies, case.batch, *case.shape)
         assert torch.equal(samples, sample())
         split = sample(batch_size=batch_size)
-    # Where an iterative solution stops one iteration earlier, samples differ by up to 1e-2, see UD2M.sample.
-    assert (samples - split).abs().max() < 1e-2 and (samples - split).abs().mean() < 1e-3
+    assert (samples - split).abs().max() < 1e-3
 
 
 options = given(cases(), st.integers(1, 3), st.integers(1, 3), st.floats(-2.5, -0.5), st.integers(1, 5))
