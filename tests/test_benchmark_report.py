@@ -163,6 +163,23 @@ def test_winners_are_those_of_each_criterion(tiny_prior, tmp_path, monkeypatch):
     assert len({json.dumps(result["winners"][criterion]) for criterion in CRITERIA}) == 2
 
 
+def test_two_samples_predict_the_psnr_of_the_mean_of_eight(tiny_prior, tmp_path, monkeypatch):
+    def build(prior, sigma_y, spread=0.0):
+        shrunk = lambda x, noise: 0.2 + 0.6 * x + spread * noise  # noqa: E731, inside [0, 1]
+        x = mnist_digits("validation", num=4)
+        return lambda y, physics, seed: shrunk(x, 2 * torch.rand(x.shape, generator=seeded(seed)) - 1)
+
+    monkeypatch.setitem(METHODS, "scaled", Method(build, {"spread": [0.02, 0.2]}))
+    found = {}
+    for samples in (2, 8):
+        study = study_of(tiny_prior, ["scaled"], samples=samples)
+        study.x = mnist_digits("validation", num=4)
+        scores = tune(tmp_path / f"{samples}.json", study)["scores"]["sr4"]["scaled"]
+        found[samples] = [one["psnr"] for one in scores]
+    # The PSNR of the mean of two samples is half a dB lower for the large spread.
+    assert found[2] == pytest.approx(found[8], abs=0.1)
+
+
 def test_a_search_resumes_and_finds_the_minimum(tiny_prior, tmp_path):
     file, study = tmp_path / "s.json", study_of(tiny_prior, images=2, samples=2)
     result = tune(file, study)
