@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import torch.nn.functional as F
 import torchvision
 from conftest import refused, seeded
 from deepinv.loss.metric import Metric
+from scipy.stats import wasserstein_distance
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -26,6 +28,7 @@ from deepinv_ud2m.metrics import (
     frechet_distance,
     frechet_influence,
     gaussian_frechet,
+    sliced_wasserstein,
 )
 
 
@@ -327,3 +330,40 @@ def test_perceptual_distance_is_lpips(monkeypatch, tmp_path):
         metric(x[:, :1], x[:, :1])
     with pytest.raises(NotImplementedError, match="no embedding for LPIPS AlexNet"):
         metric.embedding(x)
+
+
+def test_the_sliced_wasserstein_distance_is_that_of_scipy():
+    """On one level, with patches of one pixel, it is the distance of the values of the details."""
+    x, x_hat = torch.rand(2, 3, 1, 16, 16, generator=seeded(0), dtype=torch.float64)
+    found = sliced_wasserstein(x_hat, x, num_levels=1, patch_size=1, num_projections=1)
+    details = []
+    for images in (x_hat, x):
+        half = F.interpolate(images, (8, 8), mode="bilinear", antialias=True)
+        coarse = F.interpolate(half, (16, 16), mode="bilinear")
+        details.append((images - coarse).flatten(1).numpy())
+    expected = [wasserstein_distance(*pair) for pair in zip(*details, strict=True)]
+    assert found.tolist() == pytest.approx(expected)
+
+
+def test_texture_counts_and_not_where_it_lies():
+    """Another draw of a texture is near, a smoother and a rougher image are far; not so by the PSNR."""
+    x, other = (0.5 + 0.1 * torch.randn(2, 4, 3, 64, 64, generator=seeded(0))).clamp(0, 1)
+    images = {scale: 0.5 + scale * (other - 0.5) for scale in (0.0, 0.7, 1.0, 1.3)}
+    distance = {scale: sliced_wasserstein(image, x).mean() for scale, image in images.items()}
+    assert distance[1.0] < 0.2 * min(distance[0.7], distance[1.3])
+    assert (other - x).square().mean() > 1.9 * (x - 0.5).square().mean()  # while the flat image has 3 dB more
+    assert distance[0.0] == pytest.approx(sliced_wasserstein(torch.full_like(x, 0.2), x).mean().item())
+    # It scales with the contrast.
+    assert 2 * sliced_wasserstein(other / 2, x / 2).mean() == pytest.approx(distance[1.0].item(), rel=1e-4)
+
+
+def test_levels_below_a_patch_are_left_out():
+    x, x_hat = torch.rand(2, 1, 1, 16, 20, generator=seeded(1))
+    assert torch.equal(sliced_wasserstein(x_hat, x, num_levels=2), sliced_wasserstein(x_hat, x, num_levels=9))
+    for wrong in (x_hat[0], x_hat[..., 1:]):
+        with pytest.raises(ValueError, match=r"must be images \[B, C, H, W\] of one shape"):
+            sliced_wasserstein(wrong, x)
+    with pytest.raises(ValueError, match="x must have sides of at least patch_size = 17"):
+        sliced_wasserstein(x_hat, x, patch_size=17)
+    with pytest.raises(ValueError, match="num_levels"):
+        sliced_wasserstein(x_hat, x, num_levels=0)

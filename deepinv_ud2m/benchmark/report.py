@@ -28,6 +28,7 @@ METRICS = {
     "crps": ("CRPS", 4, "crps", True),
     "psnr_mean": ("PSNR of the mean", 2, "psnr", True),
     "perceptual": ("perceptual distance", 3, "perceptual", False),
+    "swd": ("sliced Wasserstein distance", 5, "swd", False),
     "psnr": ("PSNR of a sample", 2, "", False),
     "reduced_chi_square": ("reduced chi-square", 2, "", False),
 }
@@ -42,7 +43,9 @@ its mean. The PSNR of the mean is of at most {mean_of} samples. *Images*: their 
 distance depends on the number of images. *Coverage error*: largest deviation of the coverage of norm balls,
 in pixels / features, and its 95 % quantile for an exact sampler. *Spread-skill ratio*: RMSE of the mean over
 what the spread predicts; above 1 for an over-confident sampler, 1 for an exact one, as the *reduced
-chi-square* of the measurement. Perceptual and Fréchet distances, of one sample per image, by {network}."""
+chi-square* of the measurement. *Sliced Wasserstein distance*: between the patches of one sample and of its
+truth, on the detail levels of a Laplacian pyramid. Perceptual and Fréchet distances, of one sample per image,
+by {network}."""
 
 
 def report(folder: str | Path) -> pd.DataFrame:

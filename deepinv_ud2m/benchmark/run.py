@@ -33,7 +33,14 @@ from tqdm import tqdm
 from deepinv_ud2m.benchmark.methods import Entry, Search
 from deepinv_ud2m.benchmark.rows import Results
 from deepinv_ud2m.fingerprints import fingerprint
-from deepinv_ud2m.metrics import PerceptualDistance, crps, energy_score, rank, reduced_chi_square
+from deepinv_ud2m.metrics import (
+    PerceptualDistance,
+    crps,
+    energy_score,
+    rank,
+    reduced_chi_square,
+    sliced_wasserstein,
+)
 from deepinv_ud2m.physics.tasks import make_physics
 
 #: The PSNR of the mean is that of at most so many samples, for the mean of more is nearer to the truth.
@@ -236,6 +243,7 @@ def evaluate(
     columns["squared_error"] = (mean - x).square().flatten(1).mean(1)
     if isinstance(physics, LinearPhysics):  # the error of a JPEG is not Gaussian
         columns["reduced_chi_square"] = reduced_chi_square(samples, y, physics).mean(0)
+    columns["swd"] = sliced_wasserstein(samples[0], x)
     if metric is not None:
         columns["perceptual"] = metric(samples[0], x)
     if len(samples) > 1:

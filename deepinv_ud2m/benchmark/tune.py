@@ -1,7 +1,8 @@
 """Search the settings of methods on validation images.
 
 Every setting of a method's grid is scored by every criterion, so one search serves all columns of a table:
-``energy`` (energy score), ``crps``, ``psnr`` (of the mean of the samples), ``perceptual`` (of one sample).
+``energy`` (energy score), ``crps``, ``psnr`` (of the mean of the samples), and of one sample ``perceptual``
+(perceptual distance) and ``swd`` (sliced Wasserstein distance of patches).
 A method is only comparable in the column whose criterion its settings were searched for. Two samples per
 image are enough: the first two scores are unbiased, and the PSNR is predicted for the mean of eight.
 """
@@ -23,7 +24,7 @@ from deepinv_ud2m.files import make_folder, write_file
 
 #: Column of a row by criterion, and the sign of what is to be small.
 CRITERIA = {"energy": ("energy_score", 1), "crps": ("crps", 1), "psnr": ("psnr_mean", -1)}
-CRITERIA |= {"perceptual": ("perceptual", 1)}
+CRITERIA |= {"perceptual": ("perceptual", 1), "swd": ("swd", 1)}
 #: The PSNR of the mean is predicted for so many samples, for the mean of few favours a small spread.
 MEAN_OF = 8
 
