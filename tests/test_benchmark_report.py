@@ -13,11 +13,11 @@ from PIL import Image
 from test_benchmark import computed, entry, study_of
 
 from deepinv_ud2m.benchmark.cost import STAGES, measure_cost
-from deepinv_ud2m.benchmark.methods import METHODS, Method, Search
+from deepinv_ud2m.benchmark.methods import CRITERIA, METHODS, Entry, Method, Search
 from deepinv_ud2m.benchmark.report import overview, report, summarise
 from deepinv_ud2m.benchmark.rows import COLUMNS, read_rows
 from deepinv_ud2m.benchmark.run import Study, evaluate, measure, perceptual_metric, run
-from deepinv_ud2m.benchmark.tune import CRITERIA, tune
+from deepinv_ud2m.benchmark.tune import tune
 from deepinv_ud2m.data import mnist_digits
 from deepinv_ud2m.metrics import frechet_influence, gaussian_frechet
 from deepinv_ud2m.physics.tasks import make_physics
@@ -178,6 +178,28 @@ def test_two_samples_predict_the_psnr_of_the_mean_of_eight(tiny_prior, tmp_path,
         found[samples] = [one["psnr"] for one in scores]
     # The PSNR of the mean of two samples is half a dB lower for the large spread.
     assert found[2] == pytest.approx(found[8], abs=0.1)
+
+
+def test_a_method_stands_once_for_each_criterion_it_was_searched_for(tiny_prior, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "scaled", _scaled())
+    scaled = [Entry("scaled", criterion=criterion) for criterion in ("energy", "perceptual")]
+    study = study_of(tiny_prior, [Entry("ud2m"), *scaled], samples=4)
+    study.x = mnist_digits("validation", num=4)
+    result = tune(tmp_path / "s.json", study)
+    assert [*result["scores"]["sr4"]] == ["ud2m", "scaled"]
+    study.search = Search([tmp_path / "s.json"])
+    run(tmp_path, study)
+    lines, text = report(tmp_path), (tmp_path / "report.md").read_text()
+    for one, criterion in zip(scaled, ("energy", "perceptual"), strict=True):
+        line = line_of(lines, f"scaled, for {criterion}")
+        assert (line["criterion"], one.searched_as) == (criterion, "scaled")
+        assert json.loads(line["settings"]) == result["winners"][criterion]["sr4"]["scaled"]
+    energy, perceptual = overview(lines, "energy_score_less"), overview(lines, "perceptual_less")
+    assert "for energy" in energy and "for perceptual" not in energy and energy in text
+    assert "for perceptual" in perceptual and "for energy" not in perceptual and perceptual in text
+    assert overview(lines, "crps_less") == ""
+    with pytest.raises(ValueError, match=r"criterion of 'dps' must be of .*'psnr'.*, got 'ssim'"):
+        Entry("dps", criterion="ssim")
 
 
 def test_a_search_resumes_and_finds_the_minimum(tiny_prior, tmp_path):

@@ -16,11 +16,19 @@ from torch import Tensor
 
 from deepinv_ud2m.benchmark.cost import measure_cost
 from deepinv_ud2m.benchmark.gaussian import compare_with_posterior
-from deepinv_ud2m.benchmark.methods import METHODS, Entry, Method, Search, load_file, read_methods
+from deepinv_ud2m.benchmark.methods import (
+    CRITERIA,
+    METHODS,
+    Entry,
+    Method,
+    Search,
+    load_file,
+    read_methods,
+)
 from deepinv_ud2m.benchmark.paper import make_study, measure_table, plan
 from deepinv_ud2m.benchmark.report import report
 from deepinv_ud2m.benchmark.run import Study, perceptual_metric, run
-from deepinv_ud2m.benchmark.tune import CRITERIA, tune
+from deepinv_ud2m.benchmark.tune import tune
 from deepinv_ud2m.checkpoint import PRETRAINED
 from deepinv_ud2m.checks import check_count
 from deepinv_ud2m.data import load_images, mnist_digits
@@ -164,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     tasks = ["sr4", "deblur-gaussian", "inpaint-random", "inpaint-box"]
     add(data, "--tasks", f"of {', '.join(TASKS)}, or of --task-file", nargs="+", default=tasks)
     add("gaussian", "--tasks", "linear tasks", nargs="+", default=["inpaint-random", "deblur-gaussian"])
-    text = f"of {', '.join(METHODS)}, of --method-file, or YAML files of {{name, label, settings}}"
+    text = f"of {', '.join(METHODS)}, of --method-file, or YAML files of {{name, label, settings, criterion}}"
     add(every, "--methods", text, nargs="+")
     add(every, "--sigma-y", "noise level", type=float, default=0.05)
     add(every, "--criterion", "settings searched for it are taken", choices=list(CRITERIA), default="energy")

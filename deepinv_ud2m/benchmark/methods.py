@@ -39,6 +39,10 @@ from deepinv_ud2m.unfolded import UnfoldedDenoiser
 
 Sampler = Callable[[Tensor, Physics, int], Tensor]
 
+#: What settings are searched for: column of a row by criterion, and the sign of what is to be small.
+CRITERIA = {"energy": ("energy_score", 1), "crps": ("crps", 1), "psnr": ("psnr_mean", -1)}
+CRITERIA |= {"perceptual": ("perceptual", 1), "swd": ("swd", 1)}
+
 
 @dataclass(frozen=True)
 class Method:
@@ -67,11 +71,17 @@ class Entry:
     label: str = ""  #: what its rows are called; the name by default
     settings: dict = field(default_factory=dict)  #: they win over searched settings and defaults
     grid: dict = field(default_factory=dict)  #: values that a search tries in place of the method's own
+    criterion: str = ""  #: it takes the settings that were searched for it, and its label says so
+    searched_as: str = field(init=False)  #: label in the files of searches
 
     def __post_init__(self) -> None:
         if self.name not in METHODS:
             raise ValueError(f"method must be one of {sorted(METHODS)}, got {self.name!r}")
-        object.__setattr__(self, "label", str(self.label or self.name))
+        if self.criterion not in ("", *CRITERIA):
+            raise ValueError(f"criterion of {self.name!r} must be of {[*CRITERIA]}, got {self.criterion!r}")
+        label = str(self.label or self.name)
+        object.__setattr__(self, "searched_as", label)
+        object.__setattr__(self, "label", f"{label}, for {self.criterion}" if self.criterion else label)
         known = self.method.defaults
         for name, value in [*self.settings.items(), *((n, v) for n, vs in self.grid.items() for v in vs)]:
             if name not in known:
@@ -138,10 +148,11 @@ class Search:
 
     def best(self, task: str, entry: Entry) -> tuple[dict, str, int]:
         """Winner for a task and label, criterion, number of validation images; or ``({}, "", 0)``."""
+        criterion = entry.criterion or self.criterion
         for result in self.results:
-            if winner := result["winners"][self.criterion].get(task, {}).get(entry.label):
-                check_setup(f"the search of {entry.label!r}", entry.settings, winner)
-                return winner, self.criterion, result["setup"]["images"]
+            if winner := result["winners"].get(criterion, {}).get(task, {}).get(entry.searched_as):
+                check_setup(f"the search of {entry.searched_as!r}", entry.settings, winner)
+                return winner, criterion, result["setup"]["images"]
         return {}, "", 0
 
 

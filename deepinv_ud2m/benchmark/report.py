@@ -70,8 +70,10 @@ def report(folder: str | Path) -> pd.DataFrame:
     network = setup.get("perceptual") or "none"
     legend = _LEGEND.format(reference=reference, mean_of=MEAN_OF, network=network)
     parts = [f"# Benchmark\n\nSetup: {setup}.\n\n{legend}\n"]
-    titles = {"energy_score_less": f"Energy score, less {reference}", "spread_skill": "Spread-skill ratio"}
-    parts += [f"\n## {titles[key]}\n\n{overview(lines, key)}\n" for key in titles if key in lines]
+    titles = {f"{key}_less": f"{title}, less {reference}" for key, (title, *_) in METRICS.items()}
+    for key, title in {**titles, "spread_skill": "spread-skill ratio"}.items():
+        if table := overview(lines, key):
+            parts.append(f"\n## {title[0].upper()}{title[1:]}\n\n{table}\n")
     for task, of_task in lines.groupby("task", sort=False):
         table = task_table(of_task, reference, network.partition(" ")[0])
         parts.append(f"\n## {TASKS[task].title if task in TASKS else task}\n\n{table}\n")
@@ -218,10 +220,20 @@ def task_table(lines: pd.DataFrame, reference: str, network: str) -> str:
 
 
 def overview(lines: pd.DataFrame, key: str) -> str:
-    """One number of all methods (rows) and tasks (columns), as markdown."""
-    lines = lines[lines[key].notna()]
+    """
+    One number of methods (rows) and tasks (columns), as markdown.
+
+    Methods that were searched for another criterion are left out. Empty for a criterion that no method was
+    searched for, unless it is the energy score.
+    """
+    _, digits, criterion, _ = METRICS.get(key.removesuffix("_less"), ("", 2, "energy", True))
+    if key not in lines or criterion not in {"energy", *lines["criterion"]} - {""}:
+        return ""
+    lines = lines[lines[key].notna() & lines["criterion"].isin(["", criterion])]
+    if not len(lines):
+        return ""
     columns, of = {}, {(line["task"], line["method"]): line for line in lines.to_dict("records")}
-    cell = number(key, 2, "energy" if key == "energy_score_less" else None)
+    cell = number(key, digits, criterion if key.endswith("_less") else None)
     for task in dict.fromkeys(lines["task"]):
         columns[task] = lambda line, task=task: cell(of.get((task, line["method"]), {}))
     methods = lines.sort_values("searched_on", ascending=False, kind="stable").drop_duplicates("method")

@@ -18,13 +18,11 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
+from deepinv_ud2m.benchmark.methods import CRITERIA
 from deepinv_ud2m.benchmark.rows import check_setup
 from deepinv_ud2m.benchmark.run import Study, draw, evaluate, measure
 from deepinv_ud2m.files import make_folder, write_file
 
-#: Column of a row by criterion, and the sign of what is to be small.
-CRITERIA = {"energy": ("energy_score", 1), "crps": ("crps", 1), "psnr": ("psnr_mean", -1)}
-CRITERIA |= {"perceptual": ("perceptual", 1), "swd": ("swd", 1)}
 #: The PSNR of the mean is predicted for so many samples, for the mean of few favours a small spread.
 MEAN_OF = 8
 
@@ -55,10 +53,10 @@ def _tune(file: Path, study: Study) -> dict:
         check_setup(file, setup, result["setup"])
     for task, physics, entry in study:
         y = measure(physics, study.x, range(len(study.x)), study.seed)
-        tried = result["scores"].setdefault(task, {}).setdefault(entry.label, [])
+        tried = result["scores"].setdefault(task, {}).setdefault(entry.searched_as, [])
         known = [one["settings"] for one in tried]
         new = [settings for settings in entry.candidates() if settings not in known]
-        for settings in tqdm(new, desc=f"{task}, {entry.label}", disable=None):
+        for settings in tqdm(new, desc=f"{task}, {entry.searched_as}", disable=None):
             sampler = entry.method.build(study.prior, study.sigma_y, **entry.resolve(settings))
             number = study.num_samples if entry.method.random else 1
             samples, _ = draw(sampler, study.prior, y, physics, number, study.seed)
@@ -67,7 +65,7 @@ def _tune(file: Path, study: Study) -> dict:
                 scores = {i: sign * s for i, one in enumerate(tried) if (s := one[criterion]) is not None}
                 if scores:
                     winners = result["winners"].setdefault(criterion, {}).setdefault(task, {})
-                    winners[entry.label] = tried[min(scores, key=scores.__getitem__)]["settings"]
+                    winners[entry.searched_as] = tried[min(scores, key=scores.__getitem__)]["settings"]
             write_file(file, json.dumps(result, indent=1) + "\n")
     return result
 
