@@ -152,14 +152,15 @@ def test_winners_are_those_of_each_criterion(tiny_prior, tmp_path, monkeypatch):
     assert scores[0] == {"settings": {"kind": "failed"}, **dict.fromkeys(CRITERIA)}
     for criterion, (_, sign) in CRITERIA.items():
         best = min(scores[1:], key=lambda one: sign * one[criterion])["settings"]
-        found = Search([tmp_path / "s.json"], criterion).best("sr4", study.methods[0])
-        assert found == (best, criterion, 4)
+        found, wins, images = Search([tmp_path / "s.json"], criterion).best("sr4", study.methods[0])
+        assert (found, images) == (best, 4) and criterion in wins.split(" and ")
+        assert wins == " and ".join(c for c in CRITERIA if result["winners"][c]["sr4"]["scaled"] == best)
         study.search = Search([tmp_path / "s.json"], criterion)
         run(tmp_path / criterion, study)
         rows = read_rows(tmp_path / criterion)
-        assert set(rows["criterion"]) == {criterion} and set(rows["searched_on"]) == {4}
+        assert set(rows["criterion"]) == {wins} and set(rows["searched_on"]) == {4}
     report(tmp_path / "crps")
-    assert "| crps, 4 images |" in (tmp_path / "crps" / "report.md").read_text()
+    assert "| energy and crps, 4 images |" in (tmp_path / "crps" / "report.md").read_text()
     assert len({json.dumps(result["winners"][criterion]) for criterion in CRITERIA}) == 2
 
 
@@ -182,22 +183,26 @@ def test_two_samples_predict_the_psnr_of_the_mean_of_eight(tiny_prior, tmp_path,
 
 def test_a_method_stands_once_for_each_criterion_it_was_searched_for(tiny_prior, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "scaled", _scaled())
-    scaled = [Entry("scaled", criterion=criterion) for criterion in ("energy", "perceptual")]
+    scaled = [Entry("scaled", criterion=criterion) for criterion in ("energy", "crps", "perceptual")]
     study = study_of(tiny_prior, [Entry("ud2m"), *scaled], samples=4)
     study.x = mnist_digits("validation", num=4)
-    result = tune(tmp_path / "s.json", study)
-    assert [*result["scores"]["sr4"]] == ["ud2m", "scaled"]
+    winners = tune(tmp_path / "s.json", study)["winners"]
     study.search = Search([tmp_path / "s.json"])
     run(tmp_path, study)
     lines, text = report(tmp_path), (tmp_path / "report.md").read_text()
-    for one, criterion in zip(scaled, ("energy", "perceptual"), strict=True):
+    # One setting has the best energy score and CRPS, and stands once for both.
+    assert set(lines["method"]) == {"ud2m", "scaled, for energy", "scaled, for perceptual"}
+    for criterion in ("energy", "perceptual"):
         line = line_of(lines, f"scaled, for {criterion}")
-        assert (line["criterion"], one.searched_as) == (criterion, "scaled")
-        assert json.loads(line["settings"]) == result["winners"][criterion]["sr4"]["scaled"]
-    energy, perceptual = overview(lines, "energy_score_less"), overview(lines, "perceptual_less")
-    assert "for energy" in energy and "for perceptual" not in energy and energy in text
-    assert "for perceptual" in perceptual and "for energy" not in perceptual and perceptual in text
-    assert overview(lines, "crps_less") == ""
+        assert json.loads(line["settings"]) == winners[criterion]["sr4"]["scaled"]
+        assert criterion in line["criterion"].split(" and ")
+    for key, criterion in (("energy_score", "energy"), ("crps", "energy"), ("perceptual", "perceptual")):
+        table, line = overview(lines, f"{key}_less"), line_of(lines, f"scaled, for {criterion}")
+        (row,) = (row for row in table.splitlines() if row.startswith("| scaled |"))
+        digits = {"energy_score": 2, "crps": 4, "perceptual": 3}[key]
+        assert f"{line[f'{key}_less']:+.{digits}f}" in row and table in text
+        assert f"| {key.removesuffix('_score')}, 4 images |" in row
+    assert overview(lines, "psnr_less") == ""
     with pytest.raises(ValueError, match=r"criterion of 'dps' must be of .*'psnr'.*, got 'ssim'"):
         Entry("dps", criterion="ssim")
 
@@ -210,7 +215,8 @@ def test_a_search_resumes_and_finds_the_minimum(tiny_prior, tmp_path):
     assert result["scores"]["sr4"]["pinv"] == [] and "pinv" not in result["winners"]["energy"]["sr4"]
     best = min(scores, key=lambda one: one["energy"])["settings"]
     search = Search([file])
-    assert search.best("sr4", entry("ud2m")) == (best, "energy", 2)
+    found, wins, images = search.best("sr4", entry("ud2m"))
+    assert (found, images) == (best, 2) and wins.startswith("energy")
     assert search.best("inpaint-box", entry("ud2m")) == ({}, "", 0) == search.best("sr4", entry("dps"))
     with pytest.raises(ValueError, match="its num_steps is 2, here it is 5"):
         search.best("sr4", entry("ud2m", num_steps=5))

@@ -147,12 +147,17 @@ class Search:
             self.results.append(result)
 
     def best(self, task: str, entry: Entry) -> tuple[dict, str, int]:
-        """Winner for a task and label, criterion, number of validation images; or ``({}, "", 0)``."""
+        """
+        Winner for a task and label, the criteria that it wins, joined by ``" and "``, and the number of
+        validation images; or ``({}, "", 0)``.
+        """
         criterion = entry.criterion or self.criterion
         for result in self.results:
-            if winner := result["winners"].get(criterion, {}).get(task, {}).get(entry.searched_as):
+            found = {name: of.get(task, {}).get(entry.searched_as) for name, of in result["winners"].items()}
+            if winner := found.get(criterion):
                 check_setup(f"the search of {entry.searched_as!r}", entry.settings, winner)
-                return winner, criterion, result["setup"]["images"]
+                wins = [name for name in CRITERIA if found.get(name) == winner]
+                return winner, " and ".join(wins), result["setup"]["images"]
         return {}, "", 0
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure  # not pyplot, which would take over a note
 from torch import Tensor
 
 from deepinv_ud2m import metrics
-from deepinv_ud2m.benchmark.methods import METHODS
+from deepinv_ud2m.benchmark.methods import CRITERIA, METHODS
 from deepinv_ud2m.benchmark.rows import batch_folder, read_rows, read_setup
 from deepinv_ud2m.benchmark.run import MEAN_OF
 from deepinv_ud2m.files import write_file
@@ -227,15 +227,20 @@ def overview(lines: pd.DataFrame, key: str) -> str:
     searched for, unless it is the energy score.
     """
     _, digits, criterion, _ = METRICS.get(key.removesuffix("_less"), ("", 2, "energy", True))
-    if key not in lines or criterion not in {"energy", *lines["criterion"]} - {""}:
+    is_searched = np.array([criterion in one.split(" and ") for one in lines["criterion"]])
+    if key not in lines or not criterion or not (criterion == "energy" or is_searched.any()):
         return ""
+    lines = lines.assign(criterion=np.where(is_searched, criterion, lines["criterion"]))
     lines = lines[lines[key].notna() & lines["criterion"].isin(["", criterion])]
     if not len(lines):
         return ""
+    # A method that has one row for each criterion has one line here.
+    suffixes = tuple(f", for {name}" for name in CRITERIA)
+    lines["method"] = [m.rpartition(",")[0] if m.endswith(suffixes) else m for m in lines["method"]]
     columns, of = {}, {(line["task"], line["method"]): line for line in lines.to_dict("records")}
     cell = number(key, digits, criterion if key.endswith("_less") else None)
     for task in dict.fromkeys(lines["task"]):
-        columns[task] = lambda line, task=task: cell(of.get((task, line["method"]), {}))
+        columns[task] = lambda line, task=task: cell(of.get((task, line["method"]), {"criterion": ""}))
     methods = lines.sort_values("searched_on", ascending=False, kind="stable").drop_duplicates("method")
     kinds = lines.groupby("method")["criterion"].nunique()
     methods["criterion"] += [" in part" if kinds[method] > 1 else "" for method in methods["method"]]
@@ -249,7 +254,7 @@ def number(key: str, digits: int, criterion: str | None = None) -> Callable[[Map
         value, error = line.get(key, math.nan), line.get(f"{key}_se", math.nan)
         text = "" if math.isnan(value) else f"{value:{'+' if criterion else ''}.{digits}f}"
         text += "" if math.isnan(error) else f" ± {error:.{digits}f}"
-        is_ranked = criterion and criterion == line.get("criterion") and abs(value) > 2 * error
+        is_ranked = criterion and criterion in line["criterion"].split(" and ") and abs(value) > 2 * error
         return f"{text} *" if is_ranked else text
 
     return cell

@@ -94,8 +94,13 @@ def run(folder: str | Path, study: Study) -> None:
     """
     digests = [_digest(image) for image in study.x]
     with Results(folder, study.setup) as results:
+        known: list[tuple] = []
         for task, physics, entry in study:
-            _run_method(results, study, task, physics, entry, digests)
+            # What wins several criteria stands once, for the first of them.
+            one = task, entry.name, entry.searched_as, entry.resolve(study.search.best(task, entry)[0])
+            if not (entry.criterion and one in known):
+                _run_method(results, study, task, physics, entry, digests)
+            known.append(one)
         if PartialState().is_main_process and (features := study.features_of_images) is not None:
             z = torch.cat([features(part) for part in study.x.split(64)]).half().cpu().numpy()
             np.savez_compressed(results.folder / "reference.npz", features=z)
