@@ -43,8 +43,8 @@ class Problem:
         may differ from image to image.
     :param float, torch.Tensor sigma_y: noise level, positive: a scalar, `[B]` or `[B, 1, 1, 1]` (default:
         the level of the physics, see :func:`deepinv_ud2m.physics.traits.noise_level`).
-    :param int channels: channels C of the images (default: those of the physics). A linear physics of one
-        channel is then applied to the mean of the channels, by
+    :param int channels: channels C of the images (default: those of the physics). A physics of one channel is
+        then applied to the mean of the channels, by
         :class:`deepinv_ud2m.physics.ChannelMap`.
     :raises TypeError: for a physics without ``prox_l2``, or arguments that are not of these types.
     :raises ValueError: for measurements that are empty, not finite or do not fit the physics, for complex
@@ -98,7 +98,7 @@ class Problem:
         if self.is_linear:
             _check_operator(physics, parts(y), parts(again), self.adjoint, level)
         channels = 1 if channels is None else channels
-        self.is_grey = self.is_linear and self.shape[1] == 1 and channels != 1
+        self.is_grey = self.shape[1] == 1 and channels != 1
         if self.is_grey:
             self.physics = ChannelMap.grey(physics, channels)
             self.adjoint = self.adjoint.expand(-1, channels, -1, -1) / channels

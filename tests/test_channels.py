@@ -4,9 +4,11 @@ import deepinv as dinv
 import pytest
 import torch
 from conftest import dense_matrix, seeded
+from torchvision.transforms.functional import to_pil_image
 
 from deepinv_ud2m import UD2M, Problem
-from deepinv_ud2m.physics import ChannelMap
+from deepinv_ud2m.data import photograph
+from deepinv_ud2m.physics import JPEG, ChannelMap
 
 MASK = torch.rand(1, 1, 16, 16, generator=seeded(0)).lt(0.4).float()
 KERNEL = torch.rand(1, 1, 5, 3, generator=seeded(1))
@@ -76,12 +78,44 @@ def test_a_sampler_of_colour_images_restores_grey_ones():
     )  # the initial estimate iterates
 
 
+def test_the_prox_of_a_grey_jpeg_is_the_minimiser():
+    x, mean = torch.rand(2, 1, 3, 16, 16, generator=seeded(7), dtype=torch.float64)
+    jpeg = JPEG((1, 16, 16), quality=30)
+    physics = ChannelMap.grey(jpeg)
+    y, gamma, z = physics.A(x), 30.0, mean
+    for _ in range(300):  # gradient descent on the squared distance to the box, and that to the mean
+        grey = z.mean(1, keepdim=True)
+        z = z - 0.09 * (gamma * (grey - jpeg.project(grey, y)) / 3 + z - mean)
+    problem = Problem(y, jpeg, channels=3)
+    assert problem.is_grey and not problem.is_linear and problem.has_closed_form()
+    found = problem.prox(mean, torch.full((1, 1, 1, 1), gamma, dtype=torch.float64))
+    assert (found - z).abs().max() < 1e-6 < (found - mean).abs().max()
+
+
+def test_a_sampler_of_colour_images_restores_a_grey_jpeg_file(tmp_path):
+    """As well as the same file in colour."""
+    photo, photos = photograph("chelsea")[..., 80:144, 80:144], UD2M.from_pretrained("photos-posterior")
+    error = {}
+    for kind, x in (("colour", photo), ("grey", photo.mean(1, keepdim=True))):
+        to_pil_image(x[0]).save(tmp_path / f"{kind}.jpg", quality=10)
+        y, physics = JPEG.read(tmp_path / f"{kind}.jpg")
+        samples = photos.sample(y, physics, 4, generator=seeded(8))
+        assert samples.shape == (4, *x.shape)
+        assert max(physics.violation(sample, y).item() for sample in samples) < 0.5
+        error[kind] = (samples.mean(0) - x).mean(1).square().mean().sqrt().item()
+    assert error["grey"] < 1.05 * error["colour"]
+
+
 def test_what_it_refuses():
     inpainting = dinv.physics.Inpainting((1, 16, 16), mask=MASK)
     with pytest.raises(ValueError, match=r"weights must be a finite matrix \[c, C\]"):
         ChannelMap(inpainting, torch.ones(3))
-    with pytest.raises(TypeError, match="physics must be a deepinv LinearPhysics, got SinglePixel"):
+    with pytest.raises(TypeError, match=r"physics must have a prox_l2, .* SinglePixel has none"):
         ChannelMap(type("SinglePixel", (dinv.physics.Physics,), {})(), torch.ones(1, 3))
+    with pytest.raises(TypeError, match="physics must be a deepinv Physics, got str"):
+        ChannelMap("blur", torch.ones(1, 3))
+    with pytest.raises(ValueError, match="weights must have orthogonal rows of one norm for JPEG"):
+        ChannelMap(JPEG((3, 16, 16)), torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
 
 
 def test_other_channels_come_with_a_remedy():

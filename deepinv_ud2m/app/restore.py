@@ -17,7 +17,7 @@ from deepinv.physics import Physics
 from torch import Tensor, nn
 
 from deepinv_ud2m.checks import check_count
-from deepinv_ud2m.physics import JPEG, ChannelMap
+from deepinv_ud2m.physics import ChannelMap
 from deepinv_ud2m.sampler import UD2M
 from deepinv_ud2m.uncertainty import summary
 
@@ -199,8 +199,6 @@ def diffpir(
             report(min(counted / steps, 1.0), f"DiffPIR: {counted} of {steps} network evaluations")
 
     is_grey = y.shape[1] == 1
-    if is_grey and isinstance(physics, JPEG):
-        raise ValueError("it takes no grey JPEG files")
     level = 0.005 if noise is None else noise
     fidelity = dinv.optim.data_fidelity.L2()
     sampler = dinv.sampling.DiffPIR(prior, fidelity, sigma=level, device=y.device, **DIFFPIR)

@@ -11,12 +11,12 @@ from deepinv.utils import TensorList
 from torch import Tensor
 
 from deepinv_ud2m.checks import Scalar
-from deepinv_ud2m.physics.traits import has_closed_form, is_linear, is_per_image
+from deepinv_ud2m.physics.traits import check_has_prox, has_closed_form, is_linear, is_per_image
 
 
 class ChannelMap(LinearPhysics):
     r"""
-    A linear operator A behind a matrix W of channels: :math:`y = A (W x) + \text{noise}`, where each pixel of
+    An operator A behind a matrix W of channels: :math:`y = A (W x) + \text{noise}`, where each pixel of
     :math:`W x` is W times the channels of x.
 
     It lets a sampler of colour images restore measurements of grey ones: W takes the mean of the channels,
@@ -28,10 +28,11 @@ class ChannelMap(LinearPhysics):
 
     .. math:: z = m + W^\top \left( \operatorname{prox}_{w\gamma}(W m) - W m \right) / w .
 
-    :param deepinv.physics.LinearPhysics physics: A, of images with c channels, and the noise.
+    :param deepinv.physics.Physics physics: A, of images with c channels, and the noise. If it is not linear,
+        as :class:`deepinv_ud2m.physics.JPEG`, this physics is not either, and W must be of that kind.
     :param torch.Tensor weights: W, of shape `[c, C]`, for images with C channels.
-    :raises TypeError: if the physics is not linear.
-    :raises ValueError: for weights of another shape.
+    :raises TypeError: if the physics has no ``prox_l2``.
+    :raises ValueError: for weights of another shape or kind.
 
     |sep|
 
@@ -48,8 +49,9 @@ class ChannelMap(LinearPhysics):
     """
 
     def __init__(self, physics: Physics, weights: Tensor):
-        if not isinstance(physics, Physics) or not is_linear(physics):
-            raise TypeError(f"physics must be a deepinv LinearPhysics, got {type(physics).__name__}")
+        if not isinstance(physics, Physics):
+            raise TypeError(f"physics must be a deepinv Physics, got {type(physics).__name__}")
+        check_has_prox(physics)
         if not isinstance(weights, Tensor) or weights.ndim != 2 or not bool(weights.isfinite().all()):
             raise ValueError(f"weights must be a finite matrix [c, C] of channels, got {weights!r}")
         super().__init__()
@@ -59,13 +61,20 @@ class ChannelMap(LinearPhysics):
         gram = weights @ weights.T
         self._norm = gram[0, 0].item()  # w
         self._is_orthogonal = bool(torch.allclose(gram, self._norm * torch.eye(len(gram)).to(gram)))
+        self.is_linear = is_linear(physics)
+        if not (self.is_linear or self._is_orthogonal):
+            name = type(physics).__name__
+            raise ValueError(
+                f"weights must have orthogonal rows of one norm for {name}, which is not linear; W W^T is "
+                f"{gram.tolist()}"
+            )
 
     @classmethod
     def grey(cls, physics: Physics, channels: int = 3) -> ChannelMap:
         """
         Of the mean of the channels.
 
-        :param deepinv.physics.LinearPhysics physics: the physics of grey images.
+        :param deepinv.physics.Physics physics: the physics of grey images.
         :param int channels: channels C (default: 3).
         """
         return cls(physics, torch.full((1, channels), 1 / channels))
@@ -86,7 +95,7 @@ class ChannelMap(LinearPhysics):
         return self.physics.A(self._map(x), **kwargs)
 
     def A_adjoint(self, y: Tensor | TensorList, **kwargs: Any) -> Tensor:
-        """Its adjoint."""
+        """Its adjoint, if it is linear."""
         return self._unmap(self.physics.A_adjoint(y, **kwargs))
 
     def A_adjoint_A(self, x: Tensor, **kwargs: Any) -> Tensor:

@@ -2,6 +2,7 @@ r"""What the samplers need to know of a physics beyond its operator.
 
 A physics may say these things itself, by methods of these names:
 
+- ``is_linear: bool``: whether its operator is linear, if it inherits from a linear physics;
 - ``has_closed_form_prox(shape) -> bool``: its ``prox_l2`` is exact for images of this shape;
 - ``is_per_image(batch_size) -> bool``: each image of a batch of this size has an operator of its own;
 - ``find_structure(find, shape, y, like, per_image)``: its :mod:`structure <deepinv_ud2m.structure>`, where
@@ -57,7 +58,7 @@ def check_has_prox(physics: Physics) -> None:
 
 def is_linear(physics: Physics) -> bool:
     """Whether the operator is linear."""
-    return isinstance(physics, LinearPhysics)
+    return isinstance(physics, LinearPhysics) and getattr(physics, "is_linear", True)
 
 
 def noise_level(physics: Physics, sigma_y: Scalar | None = None) -> Scalar:

@@ -64,8 +64,6 @@ class PriorInfo:
             accepted = f"images with {self.channels} channel(s), not {shape[1]} channel(s)"
             if shape[1] == 2:  # complex: deepinv has the real and the imaginary part as channels
                 accepted += " (for real images, of known phase, give it ChannelMap.real(physics))"
-            elif shape[1] == 1:  # of a linear physics, grey images are taken
-                accepted += " (it takes grey images of a linear physics, not grey JPEG files)"
             elif self.channels == 1:
                 accepted += " (make each channel an image of its own, y.flatten(0, 1)[:, None])"
         elif any(n < self.size_multiple or n % self.size_multiple for n in shape[2:]):
