@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return _restore(args)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:  # memory may be too small
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -128,7 +128,8 @@ def _restore(args: argparse.Namespace) -> int:
             old.unlink(missing_ok=True)
         try:
             found = _restore_file(model, file, args, kernel, mask, device)
-        except (ValueError, TypeError) as error:  # the others of a folder are still worth it
+        # The others of a folder are still worth it, also where the memory is too small for one.
+        except (ValueError, TypeError, RuntimeError, MemoryError) as error:
             if len(files) == 1:
                 raise
             tqdm.write(f"error: {file}: {error}", file=sys.stderr)

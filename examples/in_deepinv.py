@@ -8,7 +8,7 @@ The sampler is a deepinv ``Reconstructor``. It goes unchanged wherever deepinv t
 """
 
 # %%
-# The problems of the public benchmark: deblurring without borders, inpainting and super-resolution without
+# The problems of the public benchmark: deblurring with valid padding, inpainting and super-resolution without
 # noise, and denoising. For a physics without noise the sampler assumes a standard deviation of 0.005.
 import deepinv as dinv
 import torch

@@ -2,10 +2,10 @@ r"""
 What the samples say of the error
 =================================
 
-A photograph is reduced four times. From samples of the posterior we take a standard deviation and an interval
-for every pixel. The standard deviation should be large where the estimate is wrong, and an interval of 90 %
-should hold the truth in 90 % of the pixels. This script checks both, and mends the intervals by conformal
-calibration.
+A photograph is reduced by a factor of 4. From samples of the posterior we take a standard deviation and an
+interval for every pixel. The standard deviation should be large where the estimate is wrong, and an interval
+of 90 % should hold the truth in 90 % of the pixels. This script checks both, and mends the intervals by
+conformal calibration.
 """
 
 # %%

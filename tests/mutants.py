@@ -106,8 +106,8 @@ MUTANTS = {
         ("hook.remove()", "pass"),
     ],
     "data/crops.py": [
-        ("self.indices, held = self.indices[:-num], self.indices[-num:]", "held = self.indices[-num:]"),
-        ("self.weights = self.weights[:-num]", "pass"),
+        ("self.indices, self.labels = _of(self.indices, kept), _of(self.labels, kept)", "pass"),
+        ("self.weights = self.weights[kept]", "pass"),
         ("crop = crop.flip(-1) if flip else crop", "crop = crop"),
     ],
     "fingerprints.py": [
@@ -317,7 +317,7 @@ MUTANTS = {
         ('results.get(f"{name}/{i}", results.get(name))', "results.get(name)"),
     ],
     "training/distillation.py": [
-        ('    weights = folder / "final"', '    return\n    weights = folder / "final"'),
+        ("    seed_all([recipe.seed, *name.encode()])", "    pass"),
         ("start + torch.tensor(best).log()", "start"),
         ("argmin())]", "argmax())]"),
         ("betas=(recipe.betas[0], recipe.betas[1])", "betas=(0.5, 0.9)"),
@@ -338,6 +338,7 @@ MUTANTS = {
     ],
     "training/preparation.py": [
         ("range(count)), held_out", "range(len(images))), held_out"),
+        ("read.labels[-held:] if isinstance(held, int) else held", "read.labels[-recipe.validation_images :]"),
         ("            if self.missing is None:\n                raise\n", ""),
         ("if low < -1 or high > 2:", "if low < -1:"),
     ],

@@ -362,6 +362,7 @@ def test_bad_input_is_refused_before_anything_is_written(command, tmp_path, monk
         ("--settings", "nowhere.json", "nowhere.json"),
         ("--perceptual", "nothing", "network must be one of"),
         ("--device", "cuda:1", "--device is 'cuda:1', but there is no CUDA device"),
+        ("--device", "cuda", "--device is 'cuda', but there is no CUDA device"),
     ):
         size = [] if "--size" in arguments or not arguments else ["--size", 32]
         status, _, errors = command("run", *given, *size, *arguments)

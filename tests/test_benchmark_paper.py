@@ -118,12 +118,14 @@ def test_inception_is_not_unpickled(tmp_path, monkeypatch):
     assert torch.allclose(features, network((255 * x).round().byte())[0]) and features.shape == (2, 2048)
 
 
-def test_what_a_table_cannot_be_measured_with(images, tmp_path):
+def test_what_a_table_cannot_be_measured_with(images, tmp_path, capsys):
     refused(
         (lambda: paper.make_study(3, images, []), "table must be one of"),
         (lambda: paper.make_study(1, images, [], number=9, smoke=True), "number must be at most 4"),
         (lambda: paper.make_study(1, tmp_path, [], smoke=True), "must be a folder of images"),
     )
+    command = ["paper", "--table", "1", "--images", str(images), "--device", "cpu", "--checkpoints", "a", "a"]
+    assert main(command) == 2 and "labels of methods must differ" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """What the benchmark reports of its rows; the search of settings; the cost of samples."""
 
+import gzip
+import importlib
 import json
 
 import numpy as np
@@ -94,6 +96,36 @@ def test_a_report_has_tables_and_figures(tiny_prior, tmp_path):
     for figure in ("calibration.webp", "sheet_sr4.webp"):
         with Image.open(tmp_path / figure) as picture:
             assert len(picture.convert("L").getcolors()) > 50
+
+
+def test_samplers_alone_run_in_mixed_precision(tiny_prior, tmp_path, monkeypatch):
+    seen, module = {}, importlib.import_module("deepinv_ud2m.benchmark.run")
+
+    def record(name, function):
+        def recorded(*arguments):
+            seen[name] = torch.is_autocast_enabled("cpu")
+            return function(*arguments)
+
+        monkeypatch.setattr(module, name, recorded)
+
+    for name in ("measure", "evaluate", "draw"):
+        record(name, getattr(module, name))
+    study = study_of(tiny_prior, images=2)
+    study.bfloat16 = True
+    run(tmp_path, study)
+    assert seen == {"measure": False, "evaluate": False, "draw": True}
+    study.bfloat16 = False
+    with pytest.raises(ValueError, match="in bfloat16', here it is"):  # rows of both kinds do not mix
+        run(tmp_path, study)
+
+
+def test_new_rows_go_after_packed_ones(tiny_prior, tmp_path):
+    """As published results are stored: a method that is added does not hide the others."""
+    computed(tmp_path, tiny_prior, methods=["ud2m"])
+    (tmp_path / "rows.csv.gz").write_bytes(gzip.compress((tmp_path / "rows.csv").read_bytes()))
+    (tmp_path / "rows.csv").unlink()
+    rows = computed(tmp_path, tiny_prior, methods=["ud2m", "pinv"])
+    assert rows["method"].tolist() == 4 * ["ud2m"] + 4 * ["pinv"]
 
 
 def test_frechet_distances_are_those_of_the_stored_features(tiny_prior, tmp_path):

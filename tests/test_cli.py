@@ -14,6 +14,7 @@ from PIL import Image
 from scipy import signal
 from torchvision.transforms.functional import to_pil_image
 
+from deepinv_ud2m import cli
 from deepinv_ud2m.cli import main
 from deepinv_ud2m.data import load_image, photograph
 from deepinv_ud2m.photographs import physics_of, read_kernel, read_photograph
@@ -105,6 +106,24 @@ def test_a_folder_goes_on_after_a_file_that_is_none(folder, tmp_path, capsys):
     assert main(["restore", str(tmp_path), "--task", "denoise", "--samples", "2", "--out", str(out)]) == 1
     assert "1b.png cannot be read" in capsys.readouterr().err
     assert sorted(file.name for file in out.glob("*.json")) == ["0.png.json", "1.png.json"]
+
+
+def test_a_folder_goes_on_where_the_memory_is_too_small_for_one(tmp_path, monkeypatch, capsys):
+    for i in range(2):
+        to_pil_image(photograph("chelsea")[0, :, :32, 40 * i : 40 * i + 32]).save(tmp_path / f"{i}.png")
+
+    def restored(model, file, *arguments, done=cli._restore_file):
+        if file.name == "0.png":
+            raise torch.OutOfMemoryError("too large")
+        return done(model, file, *arguments)
+
+    monkeypatch.setattr(cli, "_restore_file", restored)
+    command = ["--task", "denoise", "--noise", "0.05", "--samples", "2", "--out", str(tmp_path / "out")]
+    assert main(["restore", str(tmp_path / "0.png"), *command]) == 2
+    assert main(["restore", str(tmp_path), *command]) == 1
+    error = capsys.readouterr().err
+    assert "error: too large" in error and "0.png: too large" in error
+    assert [file.name for file in (tmp_path / "out").glob("*.json")] == ["1.png.json"]
 
 
 @pytest.mark.slow

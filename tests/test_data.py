@@ -154,7 +154,7 @@ def test_resized_crops_have_room_for_the_shorter_side_only(folder):
     windows[1::2] = windows[1::2].flip(-1)
     distances = (drawn[:, None] - windows).abs().amax((2, 3, 4)).amin(1)
     assert (distances < 1e-4).sum() > 3
-    refused((lambda: crops.hold_out(3), "num must be below the 3 images"))
+    refused((lambda: crops.hold_out(3), "num must be below the 3 photographs"))
 
 
 def test_without_reduction_a_crop_is_a_part_of_the_photograph_turned(tmp_path):
@@ -197,6 +197,10 @@ def test_photographs_that_are_small_or_held_out(tmp_path):
     assert held.shape == (1, 3, 32, 32) and torch.allclose(255 * held, torch.tensor(40.0))
     seen = {round(255 * crop[0, 0, 0].item()) for crop in (crops[i] for i in range(50))}
     assert seen == {10, 30}, "neither the small one nor the one that is held out"
+    named = RandomCrops(tmp_path, 32, 50, skip_small=True)
+    assert torch.equal(named.hold_out([named.labels[-1]]), held) and named.labels == crops.labels
+    with pytest.raises(ValueError, match=r"num must be of the labels of the photographs, got \['x.png'\]"):
+        named.hold_out(["x.png"])
     with pytest.raises(ValueError, match="num must be below the 2 photographs, got 2"):
         crops.hold_out(2)
     with pytest.raises(ValueError, match=r"no photograph in .* has sides of 80 pixels"):

@@ -113,6 +113,58 @@ def test_digits_in_three_stages(tmp_path):
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
 
 
+def test_a_run_that_was_stopped_between_stages_ends_with_the_same_bits(tmp_path):
+    """Discriminators start alike; of a stage that is done, the prior is checked, and its folder repaired."""
+    losses = [{"loss": "l2"}, {"loss": "adversarial", "num_layers": 2}]
+    small = {"sigmas": [78.7, 0.2], "delta": [2.0], "rho": [2.0], "initial": "wiener", "rank": 1}
+    small |= {"evaluations": 1, "validation_images": 2, "validation_samples": 2, "factors": [1.0]}
+    recipe = Recipe([Stage("single", 2, 2), Stage("single", 2, 2)], losses=losses, **small)
+    noise, images = dinv.physics.GaussianNoise(0.05), mnist_digits(num=8)
+    physics = [dinv.physics.Inpainting((1, 32, 32), mask=0.5, noise_model=noise)]
+    distill("mnist", physics, images, recipe, tmp_path, verbose=False)
+    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+    for gone in ("model", "1_single", "0_single/final"):
+        shutil.rmtree(tmp_path / gone)
+    (tmp_path / "0_single" / "final").mkdir()
+    distill("mnist", physics, images, recipe, tmp_path, verbose=False)
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
+    other = load_prior("mnist")
+    next(other.parameters()).data.mul_(1.01)
+    with pytest.raises(ValueError, match="is of another run: its prior is"):
+        distill(other, physics, images, recipe, tmp_path, verbose=False)
+
+
+def test_what_is_wrong_with_a_late_stage_is_told_before_the_first(tmp_path, monkeypatch):
+    noise, images = dinv.physics.GaussianNoise(0.05), mnist_digits(num=8)
+    linear = dinv.physics.Inpainting((1, 32, 32), mask=0.5, noise_model=noise)
+    other = type("NoProx", (dinv.physics.Physics,), {})()
+    recipe = Recipe.read("default", validation_images=2)
+    recipe.stages = [Stage("initial", 1, 2, accumulate=2), Stage("single", 1, 2)]
+    with pytest.raises(TypeError, match=r"physics must have a prox_l2, .* NoProx has none"):
+        distill("mnist", [linear, other], images, recipe, tmp_path / "a")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"accumulate of each stage must be a multiple .* 2, .* got 1"):
+        distill("mnist", [linear], images, recipe, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_photographs_that_are_held_out_are_those_of_all_sizes(tmp_path):
+    """Two are too small for the largest crops, and the last of their names."""
+    for i, side in enumerate((70, 80, 70, 80, 40, 40)):
+        save_image(torch.full((1, 3, side, side), 0.1 * i), tmp_path / f"{i}.png")
+    stages = [Stage("single", 1000, 1, size) for size in (32, 64, 32)]
+    recipe = replace(Recipe.read("default", validation_images=2), stages=stages)
+    crops = preparation._crops(tmp_path, recipe, None)
+    assert {size: len(read.photographs) for size, (read, _) in crops.items()} == {32: 4, 64: 2}
+    for size, (read, held_out) in crops.items():
+        assert held_out.shape == (2, 3, size, size)
+        assert held_out.mean((1, 2, 3)).tolist() == pytest.approx([0.2, 0.3], abs=0.01)
+        train, _ = preparation._data(tmp_path, recipe, stages[0], None, crops)
+        assert len(train) == 100, "a long epoch would be read again by a run that goes on"
+        shades = {round(10 * read[0].mean().item()) for _ in range(40)}
+        assert not shades & {2, 3}
+
+
 @pytest.mark.slow
 def test_photographs_by_the_command_line(photos, tmp_path):
     recipe = miniature("photos.yaml", tasks=["deblur-motion-valid", "jpeg-10"])
@@ -200,7 +252,7 @@ def test_a_plan_names_what_is_missing_and_measures_a_step_of_each_stage(photos, 
     missing, *_, first, second, total = text.splitlines()
     assert missing.startswith("missing: the weights of the prior 'ffhq256' are not here")
     assert "vgg" in text.lower()
-    measured = r" x 1 images of 32x32 pixels: [\d.e-]+ s the first step, [\d.]+ GiB at its peak; "
+    measured = r" x 1 images of 32x32 pixels: [\d.e-]+ s a step, [\d.]+ GiB at its peak; "
     assert re.match(f"single, 2{measured}500 steps take", first), first
     assert re.match(f"end_to_end, 1{measured}100 steps take", second), second
     assert total.startswith("all: about")

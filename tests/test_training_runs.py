@@ -34,9 +34,9 @@ from distillation import (
 from torch.utils.data import DataLoader, DistributedSampler
 
 from deepinv_ud2m import UD2M
-from deepinv_ud2m.metrics import energy_score
+from deepinv_ud2m.metrics import energy_score, spread_skill_ratio
 from deepinv_ud2m.physics import JointGenerator
-from deepinv_ud2m.training import EnergyScoreLoss, L2Loss
+from deepinv_ud2m.training import DiversityController, EnergyScoreLoss, L2Loss
 from deepinv_ud2m.training.checkpoints import lock, read_checkpoint
 from deepinv_ud2m.training.randomness import BatchStream, find_generators, seed_all
 
@@ -171,6 +171,35 @@ def test_weights_of_losses_may_change_between_steps(tiny_prior, tmp_path):
         trainer.log_metrics_mlops = lambda *a, w=losses.diversity_weight, **k: w.update({physics: 1.1})
         trainer.train()
     assert trainer.completed == 2 and losses.diversity_weight[physics] == 1.1
+
+
+def test_a_trainer_goes_on_after_its_controller_acted(tiny_prior, tmp_path):
+    """Also if it evaluates before it trains, or trains again with more steps."""
+
+    def trainer(steps):
+        physics = mask()
+        controller = DiversityController([physics], kappa=0.5)
+        return make_trainer(
+            tiny_prior,
+            physics=physics,
+            controller=controller,
+            losses=EnergyScoreLoss(diversity_weight=controller.weights),
+            eval_dataloader=DataLoader(images(2), 2),
+            sample_metrics={"energy score": energy_score, "spread-skill ratio": spread_skill_ratio},
+            eval_interval=1,
+            steps=steps,
+            save_path=tmp_path,
+        )
+
+    first = trainer(2)
+    first.train()
+    assert first.controller.state() != [1.0]
+    first.steps = 3
+    first.train()
+    again = trainer(4)
+    again.evaluate()
+    again.train()
+    assert again.completed == 4
 
 
 def in_a_child(function, *arguments):

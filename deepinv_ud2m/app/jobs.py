@@ -245,7 +245,7 @@ def run_job(model: UD2M, job: Job, *, prior: Denoiser | None = None, report: Rep
     if job.with_diffpir:
         try:
             result.diffpir = diffpir(prior, y, physics, result.noise, job.seed, told)
-        except (ValueError, Stopped) as error:
+        except (ValueError, RuntimeError, Stopped) as error:  # what UD2M drew is not lost
             result.messages.append(f"DiffPIR is not shown: {error}")
     if x is not None:
         result.x, result.psnr = x, _psnr(result, x, damage.kind == "sr")

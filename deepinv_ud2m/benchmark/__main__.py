@@ -22,6 +22,7 @@ from deepinv_ud2m.benchmark.methods import (
     Entry,
     Method,
     Search,
+    check_labels,
     load_file,
     read_methods,
 )
@@ -58,9 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    state = PartialState(cpu=args.device == "cpu")
-    if args.device == "cuda":  # one for each process
-        args.device = str(state.device)
+    state = _start(args)
     study = _study(args)
     study.metric = perceptual_metric(study.x, args.perceptual)
     study.batch_size = check_count("--batch-size", args.batch_size)
@@ -97,20 +96,35 @@ def _gaussian(args: argparse.Namespace) -> None:
 
 
 def _paper(args: argparse.Namespace) -> None:
-    state = PartialState(cpu=args.device == "cpu")
-    args.device = str(state.device) if args.device == "cuda" else args.device
-    entries = [Entry("ud2m-distilled", f"UD2M {Path(c).name}", {"checkpoint": c}) for c in args.checkpoints]
+    state = _start(args)
+    entries = [Entry("ud2m-distilled", f"UD2M {c}", {"checkpoint": c}) for c in args.checkpoints]
     methods = entries + read_methods(args.methods or ["diffpir", "dps", "ddrm"])
+    check_labels(methods)
     names = ("number", "weights", "settings", "perceptual", "download", "smoke", "batch_size", "device")
     options = {name: getattr(args, name) for name in names}
     missing: list[str] | None = [] if args.dry_run else None
     study = make_study(args.table, args.images, methods, missing=missing, **options)
+    study.bfloat16 = args.bfloat16
     if args.dry_run:
         print("\n".join([*(f"missing: {what}" for what in missing or []), plan(args.table, study)]))
         return
-    measure_table(args.out, args.table, study, args.bfloat16)
+    measure_table(args.out, args.table, study)
     if state.is_main_process:
         print((args.out / "paper.md").read_text())
+
+
+def _start(args: argparse.Namespace) -> PartialState:
+    """The processes of a run, each with a device of its own."""
+    _check_device(args.device)
+    state = PartialState(cpu=args.device == "cpu")
+    if args.device == "cuda":
+        args.device = str(state.device)
+    return state
+
+
+def _check_device(device: str) -> None:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device is {device!r}, but there is no CUDA device here")
 
 
 def _study(args: argparse.Namespace, *given: Any) -> Study:
@@ -126,8 +140,7 @@ def _study(args: argparse.Namespace, *given: Any) -> Study:
 
 def _load(args: argparse.Namespace) -> tuple[Denoiser, Tensor]:
     """Prior and images."""
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device is {args.device!r}, but there is no CUDA device here")
+    _check_device(args.device)
     check_count("--images", 1 if args.images is None else args.images)
     digits = args.data in ("test", "validation")
     if args.prior is None and not digits:

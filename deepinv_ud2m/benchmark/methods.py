@@ -117,10 +117,15 @@ def read_methods(given: Sequence[str]) -> list[Entry]:
             except (TypeError, AttributeError) as error:
                 wanted = "a name, and of label, settings (value by name) and grid (list of values by name)"
                 raise ValueError(f"entries of {item} must have {wanted}, got {one}") from error
+    check_labels(entries)
+    return entries
+
+
+def check_labels(entries: Sequence[Entry]) -> None:
+    """Refuse two methods of one label, whose rows could not be told apart."""
     labels = [entry.label for entry in entries]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise ValueError(f"labels of methods must differ, but {twice} come twice: set label")
-    return entries
 
 
 def load_file(file: str | Path, name: str, registry: dict, kind: type) -> None:

@@ -8,7 +8,6 @@ interrupted run goes on, and processes of ``torchrun`` share it.
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -255,19 +254,16 @@ def _pixels(x: Tensor) -> Tensor:
     return torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)
 
 
-def measure_table(folder: str | Path, table: int, study: Study, bfloat16: bool = False) -> pd.DataFrame:
+def measure_table(folder: str | Path, table: int, study: Study) -> pd.DataFrame:
     """
     Run a study of :func:`make_study`, and write ``paper.csv`` and ``paper.md``, beside the paper's figures.
 
     :param str, pathlib.Path folder: folder of the results.
     :param int table: 1 or 2.
     :param Study study: what to compare.
-    :param bool bfloat16: networks in mixed precision (default: ``False``).
     :returns: PSNR, LPIPS and FID by task and method; nothing but in the first of several processes.
     """
-    device = study.x.device.type
-    with torch.autocast(device, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
-        run(folder, study)
+    run(folder, study)
     if not PartialState().is_main_process:  # it alone has stored the rows of all
         return pd.DataFrame()
     folder, lines = Path(folder), []
@@ -330,7 +326,7 @@ def plan(table: int, study: Study) -> str:
     for needs_gradient in (False, True):
         peak_gb(x.device)
         start = time.perf_counter()
-        with torch.set_grad_enabled(needs_gradient):
+        with torch.set_grad_enabled(needs_gradient), study.autocast():
             out = study.prior(x.clone().requires_grad_(needs_gradient), sigma)
             if needs_gradient:
                 out.sum().backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gzip
 import io
 import json
 import os
@@ -74,8 +75,11 @@ class Results:
         else:  # a run that came to nothing does not bind the folder
             about = {"setup": self.setup, "machine": machine()}
             write_file(self.folder / "setup.json", json.dumps(about, indent=1) + "\n")
+        packed = self.file.with_suffix(".csv.gz")
         if self.file.is_file():  # a line that a kill cut short
             os.truncate(self.file, self.file.read_bytes().rfind(b"\n") + 1)
+        elif packed.is_file():  # new rows go after those of before
+            write_file(self.file, gzip.decompress(packed.read_bytes()))
         return rows
 
     def done(self, head: Mapping, digests: Sequence[str]) -> dict[int, int]:

@@ -65,6 +65,7 @@ class Study:
     features: Callable[[Tensor], Tensor] | None = None  #: for Fréchet distances, by default of the metric
     search: Search = field(default_factory=Search)  #: searched settings
     names: dict = field(default_factory=dict)  #: of prior and images, for the record
+    bfloat16: bool = False  #: whether samplers run in mixed precision
 
     def __iter__(self) -> Iterator[tuple[str, Physics, Entry]]:
         for task in self.tasks:
@@ -72,6 +73,10 @@ class Study:
             physics = make_physics(task, (channels, height, width), self.sigma_y, self.x.device)
             fitting = (entry for entry in self.methods if isinstance(physics, entry.method.physics))
             yield from ((task, physics, entry) for entry in fitting)
+
+    def autocast(self) -> torch.autocast:
+        """What samplers run in."""
+        return torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     @property
     def features_of_images(self) -> Callable[[Tensor], Tensor] | None:
@@ -81,7 +86,8 @@ class Study:
     @property
     def setup(self) -> dict:
         """What makes rows comparable."""
-        setup = {**self.names, "prior_weights": fingerprint(self.prior), "shape": list(self.x.shape[1:])}
+        weights = fingerprint(self.prior) + " in bfloat16" * self.bfloat16
+        setup = {**self.names, "prior_weights": weights, "shape": list(self.x.shape[1:])}
         network = self.metric and self.metric.network
         return setup | {"sigma_y": self.sigma_y, "seed": self.seed, "perceptual": network}
 
@@ -128,7 +134,8 @@ def _run_method(
         y = measure(physics, x, images, study.seed)
         # Mixed once more, so that no sample shares its seed with a measurement.
         seed = _mix(study.seed, 2, images[0] + 1)
-        samples, cost = draw(sampler, study.prior, y, physics, num_samples, seed)
+        with study.autocast():
+            samples, cost = draw(sampler, study.prior, y, physics, num_samples, seed)
         if not samples.isfinite().all():
             raise ValueError(f"samples of {entry.label!r} on {task} are not finite, settings {settings}")
         columns, arrays = evaluate(samples, x, y, physics, study.metric, study.features_of_images)

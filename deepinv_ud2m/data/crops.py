@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,8 @@ from tqdm.auto import tqdm
 
 from deepinv_ud2m.checks import check_count
 from deepinv_ud2m.data.images import check_channels, open_images
+
+_T = TypeVar("_T")
 
 
 class RandomCrops(Dataset):
@@ -53,7 +57,7 @@ class RandomCrops(Dataset):
         if not 1 <= max_scale < math.inf:
             raise ValueError(f"max_scale must be at least 1, got {max_scale}")
         self.max_scale = max_scale
-        files, self.photographs = open_images(folder), []
+        files, self.photographs, self.labels = open_images(folder), [], []
         for i, label in enumerate(tqdm(files.labels, desc="photographs", disable=not verbose)):
             image = files.image(i, channels)
             height, width = image.shape[-2:]
@@ -62,31 +66,31 @@ class RandomCrops(Dataset):
                     continue
                 raise ValueError(f"{label} is {height}x{width} pixels, but the crops are {size}x{size}")
             self.photographs.append((255 * image).round().byte().contiguous())
+            self.labels.append(label)
         if not self.photographs:
             raise ValueError(f"no photograph in {folder} has sides of {size} pixels, those of the crops")
         areas = [photograph[0].numel() for photograph in self.photographs]
         self.weights = torch.tensor(areas, dtype=torch.float32).sqrt()
 
-    def hold_out(self, num: int) -> Tensor:
+    def hold_out(self, num: int | Sequence[str]) -> Tensor:
         """
-        Take the last photographs out, and return the largest squares in their centres, reduced to crops.
+        Take photographs out, and return the largest squares in their centres, reduced to crops.
 
-        :param int num: number of photographs, below those there are.
+        :param int, list num: number of photographs, the last ones, below those there are; or some of
+            ``labels``, the names of the photographs.
         :returns: images `[num, C, size, size]` in [0, 1].
-        :raises ValueError: for another number.
+        :raises ValueError: for another number, or labels that there are not.
         """
-        check_count("num", num)
-        if num >= len(self.photographs):
-            raise ValueError(f"num must be below the {len(self.photographs)} photographs, got {num}")
-        held, self.photographs = self.photographs[-num:], self.photographs[:-num]
-        self.weights = self.weights[:-num]
+        held, kept = _places(num, self.labels)
         squares = []
-        for photograph in held:
+        for photograph in (self.photographs[i] for i in held):
             height, width = photograph.shape[-2:]
             side = min(height, width, round(self.max_scale * self.size))
             top, left = (height - side) // 2, (width - side) // 2
             square = photograph[None, :, top : top + side, left : left + side].float() / 255
             squares.append(F.interpolate(square, (self.size, self.size), mode="bilinear", antialias=True))
+        self.photographs, self.labels = _of(self.photographs, kept), _of(self.labels, kept)
+        self.weights = self.weights[kept]
         return torch.cat(squares)
 
     def __len__(self) -> int:
@@ -128,20 +132,22 @@ class ResizedCrops(Dataset):
         self.size, self.num, self.channels = check_count("size", size), check_count("num", num), channels
         check_channels(channels)
         self.images = open_images(folder, nested=True)
-        self.indices = range(len(self.images.labels))
+        self.labels = list(self.images.labels)
+        self.indices = list(range(len(self.labels)))
 
-    def hold_out(self, num: int) -> Tensor:
+    def hold_out(self, num: int | Sequence[str]) -> Tensor:
         """
-        Take the last images out, and return the crops in their centres.
+        Take images out, and return the crops in their centres.
 
-        :param int num: number of images, below those there are.
+        :param int, list num: number of images, the last ones, below those there are; or some of ``labels``,
+            the names of the images.
         :returns: images `[num, C, size, size]` in [0, 1].
-        :raises ValueError: for another number.
+        :raises ValueError: for another number, or labels that there are not.
         """
-        if check_count("num", num) >= len(self.indices):
-            raise ValueError(f"num must be below the {len(self.indices)} images, got {num}")
-        self.indices, held = self.indices[:-num], self.indices[-num:]
-        return torch.stack([self.centre(i) for i in held])
+        held, kept = _places(num, self.labels)
+        crops = torch.stack([self.centre(self.indices[i]) for i in held])
+        self.indices, self.labels = _of(self.indices, kept), _of(self.labels, kept)
+        return crops
 
     def centre(self, index: int) -> Tensor:
         """The crop `[C, size, size]` in the centre of an image, by its place among all of them."""
@@ -165,3 +171,19 @@ class ResizedCrops(Dataset):
             raise IndexError(index)  # ends a loop over the dataset
         crop = self._crop(int(torch.randint(len(self.indices), (1,))), *torch.rand(2).tolist())
         return crop.flip(-1) if torch.randint(2, (1,)).item() else crop
+
+
+def _of(items: list[_T], places: list[int]) -> list[_T]:
+    return [items[i] for i in places]
+
+
+def _places(num: int | Sequence[str], labels: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Places of what is held out, and of what is kept."""
+    if isinstance(num, Sequence):
+        if unknown := sorted({*num} - {*labels}):
+            raise ValueError(f"num must be of the labels of the photographs, got {unknown}")
+    elif check_count("num", num) >= len(labels):
+        raise ValueError(f"num must be below the {len(labels)} photographs, got {num}")
+    wanted = {*(num if isinstance(num, Sequence) else labels[-num:])}
+    held = [i for i, label in enumerate(labels) if label in wanted]
+    return held, [i for i, label in enumerate(labels) if label not in wanted]

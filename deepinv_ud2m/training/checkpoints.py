@@ -96,7 +96,8 @@ def load_run(trainer: DistillationTrainer, file: Path) -> None:
         trainer.adversary.load_state_dict(state["adversary"])
     if trainer.controller is not None:
         trainer.controller.load(state["controller"])
-    trainer.turns.seek(state["data"])
+    if state["step"] < trainer.steps:  # a run that is done needs no data
+        trainer.turns.seek(state["data"])
     trainer.history.load(*state["history"])
     trainer.completed, trainer.places = state["step"], state["data"]
     trainer.evaluated, trainer.best = state["evaluated"], state["best"]

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from deepinv_ud2m.counting import peak_gb
 from deepinv_ud2m.data.crops import RandomCrops, ResizedCrops
-from deepinv_ud2m.files import check_digest, read_json, read_weights, write_file
+from deepinv_ud2m.files import write_file
 from deepinv_ud2m.initializers import Initializer
 from deepinv_ud2m.metrics import energy_score, spread_skill_ratio
 from deepinv_ud2m.sampler import UD2M
@@ -115,7 +115,8 @@ def distill(
     recipe = run.recipe
     write_file(run.folder / RECIPE, json.dumps(recipe.as_json(), indent=1) + "\n")
     for prepared in stages:
-        _run_stage(run, model, prepared)
+        # A stage that is done returns at once, from its checkpoint.
+        _trainer(run, model, prepared, run.folder / prepared.name).train()
     *_, pairs, _, held_out = stages[-1]
     factor = _set_noise(run, model, pairs, held_out) if len(recipe.factors) > 1 else 1.0
     metadata = {"recipe": recipe.as_json(), "factor of delta": factor}
@@ -137,7 +138,8 @@ def plan(
     device: torch.device | str | None = None,
 ) -> str:
     """
-    What a distillation would take: one step of each of its stages, at full size, measured here.
+    What a distillation would take: one step of each of its stages, at full size, measured here. With
+    ``fast`` it is the second step, for the first compiles the networks.
 
     Random weights stand in for those that are not here, which are named. Nothing is written. The arguments
     are those of :func:`distill`.
@@ -148,41 +150,49 @@ def plan(
     options = {"fast": fast, "checkpointing": checkpointing, "download": download, "verbose": False}
     run = Run.of(recipe, "", device, missing=[], **options)
     steps = [stage.steps for stage in run.recipe.stages]
-    run.recipe = replace(run.recipe, stages=[replace(stage, steps=1) for stage in run.recipe.stages])
+    tried = 2 if fast else 1  # the first step compiles
+    run.recipe = replace(run.recipe, stages=[replace(stage, steps=tried) for stage in run.recipe.stages])
     prior, initial = copy.deepcopy((prior, initial))  # which a step of training changes
     model, stages = prepare(run, prior, physics, images, initial, weights)
     lines, total = [], 0.0
     for prepared, count in zip(stages, steps, strict=True):
         trainer, stage = _trainer(run, model, prepared, None), prepared.stage
         peak_gb(run.device)
-        start = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - start
+        seconds = _time_of_last_step(trainer)
         total += seconds * count
         height, width = prepared.held_out.shape[-2:]
         lines.append(
             f"{stage.stage}, {stage.accumulate} x {stage.batch_size} images of {width}x{height} pixels: "
-            f"{seconds:.3g} s the first step, {peak_gb(run.device):.1f} GiB at its peak; {count} steps take "
+            f"{seconds:.3g} s a step, {peak_gb(run.device):.1f} GiB at its peak; {count} steps take "
             f"{seconds * count / 3600:.2g} hours"
         )
     lines.append(f"all: about {total / 3600:.2g} hours by one process, besides evaluations")
     return "\n".join([*(f"missing: {what}" for what in run.missing or []), *lines])
 
 
-def _run_stage(run: Run, model: UD2M, prepared: Prepared) -> None:
-    folder = run.folder / prepared.name
-    if not (folder / "final").is_dir():
-        _trainer(run, model, prepared, folder).train()
-        return
-    weights = folder / "final" / "model.safetensors"  # done before
-    check_digest(weights, read_json(folder / "final" / "config.json")["weights"]["sha256"])
-    model.unfolded.load_state(read_weights(weights))
+def _time_of_last_step(trainer: DistillationTrainer) -> float:
+    """Train, and return the seconds of the last step."""
+    step, seconds = trainer.train_step, 0.0
+
+    def timed(number: int) -> dict[str, float]:
+        nonlocal seconds
+        start = time.perf_counter()
+        logs = step(number)
+        seconds = time.perf_counter() - start
+        return logs
+
+    trainer.train_step = timed  # type: ignore[method-assign,assignment]
+    trainer.train()
+    return seconds
 
 
 def _trainer(run: Run, model: UD2M, prepared: Prepared, folder: Path | None) -> DistillationTrainer:
     """The trainer of a stage; without a folder it evaluates and writes nothing."""
     stage, name, pairs, train, held_out = prepared
     recipe, (physics, generators) = run.recipe, zip(*pairs, strict=True)
+    seed_all(
+        [recipe.seed, *name.encode()]
+    )  # a discriminator starts alike, whether the run was stopped or not
     of_samples = stage.stage != "initial"
     controller = adversary = None
     losses: Loss | list[Loss] = GaussianNLLLoss()

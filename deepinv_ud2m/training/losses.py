@@ -275,9 +275,9 @@ class EnergyScoreLoss(WeightedLoss):
 
     def extra_repr(self) -> str:
         patches = "" if self.patch_size is None else f", patch_size={self.patch_size}"
-        weights = self.diversity_weight
-        each = weights.values() if isinstance(weights, Mapping) else [weights]
-        shown = ", ".join(f"{c:g}" for c in each)
+        weight = self.diversity_weight
+        # Weights of each physics change in training, and this describes a run.
+        shown = "of each physics" if isinstance(weight, Mapping) else f"{weight:g}"
         diversity = "" if shown == "1" else f", diversity_weight={shown}"
         return f"num_samples={self.num_samples}{patches}{diversity}, {super().extra_repr()}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from deepinv_ud2m.initializers import (
     WienerInitializer,
 )
 from deepinv_ud2m.physics import make_generator, make_physics
-from deepinv_ud2m.physics.traits import is_linear
+from deepinv_ud2m.physics.traits import check_has_prox, is_linear
 from deepinv_ud2m.priors import PUBLISHED, PriorInfo, add_lora, load_prior, random_prior
 from deepinv_ud2m.sampler import UD2M
 from deepinv_ud2m.training.adversarial import Adversary
@@ -38,6 +39,9 @@ from deepinv_ud2m.unfolded import UnfoldedDenoiser
 
 #: Images that the Wiener filter is fitted to.
 _FITTED = 10_000
+
+#: Most steps of an epoch of crops.
+_EPOCH = 100
 
 #: The recipe of a run, in its folder.
 RECIPE = "recipe.json"
@@ -132,14 +136,21 @@ def prepare(
         raise ValueError("prior must be given, or be named by the recipe")
     _check_physics(physics, recipe)
     _check_images(images)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if wrong := [stage.accumulate for stage in recipe.stages if stage.accumulate % processes]:
+        raise ValueError(
+            f"accumulate of each stage must be a multiple of the number of processes, {processes}, which "
+            f"share the batches of a step; got {wrong[0]}"
+        )
     if run.missing is None:
         _check_folder(run)
     torch.manual_seed(recipe.seed)  # for random weights
     name, prior = _prior(run, prior, weights)
-    crops: dict[int, tuple] = {}
+    info = getattr(prior, "prior_info", None)
+    crops = _crops(images, recipe, info) if isinstance(images, str | Path) else {}
     stages = []
     for number, stage in enumerate(recipe.stages):
-        train, held_out = _data(images, recipe, stage, getattr(prior, "prior_info", None), crops)
+        train, held_out = _data(images, recipe, stage, info, crops)
         pairs = _physics(physics, recipe, stage, tuple(held_out.shape[1:]), run.device)
         stages.append(Prepared(stage, f"{number}_{stage.stage}", pairs, train, held_out))
     run.losses(held_out.shape[1])
@@ -157,6 +168,7 @@ def _check_physics(physics: Sequence[Physics | tuple] | None, recipe: Recipe) ->
         one = one[0] if isinstance(one, tuple) else one
         if not isinstance(one, Physics):
             raise TypeError(f"physics must be of deepinv, or pairs of one and its generator, got {one!r}")
+        check_has_prox(one)
 
 
 def _check_images(images: Any) -> None:
@@ -243,24 +255,34 @@ def _initial(run: Run, name: str | None, images: Any) -> Initializer:
     return PosteriorMeanInitializer.from_prior(name, wiener, **level)
 
 
+def _crops(folder: str | Path, recipe: Recipe, info: PriorInfo | None) -> dict[int, tuple]:
+    """By size: crops to train with, and crops of the photographs that are held out, the same of all sizes."""
+    channels, crops, sizes = getattr(info, "channels", 3), {}, set()
+    for stage in recipe.stages:
+        if stage.size is None:
+            raise ValueError(f"size of the stage {stage.stage!r} must be given, for crops of photographs")
+        sizes.add(stage.size)
+    held: int | list[str] = recipe.validation_images
+    for size in sorted(sizes, reverse=True):  # the photographs that are held out have room for all crops
+        if recipe.resized:
+            read: ResizedCrops | RandomCrops = ResizedCrops(folder, size, 1, channels)
+        else:
+            read = RandomCrops(folder, size, 1, channels, skip_small=True)
+        held = read.labels[-held:] if isinstance(held, int) else held
+        crops[size] = read, read.hold_out(held)
+    return crops
+
+
 def _data(
     images: Any, recipe: Recipe, stage: Stage, info: PriorInfo | None, crops: dict
 ) -> tuple[Dataset, Tensor]:
-    """Training images, and those that are held out. Photographs are read once for each size of crops."""
+    """Training images, and those that are held out."""
     held, batch = recipe.validation_images, stage.batch_size * stage.accumulate
-    if isinstance(images, str | Path):
-        if stage.size is None:
-            raise ValueError(f"size of the stage {stage.stage!r} must be given, for crops of photographs")
-        if stage.size not in crops:
-            channels = getattr(info, "channels", 3)
-            if recipe.resized:
-                read: ResizedCrops | RandomCrops = ResizedCrops(images, stage.size, 1, channels)
-            else:
-                read = RandomCrops(images, stage.size, 1, channels, skip_small=True)
-            crops[stage.size] = read, read.hold_out(held)
+    if crops:
         read, held_out = crops[stage.size]
         train = copy.copy(read)
-        train.num = stage.steps * batch
+        # Crops have no order. Of a long epoch, a run that goes on would read and drop all it has had.
+        train.num = min(stage.steps, _EPOCH) * batch
         return train, held_out
     if len(images) < held + batch:
         raise ValueError(
