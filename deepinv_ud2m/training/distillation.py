@@ -190,9 +190,8 @@ def _trainer(run: Run, model: UD2M, prepared: Prepared, folder: Path | None) -> 
     """The trainer of a stage; without a folder it evaluates and writes nothing."""
     stage, name, pairs, train, held_out = prepared
     recipe, (physics, generators) = run.recipe, zip(*pairs, strict=True)
-    seed_all(
-        [recipe.seed, *name.encode()]
-    )  # a discriminator starts alike, whether the run was stopped or not
+    # A discriminator starts alike, whether the run was stopped or not.
+    seed_all([recipe.seed, *name.encode()])
     of_samples = stage.stage != "initial"
     controller = adversary = None
     losses: Loss | list[Loss] = GaussianNLLLoss()
