@@ -89,7 +89,7 @@ class Problem:
         if channels is not None:
             check_count("channels", channels)
         _check_measurements(y)
-        level = _check_level(noise_level(physics, sigma_y))
+        level = check_level(noise_level(physics, sigma_y))
         # Without a noise model, and without a level in its place, a floor is assumed.
         self.level_is_assumed = sigma_y is None and not has_noise(physics)
         self.y, self.physics = y, physics
@@ -101,6 +101,7 @@ class Problem:
         self.is_grey = self.shape[1] == 1 and channels != 1
         if self.is_grey:
             self.physics = ChannelMap.grey(physics, channels)
+            self.physics.weights = self.physics.weights.to(self.adjoint)  # once, and not in each call
             self.adjoint = self.adjoint.expand(-1, channels, -1, -1) / channels
         self.sigma_y = expand_scalar(level, self.adjoint, "sigma_y")
         self.is_per_image = is_per_image(self.physics, len(self.adjoint))
@@ -109,6 +110,11 @@ class Problem:
         self._view = self._remember_adjoint()
         self._structure: Any = None
         if self.is_linear and not self.has_closed_form():
+            if self.adjoint.dtype in (torch.float16, torch.bfloat16):
+                raise ValueError(
+                    f"y must be of single or double precision for {type(physics).__name__}, whose prox has "
+                    f"no closed form, got {self.adjoint.dtype}: give y.float() and physics.float()"
+                )
             with torch.autocast(self.device.type, enabled=False):
                 self._structure = find_structure(self.physics, self.shape, y, self.adjoint, self.is_per_image)
         for complaint in complaints(physics, y):
@@ -186,7 +192,8 @@ class Problem:
 
     def A_dagger(self) -> Tensor:
         r""":math:`A^\dagger y` of the measurements of this problem, `[B, C, H, W]`."""
-        return self._by_copy(self.physics.A_dagger, self.y)
+        physics = copy.copy(self.physics)  # deepinv's stores its solver in the physics
+        return self._by_copy(physics.A_dagger, self.y)
 
     def has_closed_form(self) -> bool:
         """Whether the prox is exact without iterations."""
@@ -312,7 +319,12 @@ def _check_measurements(y: Tensor | TensorList) -> None:
             raise ValueError("y must be finite, but it has NaN or infinite values")
 
 
-def _check_level(sigma_y: Scalar) -> Scalar:
+def check_level(sigma_y: Scalar) -> Scalar:
+    """
+    A noise level as it is.
+
+    :raises TypeError, ValueError: for another type, or a number out of range. It warns above 1.
+    """
     try:
         level = torch.as_tensor(sigma_y)
         in_range = bool(((level >= SMALLEST) & (level <= LARGEST)).all())  # NaN is not

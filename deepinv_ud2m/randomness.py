@@ -7,7 +7,6 @@ A batch of streams stands wherever a :class:`torch.Generator` does: :func:`randn
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,9 +45,10 @@ class SampleStreams:
         return noise.to(like.dtype)
 
     def _draw_block(self, like: Tensor) -> Tensor:
-        shape = (self.block, *like.shape[1:])
-        options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
-        return torch.stack([torch.randn(shape, generator=g, **options) for g in self.generators])
+        block = like.new_empty(len(self.generators), self.block, *like.shape[1:])
+        for part, generator in zip(block, self.generators, strict=True):
+            torch.randn(part.shape, generator=generator, out=part)
+        return block
 
 
 def randn(like: Tensor, generator: torch.Generator | SampleStreams | None = None) -> Tensor:

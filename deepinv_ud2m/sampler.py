@@ -38,7 +38,7 @@ from deepinv_ud2m import checkpoint
 from deepinv_ud2m.checks import Scalar, check_count, check_device, check_interval, check_number
 from deepinv_ud2m.counting import CallCounter
 from deepinv_ud2m.initializers import Initializer
-from deepinv_ud2m.problem import Problem
+from deepinv_ud2m.problem import Problem, check_level
 from deepinv_ud2m.randomness import SampleStreams, draw_seeds, randn
 from deepinv_ud2m.residual import START_LEVEL, check_residual, estimate_noise
 from deepinv_ud2m.schedule import VPSchedule, check_sigmas
@@ -144,7 +144,12 @@ class UD2M(Reconstructor):
             raise ValueError("sigmas stand in place of num_steps and schedule: give one or the other")
         self.unfolded, self.eta = unfolded, check_number("eta", eta, 0, 1)
         self.output_range = check_interval("output_range", output_range)
-        self.nominal_rmse, self.sigma_y = _check_nominal_rmse(nominal_rmse, unfolded), sigma_y
+        self.nominal_rmse = _check_nominal_rmse(nominal_rmse, unfolded)
+        self.sigma_y = sigma_y
+        if sigma_y is not None and not isinstance(sigma_y, str):
+            check_level(sigma_y)
+        elif sigma_y not in (None, "estimate"):
+            raise ValueError(f"sigma_y must be a level or 'estimate', got {sigma_y!r}")
         if not isinstance(conformal, Mapping | None):
             raise TypeError(f"conformal must be Conformal by name, got {conformal!r}")
         self.conformal = {name: Conformal.of(one) for name, one in (conformal or {}).items()}
@@ -238,7 +243,7 @@ class UD2M(Reconstructor):
             has at least B images, one sample of each measurement.
         :param torch.Generator generator: random generator, on the device of ``y`` (default: PyTorch's own).
         :param float, torch.Tensor, str sigma_y: noise level, where the physics does not tell it. With
-            ``"estimate"`` it is found for each image by :meth:`estimate_sigma_y`, for two to four samples
+            ``"estimate"`` it is found for each image by :meth:`estimate_sigma_y`, for one to four samples
             more. A physics without noise has the level 0.005. Too low a level hurts more than too high a one.
         :param bool return_trajectory: also return all draws and states (default: ``False``).
         :param bool verbose: show a progress bar over levels and batches (default: ``False``).
@@ -277,6 +282,7 @@ class UD2M(Reconstructor):
         per_pass = max(1, (batch_size or _images_per_pass(problem)) // batch)
         passes = [seeds[i : i + per_pass * batch] for i in range(0, len(seeds), per_pass * batch)]
         noises = self.num_steps * (getattr(self.unfolded, "num_iterations", 1) + 1)  # images of one stream
+        noises = min(noises, _BLOCK)
         found: tuple[list[Tensor], ...] = [], [], []
         with tqdm(total=len(passes) * self.num_steps, desc="UD2M", disable=not verbose) as bar:
             for seeds_of_pass in passes:
@@ -491,10 +497,17 @@ class UD2M(Reconstructor):
         )
 
 
+#: Most images of noise of one sample that are drawn at once.
+_BLOCK = 32
+
+
 def _images_per_pass(problem: Problem) -> int:
     pixels = 8 * 128**2  # more leave the caches of a CPU: 32 at once take 1.6 times as long
     if problem.device.type == "cuda":
-        pixels = torch.cuda.mem_get_info(problem.device)[0] // 2**14  # 16 kB, for the largest networks
+        free, _ = torch.cuda.mem_get_info(problem.device)
+        # PyTorch keeps memory that it will use again.
+        free += torch.cuda.memory_reserved(problem.device) - torch.cuda.memory_allocated(problem.device)
+        pixels = free // 2**14  # 16 kB, for the largest networks
     return max(1, pixels // (problem.shape[-2] * problem.shape[-1]))
 
 

@@ -204,8 +204,11 @@ class UnfoldedDenoiser(Reconstructor):
         :param float, torch.Tensor sigma_y: noise level of ``y``; that of the physics by default.
         :param torch.Generator, SampleStreams generator: source of the K noise images.
         :returns: samples, of shape `[B, C, H, W]`.
-        :raises TypeError, ValueError: for a problem that :class:`deepinv_ud2m.Problem` refuses.
+        :raises TypeError, ValueError: for a problem that :class:`deepinv_ud2m.Problem` refuses, or levels out
+            of range.
         """
+        if isinstance(sigma, Tensor) and not bool(((sigma >= SMALLEST) & (sigma <= LARGEST)).all()):
+            raise ValueError(f"sigma must be in [{SMALLEST:g}, {LARGEST:g}], got {sigma.tolist()}")
         return self.draw(Problem(y, physics, sigma_y, x_s.shape[1]), x_s, sigma, generator=generator)
 
     def draw(

@@ -9,6 +9,7 @@ from torchvision.transforms.functional import to_pil_image
 from deepinv_ud2m import UD2M, Problem
 from deepinv_ud2m.data import photograph
 from deepinv_ud2m.physics import JPEG, ChannelMap
+from deepinv_ud2m.physics.traits import noise_level
 
 MASK = torch.rand(1, 1, 16, 16, generator=seeded(0)).lt(0.4).float()
 KERNEL = torch.rand(1, 1, 5, 3, generator=seeded(1))
@@ -104,6 +105,27 @@ def test_a_sampler_of_colour_images_restores_a_grey_jpeg_file(tmp_path):
         assert max(physics.violation(sample, y).item() for sample in samples) < 0.5
         error[kind] = (samples.mean(0) - x).mean(1).square().mean().sqrt().item()
     assert error["grey"] < 1.05 * error["colour"]
+
+
+def test_noise_and_complaints_are_those_of_the_physics_inside():
+    """Of a stack, whose children have the noise, and of noise that is set later."""
+    kernels = [KERNEL, 1.5 * KERNEL]
+    stack = dinv.physics.StackedLinearPhysics([dinv.physics.BlurFFT((1, 16, 16), filter=k) for k in kernels])
+    for child in stack.physics_list:
+        child.set_noise_model(dinv.physics.GaussianNoise(0.1))
+    mapped, x = ChannelMap.grey(stack), torch.rand(4, 3, 16, 16, generator=seeded(9))
+    y = mapped(x)
+    noise = torch.cat([(a - b).flatten() for a, b in zip(y, mapped.A(x), strict=True)])
+    assert noise.std().item() == pytest.approx(0.1, rel=0.1)  # 2048 values: 6 standard deviations
+    with pytest.warns(UserWarning, match="sum to 1.5, not to 1"):
+        problem = Problem(y, mapped)
+    assert problem.sigma_y.flatten().tolist() == pytest.approx([0.1] * 4)
+    blur = dinv.physics.BlurFFT((1, 16, 16), filter=KERNEL)
+    mapped = ChannelMap.grey(blur)
+    mapped.set_noise_model(dinv.physics.GaussianNoise(0.2))
+    assert noise_level(blur) == noise_level(mapped) == 0.2
+    blur.set_noise_model(dinv.physics.GaussianNoise(0.3))
+    assert noise_level(mapped) == 0.3
 
 
 def test_what_it_refuses():

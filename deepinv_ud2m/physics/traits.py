@@ -5,6 +5,7 @@ A physics may say these things itself, by methods of these names:
 - ``is_linear: bool``: whether its operator is linear, if it inherits from a linear physics;
 - ``has_closed_form_prox(shape) -> bool``: its ``prox_l2`` is exact for images of this shape;
 - ``is_per_image(batch_size) -> bool``: each image of a batch of this size has an operator of its own;
+- ``measures_as: Physics``: the physics inside, whose noise and measurements it has;
 - ``find_structure(find, shape, y, like, per_image)``: its :mod:`structure <deepinv_ud2m.structure>`, where
   ``find`` finds that of another physics, or ``NotImplemented``;
 - ``complaint(y) -> str | None``: a warning, if these measurements do not look like its own.
@@ -74,6 +75,7 @@ def noise_level(physics: Physics, sigma_y: Scalar | None = None) -> Scalar:
     """
     if sigma_y is not None:
         return sigma_y
+    physics = getattr(physics, "measures_as", physics)
     if isinstance(physics, StackedPhysics):
         levels = [torch.as_tensor(noise_level(child)) for child in physics.physics_list]
         if any(not torch.equal(level.flatten(), levels[0].flatten()) for level in levels[1:]):
@@ -98,6 +100,7 @@ def noise_level(physics: Physics, sigma_y: Scalar | None = None) -> Scalar:
 
 def has_noise(physics: Physics) -> bool:
     """Whether its noise model, or that of any child of a stack, is other than none."""
+    physics = getattr(physics, "measures_as", physics)
     if isinstance(physics, StackedPhysics):
         return any(has_noise(child) for child in physics.physics_list)
     return not isinstance(physics.noise_model, ZeroNoise)
@@ -111,6 +114,10 @@ def complaints(physics: Physics, y: Tensor) -> list[str]:
         a kernel `[b, c, h, w]`.
     :param torch.Tensor, deepinv.utils.TensorList y: measurements.
     """
+    physics = getattr(physics, "measures_as", physics)
+    if isinstance(physics, StackedPhysics):
+        children = zip(physics.physics_list, y, strict=True)
+        return list(dict.fromkeys(text for child, part in children for text in complaints(child, part)))
     found = []
     kernel = getattr(physics, "filter", None)
     if isinstance(kernel, Tensor) and kernel.ndim == 4:
