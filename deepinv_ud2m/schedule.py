@@ -138,14 +138,6 @@ def to_vp_state(x_s: Tensor, sigma: float | Tensor) -> Tensor:
     return (2 * x_s - 1) * _signal_scale(x_s, sigma)
 
 
-def from_vp_state(v: Tensor, sigma: float | Tensor) -> Tensor:
-    r"""
-    The noisy image of a VP state, :math:`x_s = (v_t / \sqrt{\bar\alpha} + 1) / 2`; the inverse of
-    :func:`to_vp_state`, with the same arguments.
-    """
-    return (v / _signal_scale(v, sigma) + 1) / 2
-
-
 def check_sigmas(sigmas: Sequence[float] | Tensor) -> Tensor:
     """
     Levels given by hand, as a tensor.

@@ -7,10 +7,10 @@ images (``grey-``), the means of the channels.
 
 Names that end with ``-paper`` are the operators of the paper, where ours differ or vary more.
 
-A new task is one entry in ``TASKS``. Every task but ``"demosaicing"``, which is of three, works with any
-number of channels. Sides are multiples of 4, and equal for tomography. :func:`make_physics` gives one
-operator for all images; its random masks and kernels have a fixed seed. :func:`make_generator` draws
-operators of the same kind, one for each image.
+A new task is one entry in ``TASKS``. Every task works with any number of channels, but ``"demosaicing"``
+with three and ``"jpeg-10"`` with one or three. Sides are multiples of 4, and equal for tomography.
+:func:`make_physics` gives one operator for all images; its random masks and kernels have a fixed seed.
+:func:`make_generator` draws operators of the same kind, one for each image.
 """
 
 from __future__ import annotations

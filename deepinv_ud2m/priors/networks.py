@@ -131,7 +131,6 @@ class VPDenoiser(Denoiser):
         shape `[B]` that are not integer.
     :param deepinv_ud2m.VPSchedule schedule: noise levels of the times (default: linear, 1000 times). At
         levels outside of it, the network gets the time of the nearer end.
-    :param str, None output: name of the last layer of the network, which the paper trains too.
     """
 
     def __init__(
@@ -139,18 +138,10 @@ class VPDenoiser(Denoiser):
         network: nn.Module,
         noise: Callable[[nn.Module, Tensor, Tensor], Tensor],
         schedule: VPSchedule | None = None,
-        output: str | None = None,
     ):
         super().__init__()
-        self.network, self.noise, self._output = network, noise, output
+        self.network, self.noise = network, noise
         self.schedule = schedule if schedule is not None else VPSchedule()
-
-    @property
-    def output_layer(self) -> nn.Module:
-        """The last layer of the network."""
-        if self._output is None:
-            raise ValueError("this denoiser was made without the name of its output layer")
-        return self.network.get_submodule(self._output)
 
     def forward(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         r"""

@@ -29,7 +29,6 @@ class Published:
     :param Callable build: ``build(full_size)`` gives the network with random weights, or a small one of
         its class.
     :param Callable noise: ``noise(network, v, t)`` gives the noise that the network predicts.
-    :param str output: name of the last layer of the network.
     :param str repository: name of the repository.
     :param str revision: its commit.
     :param tuple[str, ...] files: the file of weights. A diffusers network has further files.
@@ -41,7 +40,6 @@ class Published:
 
     build: Callable[[bool], nn.Module]
     noise: Callable[[nn.Module, Tensor, Tensor], Tensor]
-    output: str
     repository: str
     revision: str
     files: tuple[str, ...]
@@ -95,7 +93,7 @@ def load_published(
         with torch.device("meta"):
             network = card.build(True)
         load_weights(network, state, path)
-    return VPDenoiser(network, card.noise, output=card.output), card
+    return VPDenoiser(network, card.noise), card
 
 
 def random_prior(name: str, full_size: bool = False) -> Denoiser:
@@ -111,7 +109,7 @@ def random_prior(name: str, full_size: bool = False) -> Denoiser:
     if name not in PUBLISHED:
         raise ValueError(f"name must be one of {sorted(PUBLISHED)}, got {name!r}")
     card = PUBLISHED[name]
-    return VPDenoiser(card.build(full_size), card.noise, output=card.output)
+    return VPDenoiser(card.build(full_size), card.noise)
 
 
 def _find(name: str, card: Published, download: bool) -> Path:
@@ -184,7 +182,6 @@ PUBLISHED: dict[str, Published] = {
     "imagenet256": Published(
         build=lambda full_size: _diffunet(large=full_size),
         noise=_noise_of_diffunet,
-        output="out.2",
         repository="deepinv/diffunet",
         revision="6b0a2cf45decab1f022d22eefe3787d9d515f32b",
         files=("diffusion_openai.pt",),
@@ -195,7 +192,6 @@ PUBLISHED: dict[str, Published] = {
     "ffhq256": Published(
         build=lambda full_size: _diffunet(large=False),
         noise=_noise_of_diffunet,
-        output="out.2",
         repository="deepinv/diffunet",
         revision="6b0a2cf45decab1f022d22eefe3787d9d515f32b",
         files=("diffusion_ffhq_10m.pt",),
@@ -206,7 +202,6 @@ PUBLISHED: dict[str, Published] = {
     "lsun-bedroom256": Published(
         build=build_unet2d,
         noise=_noise_of_unet2d,
-        output="conv_out",
         repository="google/ddpm-ema-bedroom-256",
         revision="df329a8d5319a212e813ba83427e4af56760c35f",
         files=("diffusion_pytorch_model.bin", "config.json", "scheduler_config.json"),
