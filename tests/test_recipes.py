@@ -352,6 +352,7 @@ def test_distil_with_a_denoiser_and_a_physics_of_ones_own(tmp_path):
     assert after < 0.95 * before
 
 
+@pytest.mark.slow
 def test_a_classifier_of_digits(digits, tmp_path):
     data = ["--train", digits, "--test", digits]
     run("recipes/digit_classifier.py", *data, "--epochs", 1, "--out", tmp_path / "c")
