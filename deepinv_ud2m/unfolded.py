@@ -199,7 +199,7 @@ class UnfoldedDenoiser(Reconstructor):
 
         :param torch.Tensor y: measurements.
         :param deepinv.physics.Physics physics: the physics, per-sample operators included.
-        :param torch.Tensor x_s: noisy images, of shape `[B, C, H, W]`.
+        :param torch.Tensor x_s: noisy images, of shape `[B, C, H, W]`; taken in the precision of ``y``.
         :param float, torch.Tensor sigma: their level s, a scalar, `[B]` or `[B, 1, 1, 1]`, positive.
         :param float, torch.Tensor sigma_y: noise level of ``y``; that of the physics by default.
         :param torch.Generator, SampleStreams generator: source of the K noise images.
@@ -209,7 +209,10 @@ class UnfoldedDenoiser(Reconstructor):
         """
         if isinstance(sigma, Tensor) and not bool(((sigma >= SMALLEST) & (sigma <= LARGEST)).all()):
             raise ValueError(f"sigma must be in [{SMALLEST:g}, {LARGEST:g}], got {sigma.tolist()}")
-        return self.draw(Problem(y, physics, sigma_y, x_s.shape[1]), x_s, sigma, generator=generator)
+        problem = Problem(y, physics, sigma_y, x_s.shape[1])
+        if problem.adjoint.dtype in (torch.float32, torch.float64):
+            x_s = x_s.to(problem.adjoint.dtype)  # the precision in which the prox is solved
+        return self.draw(problem, x_s, sigma, generator=generator)
 
     def draw(
         self,

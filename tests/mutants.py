@@ -338,10 +338,7 @@ MUTANTS = {
     ],
     "training/preparation.py": [
         ("range(count)), held_out", "range(len(images))), held_out"),
-        (
-            "read.labels[-held:] if isinstance(held, int) else held",
-            "read.labels[-recipe.validation_images :]",
-        ),
+        ("if isinstance(held, int) and held < len(read.labels):", "if False:"),
         ("            if self.missing is None:\n                raise\n", ""),
         ("if low < -1 or high > 2:", "if low < -1:"),
     ],

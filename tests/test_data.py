@@ -202,6 +202,8 @@ def test_photographs_that_are_small_or_held_out(tmp_path):
     with pytest.raises(ValueError, match=r"num must be of the labels of the photographs, got \['x.png'\]"):
         named.hold_out(["x.png"])
     with pytest.raises(ValueError, match="num must be below the 2 photographs, got 2"):
+        named.hold_out(named.labels)
+    with pytest.raises(ValueError, match="num must be below the 2 photographs, got 2"):
         crops.hold_out(2)
     with pytest.raises(ValueError, match=r"no photograph in .* has sides of 80 pixels"):
         RandomCrops(tmp_path, 80, 1, skip_small=True)

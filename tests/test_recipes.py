@@ -154,6 +154,9 @@ def test_photographs_that_are_held_out_are_those_of_all_sizes(tmp_path):
         save_image(torch.full((1, 3, side, side), 0.1 * i), tmp_path / f"{i}.png")
     stages = [Stage("single", 1000, 1, size) for size in (32, 64, 32)]
     recipe = replace(Recipe.read("default", validation_images=2), stages=stages)
+    few = replace(recipe, validation_images=4)
+    with pytest.raises(ValueError, match="num must be below the 4 photographs, got 4"):
+        preparation._crops(tmp_path, few, None)
     crops = preparation._crops(tmp_path, recipe, None)
     assert {size: len(read.photographs) for size, (read, _) in crops.items()} == {32: 4, 64: 2}
     for size, (read, held_out) in crops.items():

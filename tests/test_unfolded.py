@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import GaussianProblem, refused
 from deepinv.models import DRUNet
-from deepinv.physics import Denoising, GaussianNoise, Inpainting
+from deepinv.physics import Blur, Denoising, GaussianNoise, Inpainting
+from deepinv.physics.functional import gaussian_blur
 from test_sampler import SHAPE, assert_gaussian, blur, inpainting, seeded
 
 from deepinv_ud2m import (
@@ -78,6 +79,16 @@ def test_a_known_initial_estimate_is_not_computed_again(gaussian_problem):
     assert torch.equal(expected, unfolded(given.y, problem.physics, x_s, 0.5, generator=seeded()))
     unfolded.initializer.forward = None
     assert torch.equal(expected, unfolded.draw(given, x_s, 0.5, generator=seeded(), initial=initial))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_states_are_taken_in_the_precision_of_the_measurements(tiny_prior, dtype):
+    other = {torch.float32: torch.float64, torch.float64: torch.float32}[dtype]
+    kernel = gaussian_blur(sigma=(1.0, 1.0)).to(dtype)  # separable
+    physics, x_s = Blur(kernel, padding="valid"), torch.rand(1, 1, 16, 16, dtype=other)
+    y = physics.A(x_s.to(dtype))
+    unfolded = UnfoldedDenoiser(tiny_prior, 1)
+    assert unfolded(y, physics, x_s, 0.5, sigma_y=0.1).dtype == dtype
 
 
 def test_scalars_start_at_the_documented_values():

@@ -179,11 +179,12 @@ def _of(items: list[_T], places: list[int]) -> list[_T]:
 
 def _places(num: int | Sequence[str], labels: Sequence[str]) -> tuple[list[int], list[int]]:
     """Places of what is held out, and of what is kept."""
-    if isinstance(num, Sequence):
-        if unknown := sorted({*num} - {*labels}):
-            raise ValueError(f"num must be of the labels of the photographs, got {unknown}")
-    elif check_count("num", num) >= len(labels):
-        raise ValueError(f"num must be below the {len(labels)} photographs, got {num}")
-    wanted = {*(num if isinstance(num, Sequence) else labels[-num:])}
+    if isinstance(num, Sequence) and (unknown := sorted({*num} - {*labels})):
+        raise ValueError(f"num must be of the labels of the photographs, got {unknown}")
+    wanted = {*(num if isinstance(num, Sequence) else labels[-check_count("num", num) :])}
     held = [i for i, label in enumerate(labels) if label in wanted]
-    return held, [i for i, label in enumerate(labels) if label not in wanted]
+    kept = [i for i, label in enumerate(labels) if label not in wanted]
+    if not kept:
+        shown = len(num) if isinstance(num, Sequence) else num
+        raise ValueError(f"num must be below the {len(labels)} photographs, got {shown}")
+    return held, kept

@@ -55,7 +55,7 @@ class ChannelMap(LinearPhysics):
         if not isinstance(weights, Tensor) or weights.ndim != 2 or not bool(weights.isfinite().all()):
             raise ValueError(f"weights must be a finite matrix [c, C] of channels, got {weights!r}")
         super().__init__()
-        self.physics = physics
+        self.physics, self.noise_model = physics, physics.noise_model
         self.register_buffer("weights", weights)
         gram = weights @ weights.T
         self._norm = gram[0, 0].item()  # w
@@ -130,6 +130,7 @@ class ChannelMap(LinearPhysics):
     def set_noise_model(self, noise_model: Any, **kwargs: Any) -> None:
         """Set the noise of A."""
         self.physics.set_noise_model(noise_model, **kwargs)
+        self.noise_model = noise_model
 
     # What the samplers ask of a physics: deepinv_ud2m.physics.traits.
 

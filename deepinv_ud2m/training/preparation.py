@@ -268,7 +268,8 @@ def _crops(folder: str | Path, recipe: Recipe, info: PriorInfo | None) -> dict[i
             read: ResizedCrops | RandomCrops = ResizedCrops(folder, size, 1, channels)
         else:
             read = RandomCrops(folder, size, 1, channels, skip_small=True)
-        held = read.labels[-held:] if isinstance(held, int) else held
+        if isinstance(held, int) and held < len(read.labels):  # or else hold_out says so
+            held = read.labels[-held:]
         crops[size] = read, read.hold_out(held)
     return crops
 
