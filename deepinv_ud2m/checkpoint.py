@@ -352,8 +352,6 @@ def push_to_hub(
 #: Shipped samplers: name, and folder in ``weights/``.
 PRETRAINED: dict[str, str] = {
     "mnist": "ud2m-mnist",
-    "mnist-sr4": "ud2m-mnist-sr4",
-    "mnist-accurate": "ud2m-mnist-accurate",
     "photos": "ud2m-photos",
     "photos-posterior": "ud2m-photos-posterior",
 }

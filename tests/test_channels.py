@@ -141,7 +141,7 @@ def test_what_it_refuses():
 
 
 def test_other_channels_come_with_a_remedy():
-    photos, digits = UD2M.from_pretrained("photos-posterior"), UD2M.from_pretrained("mnist-sr4")
+    photos, digits = UD2M.from_pretrained("photos-posterior"), UD2M.from_pretrained("mnist")
     mri = dinv.physics.MRI(torch.ones(1, 2, 16, 16), img_size=(2, 16, 16))
     with pytest.raises(ValueError, match=r"not 2 channel.*ChannelMap\.real\(physics\)"):
         photos(torch.rand(1, 2, 16, 16), mri)

@@ -303,9 +303,9 @@ def test_a_prior_holds_one_sampler():
         with pytest.raises(
             ValueError, match="prior already holds the trained weights of the sampler 'mnist'"
         ):
-            UD2M.from_pretrained("mnist-sr4", prior=given)
+            UD2M.from_pretrained("mnist", prior=given)
     assert trained_fingerprint(model.unfolded) == before
-    UD2M.from_pretrained("mnist-sr4", prior=load_prior("mnist"))
+    UD2M.from_pretrained("mnist", prior=load_prior("mnist"))
 
 
 @pytest.mark.parametrize("trained", [("nothing",), ("layers",)])

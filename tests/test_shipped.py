@@ -24,8 +24,6 @@ def random_mask(kept: float, size: int = 128):
 # of the same sampler before training. On the right is what was measured with three seeds of the noise.
 BOUNDS = {
     "mnist": (0.85, 0.70),  # 0.70 to 0.76 (blur) and 0.62 to 0.65 (super-resolution), 0.31 and 0.51
-    "mnist-sr4": (0.85, 0.70),  # 0.71 to 0.77 and 0.64, 0.45 and 0.52
-    "mnist-accurate": (0.92, 0.70),  # 0.82 to 0.84 and 0.64 to 0.67, 0.42 and 0.37
     "photos": (0.92, 0.80),  # 0.82 (blur) and 0.82 (inpainting), 0.69 and 0.65
     "photos-posterior": (0.87, 0.95),  # 0.77 and 0.76, 0.86 and 0.91
 }
