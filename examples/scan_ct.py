@@ -33,5 +33,5 @@ print(f"residual of a sample, 1 if all is right: {model.residual.item():.2f}")
 
 # %%
 # Table and figure. DiffPIR has the best of eight settings for this slice.
-options = {"zeta": 0.3, "lambda_": 1.0, "std_max": 0.1, "inverse": scanner.A_dagger(y)}
+options = {"zeta": 0.3, "lambda_": 1.0, "std_max": 0.1, "shown": scanner.A_dagger(y)}
 compare("scan_ct", x, y, physics, samples, model.nfe, **options)

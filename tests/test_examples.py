@@ -46,15 +46,15 @@ def check_figure(file):
 
 def table_of(printed):
     """PSNR and network evaluations by method, of what ``compare`` printed."""
-    rows = [line for line in printed.splitlines() if line.startswith(("UD2M", "DiffPIR", "pseudo"))]
+    rows = [line for line in printed.splitlines() if line.startswith(("UD2M", "DiffPIR", "DPIR", "pseudo"))]
     return {row[:20].strip(): [float(row[20:].split()[i]) for i in (0, -1)] for row in rows}
 
 
 @pytest.mark.parametrize("name", slow_but(PHOTO, "photo_jpeg", "photo_motion_deblurring"))
 def test_photographs(name, helpers, small, tmp_path):
     rows = table_of(run(f"{name}.py"))
-    assert [nfe for _, nfe in rows.values()] == [9, 72, 5, 0]
-    assert list(rows) == ["UD2M, one sample", "UD2M, mean of 8", "DiffPIR", "pseudo-inverse"]
+    assert [nfe for _, nfe in rows.values()] == [9, 72, 5, 8, 0]
+    assert list(rows) == ["UD2M, one sample", "UD2M, mean of 8", "DiffPIR", "DPIR", "pseudo-inverse"]
     # In these small images there is no box, a JPEG is near to the truth in squared error, and so is bicubic
     # interpolation.
     least = {"photo_box_inpainting": 0, "photo_jpeg": -0.5, "photo_superresolution": 0.3}.get(name, 1)
