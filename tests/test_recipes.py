@@ -98,6 +98,10 @@ def test_digits_in_three_stages(tmp_path):
     assert metadata["factor of delta"] in (0.8, 1.0)
     assert torch.allclose(factor, torch.full_like(factor, metadata["factor of delta"]))
     assert metadata["recipe"]["tasks"] == recipe.tasks
+    assert metadata["data"] == f"{len(images) - recipe.validation_images} images, and 2 held out"
+    assert metadata["measurements"] == sum(s.steps * s.batch_size for s in recipe.stages)
+    found = json.loads((tmp_path / "2_end_to_end" / "history.json").read_text())
+    assert metadata["validation"]["spread-skill ratio/1"] == found["eval: spread-skill ratio/1"][-1][1]
     history = json.loads((tmp_path / "1_single" / "history.json").read_text())
     weights = [value for _, value in history["eval: diversity/0"]]
     ratios = [value for _, value in history["eval: spread-skill ratio/0"]]

@@ -116,10 +116,18 @@ def distill(
     write_file(run.folder / RECIPE, json.dumps(recipe.as_json(), indent=1) + "\n")
     for prepared in stages:
         # A stage that is done returns at once, from its checkpoint.
-        _trainer(run, model, prepared, run.folder / prepared.name).train()
-    *_, pairs, _, held_out = stages[-1]
+        trainer = _trainer(run, model, prepared, run.folder / prepared.name)
+        trainer.train()
+    *_, pairs, train, held_out = stages[-1]
     factor = _set_noise(run, model, pairs, held_out) if len(recipe.factors) > 1 else 1.0
-    metadata = {"recipe": recipe.as_json(), "factor of delta": factor}
+    metadata = {
+        "recipe": recipe.as_json(),
+        "data": f"{len(getattr(train, 'labels', train))} images, and {len(held_out)} held out",
+        "measurements": sum(s.steps * s.batch_size * s.accumulate for s in recipe.stages),
+        "factor of delta": factor,
+        "validation": trainer.history.last("eval: "),
+        "validation_note": f"{recipe.validation_samples} samples of each image held out, before that factor",
+    }
     model.save_pretrained(run.folder / "model", metadata=metadata, dtype=torch.float16)
     return model.eval()
 
