@@ -119,13 +119,16 @@ def test_samplers_alone_run_in_mixed_precision(tiny_prior, tmp_path, monkeypatch
         run(tmp_path, study)
 
 
-def test_new_rows_go_after_packed_ones(tiny_prior, tmp_path):
-    """As published results are stored: a method that is added does not hide the others."""
+@pytest.mark.parametrize("gone", [[], ["swd", "reduced_chi_square"]])
+def test_new_rows_go_after_packed_ones(gone, tiny_prior, tmp_path):
+    """As published results are stored, those of versions with less columns included: all are kept."""
     computed(tmp_path, tiny_prior, methods=["ud2m"])
-    (tmp_path / "rows.csv.gz").write_bytes(gzip.compress((tmp_path / "rows.csv").read_bytes()))
+    before = pd.read_csv(tmp_path / "rows.csv").drop(columns=gone).to_csv(index=False)
+    (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(before.encode()))
     (tmp_path / "rows.csv").unlink()
     rows = computed(tmp_path, tiny_prior, methods=["ud2m", "pinv"])
     assert rows["method"].tolist() == 4 * ["ud2m"] + 4 * ["pinv"]
+    assert rows["swd"].notna().tolist() == 4 * [not gone] + 4 * [True]
 
 
 def test_frechet_distances_are_those_of_the_stored_features(tiny_prior, tmp_path):

@@ -69,7 +69,8 @@ class Results:
     def _open(self) -> list[dict]:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock.acquire(timeout=0)
-        rows = read_rows(self.folder).to_dict("records")
+        frame = read_rows(self.folder)
+        rows = frame.to_dict("records")
         if rows:
             check_setup(self.folder, self.setup, read_setup(self.folder))
         else:  # a run that came to nothing does not bind the folder
@@ -80,6 +81,8 @@ class Results:
             os.truncate(self.file, self.file.read_bytes().rfind(b"\n") + 1)
         elif packed.is_file():  # new rows go after those of before
             write_file(self.file, gzip.decompress(packed.read_bytes()))
+        if rows and self.file.read_text().partition("\n")[0].split(",") != [*COLUMNS]:  # of an older version
+            write_file(self.file, frame.to_csv(index=False))
         return rows
 
     def done(self, head: Mapping, digests: Sequence[str]) -> dict[int, int]:
