@@ -353,5 +353,4 @@ def push_to_hub(
 PRETRAINED: dict[str, str] = {
     "mnist": "ud2m-mnist",
     "photos": "ud2m-photos",
-    "photos-posterior": "ud2m-photos-posterior",
 }

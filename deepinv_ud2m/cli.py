@@ -85,8 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--mask", type=Path, help="inpaint: a picture that is white where pixels are missing")
     add("--noise", default="estimate", help="standard deviation in units of [0, 1], or estimate (default)")
     add("--samples", type=int, default=8, help="of each photograph, at least 2")
-    default = "photos-posterior"
-    add("--model", default=default, help=f"of {', '.join(PRETRAINED)}, a folder, or of the Hub ({default})")
+    add("--model", default="photos", help=f"of {', '.join(PRETRAINED)}, a folder, or of the Hub (photos)")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--batch-size", type=int, help="samples at once (default: as many as fit)")

@@ -21,9 +21,9 @@ from helpers import compare
 from deepinv_ud2m import UD2M
 from deepinv_ud2m.data import photograph
 
-x = photograph("chelsea")
+x = photograph("chelsea")[..., 32:224, 32:224]
 mask = torch.ones_like(x)
-mask[..., 96:160, 96:160] = 0
+mask[..., 64:128, 64:128] = 0
 physics = dinv.physics.Inpainting(x.shape[1:], mask=mask)
 physics.set_noise_model(dinv.physics.GaussianNoise(0.025, rng=torch.Generator().manual_seed(0)))
 y = physics(x)

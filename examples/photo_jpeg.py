@@ -9,7 +9,7 @@ The photograph is saved as a JPEG of quality 10. The coder rounds the coefficien
 
 So each coefficient of x is known up to half a step.
 
-UD2M draws samples of the posterior, with nine network evaluations each. Samples agree where the measurement
+UD2M draws samples of the posterior, with six network evaluations each. Samples agree where the measurement
 determines the image, and differ elsewhere. deepinv's DiffPIR has the same prior and 100 evaluations.
 """
 
@@ -23,7 +23,7 @@ from deepinv_ud2m import UD2M
 from deepinv_ud2m.data import photograph
 from deepinv_ud2m.physics import JPEG
 
-x = photograph("chelsea")
+x = photograph("chelsea")[..., 24:184, :160]
 physics = JPEG(x.shape[1:], quality=10)
 y = physics(x)
 

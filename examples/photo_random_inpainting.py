@@ -19,7 +19,7 @@ from helpers import compare
 from deepinv_ud2m import UD2M
 from deepinv_ud2m.data import photograph
 
-x = photograph("chelsea")
+x = photograph("chelsea")[..., 24:184, :160]
 kept = torch.rand(1, 1, *x.shape[-2:], generator=torch.Generator().manual_seed(0)) < 0.3
 physics = dinv.physics.Inpainting(x.shape[1:], mask=kept.float().expand_as(x))
 physics.set_noise_model(dinv.physics.GaussianNoise(0.025, rng=torch.Generator().manual_seed(0)))

@@ -19,7 +19,7 @@ from helpers import compare, shrunk
 from deepinv_ud2m import UD2M
 from deepinv_ud2m.data import photograph
 
-x = photograph("astronaut")
+x = photograph("astronaut")[..., :160, 40:200]
 physics = dinv.physics.DownsamplingMatlab(factor=4, noise_model=dinv.physics.GaussianNoise(0.01))
 y = shrunk(x, factor=4, noise=0.01)
 

@@ -24,7 +24,7 @@ x = photo[..., :128, 64:192]
 physics = dinv.physics.Downsampling(img_size=x.shape[1:], filter="gaussian", factor=4, padding="circular")
 physics.set_noise_model(dinv.physics.GaussianNoise(0.025, rng=torch.Generator().manual_seed(0)))
 y = physics(x)
-model = UD2M.from_pretrained("photos-posterior")
+model = UD2M.from_pretrained("photos")
 samples = model.sample(y, physics, num_samples=19, generator=torch.Generator().manual_seed(1))
 
 # %%

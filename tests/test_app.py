@@ -29,7 +29,7 @@ SIZE = 48
 
 @pytest.fixture(scope="module")
 def model():
-    return UD2M.from_pretrained("photos-posterior")
+    return UD2M.from_pretrained("photos")
 
 
 @pytest.fixture
@@ -51,9 +51,10 @@ def editor(mask):
     return {"background": None, "layers": [layer], "composite": layer}
 
 
-# Each degradation, and the PSNR in dB that the mean of two samples gains at least over what was given.
+# Each degradation, and the PSNR in dB that the mean of two samples gains at least over what was given. It is
+# up to 1.8 dB below that of the posterior mean.
 DAMAGES = {
-    "jpeg": (Damage("jpeg", quality=15), 0.0),
+    "jpeg": (Damage("jpeg", quality=15), -0.5),
     "blur": (Damage("blur", gaussian=1.5), 1.0),
     "sr": (Damage("sr", factor=2), 0.0),
     "inpaint": (Damage("inpaint", mask=hole()), 3.0),
@@ -67,7 +68,7 @@ def test_a_good_photograph_is_degraded_and_restored(model, truth, tmp_path, name
     told = []
     job = Job(truth, damage, is_truth=True, added=0.06, noise=0.06, count=2, seed=3)
     result = run_job(model, job, report=lambda share, text: told.append((share, text)))
-    assert result.samples.shape == (2, 1, 3, SIZE, SIZE) and result.nfe == 9
+    assert result.samples.shape == (2, 1, 3, SIZE, SIZE) and result.nfe == (6 if name == "jpeg" else 9)
     assert result.psnr["mean of 2"] > result.psnr["given"] + gain
     assert result.noise == (None if name == "jpeg" else 0.06)
     assert (result.low <= result.mean).all() and (result.mean <= result.high).all()
@@ -76,8 +77,8 @@ def test_a_good_photograph_is_degraded_and_restored(model, truth, tmp_path, name
     again = run_job(model, job)
     assert torch.equal(again.samples, result.samples)
 
-    text = explain(result, "photos-posterior")
-    assert "PSNR to the truth" in text and "1.64" in text and "Caution" in text
+    text = explain(result)
+    assert "PSNR to the truth" in text and "1.64" in text
     captions = [caption for _, caption in pictures(result)]
     assert captions[:3] == ["given", "mean of 2", "standard deviation"] and captions[-1] == "truth"
     pack(tmp_path / "r.zip", result, text)
@@ -101,7 +102,7 @@ def test_a_file_is_restored_as_it_is(model, truth, tmp_path):
     Image.open(truth).save(tmp_path / "x.jpg", quality=20)
     result = run_job(model, Job(tmp_path / "x.jpg", Damage("jpeg"), count=1))
     assert result.x is None and not result.psnr and result.noise is None and result.std is None
-    assert "ask for two or more" in explain(result, "photos")
+    assert "ask for two or more" in explain(result)
     x = photograph("astronaut")[..., 180 : 180 + SIZE, 100 : 100 + SIZE]
     noisy = x + 0.08 * torch.randn(x.shape, generator=seeded())
     to_pil_image(noisy[0].clamp(0, 1)).save(tmp_path / "noisy.png")
@@ -120,7 +121,7 @@ def test_diffpir_beside_it(model, truth, is_grey):
     result = run_job(model, job, prior=load_prior("photos"))
     assert result.diffpir.shape == result.mean.shape == (1, 1 if is_grey else 3, SIZE, SIZE)
     assert result.psnr["DiffPIR"] > result.psnr["given"] + 1
-    assert "same settings for all" in explain(result, "photos")
+    assert "same settings for all" in explain(result)
     assert pictures(result)[1][1] == "DiffPIR"
 
 
@@ -129,7 +130,7 @@ def test_many_samples_have_quantiles(model):
     x, y, physics = degrade(x, Damage("denoise"), 0.05)
     result = restore(model, y, physics, 19, noise=0.05)
     assert torch.equal(result.low, result.samples.min(0).values)  # of rank 1 of 19
-    assert "quantiles of the samples" in explain(result, "photos")
+    assert "quantiles of the samples" in explain(result)
 
 
 def test_a_job_ends_in_time_and_keeps_what_is_complete(model, truth, monkeypatch):
@@ -225,7 +226,7 @@ def test_pictures_are_bytes_and_the_scale_of_deviations_is_fixed():
 
 def test_options_are_of_this_computer_alone(capsys):
     args = parse([])
-    assert (args.host, args.model, args.max_pixels) == ("127.0.0.1", "photos-posterior", 0.5)
+    assert (args.host, args.model, args.max_pixels) == ("127.0.0.1", "photos", 0.5)
     assert parse(["--host", "0.0.0.0", "--port", "80"]).host == "0.0.0.0"
     for option in ("--max-pixels", "--max-seconds"):
         with pytest.raises(SystemExit):

@@ -64,7 +64,7 @@ def test_operators_of_each_image():
 
 
 def test_a_sampler_of_colour_images_restores_grey_ones():
-    photos = UD2M.from_pretrained("photos-posterior")
+    photos = UD2M.from_pretrained("photos")
     x = torch.rand(2, 1, 16, 16, generator=seeded(5))
     physics = dinv.physics.Inpainting((1, 16, 16), mask=MASK)
     physics.set_noise_model(dinv.physics.GaussianNoise(0.05))
@@ -95,7 +95,7 @@ def test_the_prox_of_a_grey_jpeg_is_the_minimiser():
 
 def test_a_sampler_of_colour_images_restores_a_grey_jpeg_file(tmp_path):
     """As well as the same file in colour."""
-    photo, photos = photograph("chelsea")[..., 80:144, 80:144], UD2M.from_pretrained("photos-posterior")
+    photo, photos = photograph("chelsea")[..., 80:144, 80:144], UD2M.from_pretrained("photos")
     error = {}
     for kind, x in (("colour", photo), ("grey", photo.mean(1, keepdim=True))):
         to_pil_image(x[0]).save(tmp_path / f"{kind}.jpg", quality=10)
@@ -104,7 +104,7 @@ def test_a_sampler_of_colour_images_restores_a_grey_jpeg_file(tmp_path):
         assert samples.shape == (4, *x.shape)
         assert max(physics.violation(sample, y).item() for sample in samples) < 0.5
         error[kind] = (samples.mean(0) - x).mean(1).square().mean().sqrt().item()
-    assert error["grey"] < 1.05 * error["colour"]
+    assert error["grey"] < 1.1 * error["colour"]
 
 
 def test_noise_and_complaints_are_those_of_the_physics_inside():
@@ -141,7 +141,7 @@ def test_what_it_refuses():
 
 
 def test_other_channels_come_with_a_remedy():
-    photos, digits = UD2M.from_pretrained("photos-posterior"), UD2M.from_pretrained("mnist")
+    photos, digits = UD2M.from_pretrained("photos"), UD2M.from_pretrained("mnist")
     mri = dinv.physics.MRI(torch.ones(1, 2, 16, 16), img_size=(2, 16, 16))
     with pytest.raises(ValueError, match=r"not 2 channel.*ChannelMap\.real\(physics\)"):
         photos(torch.rand(1, 2, 16, 16), mri)

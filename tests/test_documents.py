@@ -51,7 +51,7 @@ def test_rows_of_shipped_samplers_are_of_the_weights_that_ship():
         assert [float(f"{sigma:.4g}") for sigma in model.sigmas] == settings["sigmas"]
         assert (model.eta, model.nominal_rmse) == (settings["eta"], settings["nominal_rmse"])
         names.add(settings["checkpoint"])
-    assert names == {"mnist", "photos", "photos-posterior"}
+    assert names == {"mnist", "photos"}
 
 
 @pytest.mark.parametrize("folder", ["mnist", "mnist_1000", "photos"])

@@ -10,6 +10,7 @@ from scripts import EXAMPLES, run
 from torchvision.utils import save_image
 
 import deepinv_ud2m.data
+from deepinv_ud2m import UD2M
 
 PHOTO = sorted(file.stem for file in EXAMPLES.glob("photo_*.py"))
 DIGITS = sorted(file.stem for file in EXAMPLES.glob("digits_*.py"))
@@ -162,3 +163,14 @@ def test_right_and_wrong_operators_on_files(helpers, tmp_path):
     right = {"valid, estimated noise", "valid, noise 0.02", "reflected, noise 0.02", "DownsamplingMatlab"}
     right |= {"as it is", "bicubic interpolation"}
     assert {name for (_, name), said in warns.items() if not said} == right
+
+
+@pytest.mark.slow
+def test_intervals_are_stored_with_a_sampler(tmp_path):
+    """As many pixels as stated are in them, and the weights are those that were given."""
+    options = ["--model", "mnist", "--num", 10, "--sigma-y", 0.05, "--samples", 4, "--tasks", "inpaint-box"]
+    printed = run("recipes/conformal.py", *options, "--out", tmp_path / "model", "--check", "validation")
+    conformal = UD2M.from_pretrained(tmp_path / "model").conformal["inpaint-box"]
+    assert conformal.num_samples == 4 and f"factor {conformal.factor:.2f}" in printed
+    plain, fitted = (float(part.split(" +-")[0].split()[-1]) for part in printed.split(",")[1:])
+    assert fitted > plain > 0.8

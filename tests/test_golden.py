@@ -21,7 +21,7 @@ from deepinv_ud2m.data import mnist_digits, photograph
 from deepinv_ud2m.physics import JPEG
 
 FILE = Path(__file__).parent / "golden.npz"
-SAMPLERS = {"mnist": 1, "photos": 3, "photos-posterior": 3}
+SAMPLERS = {"mnist": 1, "photos": 3}
 SIZE = 32
 
 

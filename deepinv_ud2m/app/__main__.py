@@ -32,7 +32,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to bind to (default: this computer alone)")
     add("--port", type=int, default=7860)
-    add("--model", default="photos-posterior", help=f"of {', '.join(PRETRAINED)}, or a folder")
+    add("--model", default="photos", help=f"of {', '.join(PRETRAINED)}, or a folder")
     add("--max-pixels", type=float, default=0.5, help="largest restored image, in megapixels (default: 0.5)")
     add("--max-seconds", type=float, default=600, help="longest job (default: 600)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -69,7 +69,7 @@ def as_map(std: Tensor) -> np.ndarray:
     return np.asarray(picture)
 
 
-def explain(result: Result, model_name: str) -> str:
+def explain(result: Result) -> str:
     """What there is to say about a result, in Markdown."""
     count, lines = len(result.samples), []
     lines += [f"**Note.** {message}\n" for message in result.messages]
@@ -94,11 +94,6 @@ def explain(result: Result, model_name: str) -> str:
         )
     else:
         lines.append("- One sample has no standard deviation and no interval: ask for two or more.")
-    if model_name == "photos-posterior" and count > 1:
-        lines.append(
-            "- **Caution:** the samples of this model differ too little. In tests the error of the mean was "
-            "1.3 to 1.7 times what they predict, and 2.6 times in large holes."
-        )
     if result.diffpir is not None:
         lines.append(
             f"- **DiffPIR:** the same settings for all degradations (zeta = {DIFFPIR['zeta']:g}, lambda = "

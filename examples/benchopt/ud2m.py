@@ -27,7 +27,7 @@ class Solver(BaseSolver):
     name = "UD2M"
     sampling_strategy = "run_once"
     requirements = ["pip::deepinv_ud2m"]  # noqa: RUF012
-    parameters = {"checkpoint": ["photos-posterior"], "num_samples": [1, 8]}  # noqa: RUF012
+    parameters = {"checkpoint": ["photos"], "num_samples": [1, 8]}  # noqa: RUF012
     test_config = {"num_samples": 2}  # noqa: RUF012
 
     def set_objective(self, train_dataset=None, physics=None):

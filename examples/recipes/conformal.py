@@ -1,0 +1,90 @@
+r"""
+Intervals of a sampler, for each degradation
+============================================
+
+Fits a :class:`deepinv_ud2m.uncertainty.Conformal` for each degradation, to images whose truth is known, and
+stores them with the sampler, as ``model.conformal[task]``::
+
+    python examples/recipes/conformal.py --model photos --images photos/train --num 64 --size 128
+        --sigma-y 0.025 --out runs/photos --check photos/test
+        --tasks deblur-gaussian deblur-uniform deblur-motion deblur-gaussian-valid sr4 sr4-matlab
+        inpaint-random inpaint-box jpeg-10
+    python examples/recipes/conformal.py --model mnist --num 256 --sigma-y 0.05 --out runs/mnist
+        --check test --tasks sr4 sr4-paper deblur-gaussian inpaint-random inpaint-box
+
+With ``--check`` it prints the share of the pixels of other images that the intervals hold, without and with
+the fit.
+"""
+
+import argparse
+import json
+import math
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import deepinv_ud2m
+from deepinv_ud2m import UD2M
+from deepinv_ud2m.checkpoint import PRETRAINED
+from deepinv_ud2m.data import load_images, mnist_digits
+from deepinv_ud2m.physics import make_physics
+from deepinv_ud2m.uncertainty import Conformal, inside
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", required=True, help="a shipped sampler, or the folder of one")
+parser.add_argument("--images", default="validation", help="a folder, or shipped digits: test or validation")
+parser.add_argument("--check", help="a folder, or shipped digits")
+parser.add_argument("--num", type=int, help="of the images (default: all)")
+parser.add_argument("--size", type=int, default=32)
+parser.add_argument("--tasks", nargs="+", required=True)
+parser.add_argument("--sigma-y", type=float, required=True)
+parser.add_argument("--samples", type=int, default=8)
+parser.add_argument("--out", type=Path, required=True)
+args = parser.parse_args()
+
+
+def read(source, num=None):
+    if source in ("test", "validation"):
+        return mnist_digits(source, num=num)
+    return load_images(source, 3, args.size, num=num, skip_small=True)
+
+
+def draw(task, x):
+    """Samples of each image, of one noise and one operator for all images."""
+    torch.manual_seed(0)
+    physics = make_physics(task, tuple(x.shape[1:]), args.sigma_y)
+    generator = torch.Generator().manual_seed(0)
+    parts = [model.sample(physics(part), physics, args.samples, generator=generator) for part in x.split(8)]
+    return torch.cat(parts, 1)
+
+
+def share(low, high, x):
+    """Share of the pixels in the intervals: mean over the images and its standard error."""
+    held = inside(x, low, high)
+    return f"{held.mean():.3f} +- {held.std() / math.sqrt(len(x)):.3f}"
+
+
+model = UD2M.from_pretrained(args.model)
+images, others = read(args.images, args.num), read(args.check) if args.check else None
+for task in args.tasks:
+    model.conformal[task] = Conformal.from_samples(draw(task, images), images)
+    line = f"{task:22s} factor {model.conformal[task].factor:.2f}"
+    if others is not None:
+        samples = draw(task, others)
+        mean, std = samples.mean(0), samples.std(0)
+        plain = share(mean - 1.645 * std, mean + 1.645 * std, others)
+        line += f", {args.samples} samples hold {plain}, with the factor "
+        line += share(*model.conformal[task].interval(samples), others)
+    print(line, flush=True)
+
+# %%
+# The same sampler with the intervals: its weights do not change, so its files are copied.
+weights = Path(deepinv_ud2m.__file__).parent / "weights"
+shutil.copytree(weights / PRETRAINED[args.model] if args.model in PRETRAINED else args.model, args.out)
+file = args.out / "config.json"
+config = json.loads(file.read_text())
+config["sampler"]["conformal"] = {task: asdict(fitted) for task, fitted in model.conformal.items()}
+file.write_text(json.dumps(config, indent=2) + "\n")
+assert UD2M.from_pretrained(args.out).conformal == model.conformal
