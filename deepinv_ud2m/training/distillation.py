@@ -39,7 +39,7 @@ from deepinv_ud2m.sampler import UD2M
 from deepinv_ud2m.schedule import VPSchedule
 from deepinv_ud2m.training.controller import DiversityController
 from deepinv_ud2m.training.losses import EnergyScoreLoss, GaussianNLLLoss
-from deepinv_ud2m.training.preparation import RECIPE, Prepared, Run, prepare
+from deepinv_ud2m.training.preparation import RECIPE, Prepared, Run, count_images, prepare
 from deepinv_ud2m.training.randomness import find_generators, seed_all
 from deepinv_ud2m.training.recipe import Recipe
 from deepinv_ud2m.training.sigmas import StateSigmas
@@ -122,7 +122,7 @@ def distill(
     factor = _set_noise(run, model, pairs, held_out) if len(recipe.factors) > 1 else 1.0
     metadata = {
         "recipe": recipe.as_json(),
-        "data": f"{len(getattr(train, 'labels', train))} images, and {len(held_out)} held out",
+        "data": f"{count_images(train)} images, and {len(held_out)} held out",
         "measurements": sum(s.steps * s.batch_size * s.accumulate for s in recipe.stages),
         "factor of delta": factor,
         "validation": trainer.history.last("eval: "),

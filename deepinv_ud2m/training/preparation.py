@@ -296,6 +296,11 @@ def _data(
     return Subset(images, range(count)), held_out
 
 
+def count_images(train: Any) -> int:
+    """Photographs, where the images are crops of them."""
+    return len(train.labels if hasattr(train, "labels") else train)
+
+
 def _physics(
     given: Sequence[Physics | tuple] | None,
     recipe: Recipe,
