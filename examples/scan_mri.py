@@ -36,9 +36,9 @@ scanners = {
 }
 
 # %%
-# Eight samples of each. No sampler that ships was trained with masks in the Fourier domain, so UD2M comes as
-# it is before training, with more levels. DiffPIR has the best of eight settings for this slice and one coil.
-# It is ahead with one coil. With four, the mean of the samples of UD2M has the higher PSNR.
+# Eight samples of each. The sampler ``photos`` is over-confident for masks in the Fourier domain. So UD2M
+# comes as it is before training, with more levels. DiffPIR has the best of eight settings for this slice and
+# one coil. It is ahead with one coil. With four, the mean of the samples of UD2M has the higher PSNR.
 model = UD2M(UnfoldedDenoiser(load_prior("photos"), num_iterations=4), num_steps=6)
 for name, scanner in scanners.items():
     physics = ChannelMap.real(scanner)

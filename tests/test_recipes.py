@@ -157,13 +157,16 @@ def test_photographs_that_are_held_out_are_those_of_all_sizes(tmp_path):
     for i, side in enumerate((70, 80, 70, 80, 40, 40)):
         save_image(torch.full((1, 3, side, side), 0.1 * i), tmp_path / f"{i}.png")
     stages = [Stage("single", 1000, 1, size) for size in (32, 64, 32)]
+    stages.append(Stage("single", 1000, 1, 32, max_scale=1.0))
     recipe = replace(Recipe.read("default", validation_images=2), stages=stages)
     few = replace(recipe, validation_images=4)
     with pytest.raises(ValueError, match="num must be below the 4 photographs, got 4"):
         preparation._crops(tmp_path, few, None)
     crops = preparation._crops(tmp_path, recipe, None)
-    assert {size: len(read.photographs) for size, (read, _) in crops.items()} == {32: 4, 64: 2}
-    for size, (read, held_out) in crops.items():
+    numbers = {key: len(read.photographs) for key, (read, _) in crops.items()}
+    assert numbers == {(32, 4.0): 4, (32, 1.0): 4, (64, 4.0): 2}
+    for (size, max_scale), (read, held_out) in crops.items():
+        assert read.max_scale == max_scale
         assert held_out.shape == (2, 3, size, size)
         assert held_out.mean((1, 2, 3)).tolist() == pytest.approx([0.2, 0.3], abs=0.01)
         train, _ = preparation._data(tmp_path, recipe, stages[0], None, crops)

@@ -255,22 +255,23 @@ def _initial(run: Run, name: str | None, images: Any) -> Initializer:
     return PosteriorMeanInitializer.from_prior(name, wiener, **level)
 
 
-def _crops(folder: str | Path, recipe: Recipe, info: PriorInfo | None) -> dict[int, tuple]:
-    """By size: crops to train with, and crops of the photographs that are held out, the same of all sizes."""
+def _crops(folder: str | Path, recipe: Recipe, info: PriorInfo | None) -> dict[tuple, tuple]:
+    """By size and scale: crops to train with, and those of the photographs held out, the same for all."""
     channels, crops, sizes = getattr(info, "channels", 3), {}, set()
     for stage in recipe.stages:
         if stage.size is None:
             raise ValueError(f"size of the stage {stage.stage!r} must be given, for crops of photographs")
-        sizes.add(stage.size)
+        sizes.add((stage.size, stage.max_scale))
     held: int | list[str] = recipe.validation_images
-    for size in sorted(sizes, reverse=True):  # the photographs that are held out have room for all crops
+    # The photographs that are held out have room for all crops.
+    for size, max_scale in sorted(sizes, reverse=True):
         if recipe.resized:
             read: ResizedCrops | RandomCrops = ResizedCrops(folder, size, 1, channels)
         else:
-            read = RandomCrops(folder, size, 1, channels, skip_small=True)
+            read = RandomCrops(folder, size, 1, channels, max_scale, skip_small=True)
         if isinstance(held, int) and held < len(read.labels):  # or else hold_out says so
             held = read.labels[-held:]
-        crops[size] = read, read.hold_out(held)
+        crops[size, max_scale] = read, read.hold_out(held)
     return crops
 
 
@@ -280,7 +281,7 @@ def _data(
     """Training images, and those that are held out."""
     held, batch = recipe.validation_images, stage.batch_size * stage.accumulate
     if crops:
-        read, held_out = crops[stage.size]
+        read, held_out = crops[stage.size, stage.max_scale]
         train = copy.copy(read)
         # Crops have no order. Of a long epoch, a run that goes on would read and drop all it has had.
         train.num = min(stage.steps, _EPOCH) * batch

@@ -26,6 +26,8 @@ class Stage:
     :param int steps: optimiser steps.
     :param int batch_size: images per batch.
     :param int, None size: side of the images: crops of a folder of photographs. Other images are as they are.
+    :param float max_scale: largest reduction of these crops (:class:`deepinv_ud2m.data.RandomCrops`). Those
+        held out are reduced by it, where there is room (default: 4).
     :param float lr: learning rate of the networks.
     :param float lr_scalars: that of the multipliers of rho, delta and lambda (default: 3e-3).
     :param float, None lr_initial: that of the initial estimate (default: ``lr``).
@@ -40,6 +42,7 @@ class Stage:
     lr_scalars: float = 3e-3
     lr_initial: float | None = None
     accumulate: int = 1
+    max_scale: float = 4.0
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
@@ -48,6 +51,7 @@ class Stage:
             check_count(name, getattr(self, name))
         if self.size is not None:
             check_count("size", self.size)
+        check_number("max_scale", self.max_scale, low=1)
         for name in ("lr", "lr_scalars", "lr_initial"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low=0)
