@@ -77,8 +77,8 @@ def test_a_good_photograph_is_degraded_and_restored(model, truth, tmp_path, name
     again = run_job(model, job)
     assert torch.equal(again.samples, result.samples)
 
-    text = explain(result)
-    assert "PSNR to the truth" in text and "1.64" in text
+    text = explain(result, "photos")
+    assert "PSNR to the truth" in text and "1.64" in text and "Caution" in text
     captions = [caption for _, caption in pictures(result)]
     assert captions[:3] == ["given", "mean of 2", "standard deviation"] and captions[-1] == "truth"
     pack(tmp_path / "r.zip", result, text)
@@ -102,7 +102,7 @@ def test_a_file_is_restored_as_it_is(model, truth, tmp_path):
     Image.open(truth).save(tmp_path / "x.jpg", quality=20)
     result = run_job(model, Job(tmp_path / "x.jpg", Damage("jpeg"), count=1))
     assert result.x is None and not result.psnr and result.noise is None and result.std is None
-    assert "ask for two or more" in explain(result)
+    assert "ask for two or more" in explain(result, "photos")
     x = photograph("astronaut")[..., 180 : 180 + SIZE, 100 : 100 + SIZE]
     noisy = x + 0.08 * torch.randn(x.shape, generator=seeded())
     to_pil_image(noisy[0].clamp(0, 1)).save(tmp_path / "noisy.png")
@@ -121,7 +121,7 @@ def test_diffpir_beside_it(model, truth, is_grey):
     result = run_job(model, job, prior=load_prior("photos"))
     assert result.diffpir.shape == result.mean.shape == (1, 1 if is_grey else 3, SIZE, SIZE)
     assert result.psnr["DiffPIR"] > result.psnr["given"] + 1
-    assert "same settings for all" in explain(result)
+    assert "same settings for all" in explain(result, "photos")
     assert pictures(result)[1][1] == "DiffPIR"
 
 
@@ -130,7 +130,7 @@ def test_many_samples_have_quantiles(model):
     x, y, physics = degrade(x, Damage("denoise"), 0.05)
     result = restore(model, y, physics, 19, noise=0.05)
     assert torch.equal(result.low, result.samples.min(0).values)  # of rank 1 of 19
-    assert "quantiles of the samples" in explain(result)
+    assert "quantiles of the samples" in explain(result, "photos")
 
 
 def test_a_job_ends_in_time_and_keeps_what_is_complete(model, truth, monkeypatch):

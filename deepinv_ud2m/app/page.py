@@ -135,7 +135,7 @@ def build(model: UD2M, args: argparse.Namespace, folder: Path) -> gr.Blocks:
             )
             for old in folder.glob("*/restored.zip"):  # the page has a copy
                 old.unlink()
-            text, packed = explain(result), Path(tempfile.mkdtemp(dir=folder)) / "restored.zip"
+            text, packed = explain(result, args.model), Path(tempfile.mkdtemp(dir=folder)) / "restored.zip"
             pack(packed, result, text)
         except _ERRORS as error:
             raise gr.Error(str(error), print_exception=False) from error
