@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepinv_ud2m.problem import Problem, parts, too_bright
+from deepinv_ud2m.measurements import parts, too_bright
+from deepinv_ud2m.problem import Problem
 
 #: Root mean square residuals, in noise levels, beyond which a sample contradicts its problem. Those of the
 #: shipped samplers in right problems are 0.8 to 1.5 at noise levels of 0.025 or more.

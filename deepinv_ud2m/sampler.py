@@ -38,7 +38,8 @@ from deepinv_ud2m import checkpoint
 from deepinv_ud2m.checks import Scalar, check_count, check_device, check_interval, check_number
 from deepinv_ud2m.counting import CallCounter
 from deepinv_ud2m.initializers import Initializer
-from deepinv_ud2m.problem import Problem, check_level
+from deepinv_ud2m.measurements import check_level
+from deepinv_ud2m.problem import Problem
 from deepinv_ud2m.randomness import SampleStreams, draw_seeds, randn
 from deepinv_ud2m.residual import START_LEVEL, check_residual, estimate_noise
 from deepinv_ud2m.schedule import VPSchedule, check_sigmas
