@@ -30,6 +30,7 @@ TESTS = {
     "initializers/linear.py": "initializers",
     "initializers/ram.py": "initializers_ram",
     "initializers/wiener.py": "initializers",
+    "measurements.py": "problem problem_properties errors",
     "photographs.py": "cli",
     "physics/traits.py": "traits problem proximal problem_properties structure",
     "pictures.py": "cli",
@@ -170,6 +171,10 @@ MUTANTS = {
         ('warnings.filterwarnings("ignore", "posterior_prox stopped after")', "pass"),
         ("(1 - c) * power", "power"),
     ],
+    "measurements.py": [
+        ("(level >= SMALLEST) & (level <= LARGEST)", "(level >= SMALLEST)"),
+        ("(level >= SMALLEST) & (level <= LARGEST)", "(level <= LARGEST)"),
+    ],
     "photographs.py": [
         ("return kernel / kernel.sum()", "return kernel"),
         ("(mask[:, :1] < 0.5)", "(mask[:, :1] > 0.5)"),
@@ -224,8 +229,6 @@ MUTANTS = {
         ("other._copies = _split(y, len(self._copies))", "pass"),
         ("            other._view = other._remember_adjoint()\n", "            pass\n"),
         ("self._by_copy(self._view.prox_l2,", "self._by_copy(self.physics.prox_l2,"),
-        ("(level >= SMALLEST) & (level <= LARGEST)", "(level >= SMALLEST)"),
-        ("(level >= SMALLEST) & (level <= LARGEST)", "(level <= LARGEST)"),
         ("if not isinstance(adjoint, Tensor):", "if False:"),
     ],
     "randomness.py": [
@@ -318,8 +321,8 @@ MUTANTS = {
     ],
     "training/distillation.py": [
         ("    seed_all([recipe.seed, *name.encode()])", "    pass"),
-        ("start + torch.tensor(best).log()", "start"),
-        ("argmin())]", "argmax())]"),
+        ("start + torch.tensor(recipe.factors[best]).log()", "start"),
+        ("mean(1).argmin())", "mean(1).argmax())"),
         ("betas=(recipe.betas[0], recipe.betas[1])", "betas=(0.5, 0.9)"),
     ],
     "training/evaluation.py": [

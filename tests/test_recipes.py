@@ -100,8 +100,8 @@ def test_digits_in_three_stages(tmp_path):
     assert metadata["recipe"]["tasks"] == recipe.tasks
     assert metadata["data"] == f"{len(images) - recipe.validation_images} images, and 2 held out"
     assert metadata["measurements"] == sum(s.steps * s.batch_size for s in recipe.stages)
-    found = json.loads((tmp_path / "2_end_to_end" / "history.json").read_text())
-    assert metadata["validation"]["spread-skill ratio/1"] == found["eval: spread-skill ratio/1"][-1][1]
+    assert metadata["validation"].keys() >= {"energy score", "spread-skill ratio/1"}
+    assert metadata["validation_note"] == "2 samples of each image held out, with the factor"
     history = json.loads((tmp_path / "1_single" / "history.json").read_text())
     weights = [value for _, value in history["eval: diversity/0"]]
     ratios = [value for _, value in history["eval: spread-skill ratio/0"]]
@@ -127,6 +127,10 @@ def test_a_run_that_was_stopped_between_stages_ends_with_the_same_bits(tmp_path)
     physics = [dinv.physics.Inpainting((1, 32, 32), mask=0.5, noise_model=noise)]
     distill("mnist", physics, images, recipe, tmp_path, verbose=False)
     weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+    metadata = json.loads((tmp_path / "model" / "config.json").read_text())["metadata"]
+    history = json.loads((tmp_path / "1_single" / "history.json").read_text())
+    assert metadata["factor of delta"] == 1
+    assert metadata["validation"]["energy score"] == history["eval: energy score"][-1][1]
     for gone in ("model", "1_single", "0_single/final"):
         shutil.rmtree(tmp_path / gone)
     (tmp_path / "0_single" / "final").mkdir()
@@ -158,13 +162,13 @@ def test_photographs_that_are_held_out_are_those_of_all_sizes(tmp_path):
         save_image(torch.full((1, 3, side, side), 0.1 * i), tmp_path / f"{i}.png")
     stages = [Stage("single", 1000, 1, size) for size in (32, 64, 32)]
     stages.append(Stage("single", 1000, 1, 32, max_scale=1.0))
-    recipe = replace(Recipe.read("default", validation_images=2), stages=stages)
+    recipe = replace(Recipe.read("default", validation_images=2, factors_scale=1.5), stages=stages)
     few = replace(recipe, validation_images=4)
     with pytest.raises(ValueError, match="num must be below the 4 photographs, got 4"):
         preparation._crops(tmp_path, few, None)
     crops = preparation._crops(tmp_path, recipe, None)
     numbers = {key: len(read.photographs) for key, (read, _) in crops.items()}
-    assert numbers == {(32, 4.0): 4, (32, 1.0): 4, (64, 4.0): 2}
+    assert numbers == {(32, 4.0): 4, (32, 1.5): 4, (32, 1.0): 4, (64, 4.0): 2}
     for (size, max_scale), (read, held_out) in crops.items():
         assert read.max_scale == max_scale
         assert held_out.shape == (2, 3, size, size)
@@ -247,6 +251,10 @@ def test_recipes_refuse_what_cannot_work(tmp_path):
             "must have a linear one for the stage",
         ),
         (lambda: distill("mnist", physics, digits, unknown, tmp_path / "3"), "network must be"),
+        (
+            lambda: distill("mnist", physics, digits, replace(own, factors_scale=1.0), tmp_path / "5"),
+            "factors_scale is for a folder",
+        ),
     )
 
 
@@ -290,7 +298,11 @@ def test_the_factor_of_the_best_energy_score_is_kept(tiny_prior, tmp_path, monke
 
     monkeypatch.setattr(model, "sample", sample)
     x = torch.full((3, 1, 16, 16), 0.92)
-    assert distillation._set_noise(run, model, pairs, x) == 0.9
+    factor, found = distillation._set_noise(run, model, pairs, x)
+    assert factor == 0.9
+    # The score of a constant that is off by d in each of 256 pixels is 16 d.
+    scores = [found[f"energy score{of}"] for of in ("", "/0", "/1")]
+    assert scores == pytest.approx([16 * d for d in (0.0225, 0.02, 0.025)], abs=1e-4)
     assert model.unfolded.log_delta.tolist() == pytest.approx(2 * [math.log(1.8)])
 
 
@@ -300,10 +312,10 @@ def test_images_that_are_held_out_are_not_trained_on(tmp_path):
     stage = {"stage": "single", "steps": 1, "batch_size": 2}
     recipe = Recipe.read("default", validation_images=3, stages=[stage], betas=[0.8, 0.95])
     run = Run.of(recipe, tmp_path, "cpu", verbose=False)
-    model, (stage,) = preparation.prepare(run, "mnist", physics, images, None, None)
+    model, (stage,), validation = preparation.prepare(run, "mnist", physics, images, None, None)
     trainer = distillation._trainer(run, model, stage, None)
     assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.8, 0.95)}
-    assert torch.equal(stage.held_out, images[6:])
+    assert torch.equal(stage.held_out, images[6:]) and torch.equal(validation, images[6:])
     assert torch.equal(torch.stack([*stage.train]), images[:6])
 
 

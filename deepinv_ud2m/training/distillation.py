@@ -111,7 +111,7 @@ def distill(
     """
     options = {"fast": fast, "checkpointing": checkpointing, "download": download, "verbose": verbose}
     run = Run.of(recipe, save_path, device, smoke, **options)
-    model, stages = prepare(run, prior, physics, images, initial, weights)
+    model, stages, validation = prepare(run, prior, physics, images, initial, weights)
     recipe = run.recipe
     write_file(run.folder / RECIPE, json.dumps(recipe.as_json(), indent=1) + "\n")
     for prepared in stages:
@@ -119,14 +119,18 @@ def distill(
         trainer = _trainer(run, model, prepared, run.folder / prepared.name)
         trainer.train()
     *_, pairs, train, held_out = stages[-1]
-    factor = _set_noise(run, model, pairs, held_out) if len(recipe.factors) > 1 else 1.0
+    found, note = trainer.history.last("eval: "), "by the last stage"
+    factor = 1.0
+    if recipe.factors != [factor]:
+        factor, found = _set_noise(run, model, pairs, validation)
+        note = "with the factor" + ("" if recipe.factors_scale is None else ", of the factor's scale")
     metadata = {
         "recipe": recipe.as_json(),
         "data": f"{count_images(train)} images, and {len(held_out)} held out",
         "measurements": sum(s.steps * s.batch_size * s.accumulate for s in recipe.stages),
         "factor of delta": factor,
-        "validation": trainer.history.last("eval: "),
-        "validation_note": f"{recipe.validation_samples} samples of each image held out, before that factor",
+        "validation": found,
+        "validation_note": f"{recipe.validation_samples} samples of each image held out, {note}",
     }
     model.save_pretrained(run.folder / "model", metadata=metadata, dtype=torch.float16)
     return model.eval()
@@ -161,7 +165,7 @@ def plan(
     tried = 2 if fast else 1  # the first step compiles
     run.recipe = replace(run.recipe, stages=[replace(stage, steps=tried) for stage in run.recipe.stages])
     prior, initial = copy.deepcopy((prior, initial))  # which a step of training changes
-    model, stages = prepare(run, prior, physics, images, initial, weights)
+    model, stages, _ = prepare(run, prior, physics, images, initial, weights)
     lines, total = [], 0.0
     for prepared, count in zip(stages, steps, strict=True):
         trainer, stage = _trainer(run, model, prepared, None), prepared.stage
@@ -254,22 +258,28 @@ def _trainer(run: Run, model: UD2M, prepared: Prepared, folder: Path | None) -> 
 
 
 @torch.no_grad()
-def _set_noise(run: Run, model: UD2M, pairs: list[tuple], x: Tensor) -> float:
-    """Multiply all delta by the factor of the best energy score, relative to the mean of each physics."""
+def _set_noise(run: Run, model: UD2M, pairs: list[tuple], x: Tensor) -> tuple[float, dict[str, float]]:
+    """
+    Multiply all delta by the factor of the best energy score, relative to the mean of each physics. Returns
+    the factor, and the metrics with it.
+    """
     recipe = run.recipe
     device, start = next(model.parameters()).device, model.unfolded.log_delta.clone()
     x = x.to(device)
-    scores: list[list[Tensor]] = []
-    for factor in tqdm(recipe.factors, desc="factor of delta", disable=not run.verbose):
+    metrics = {"energy score": energy_score, "spread-skill ratio": spread_skill_ratio}
+    values = torch.zeros(len(recipe.factors), len(pairs), len(metrics))
+    for f, factor in enumerate(tqdm(recipe.factors, desc="factor of delta", disable=not run.verbose)):
         model.unfolded.log_delta.copy_(start + torch.tensor(factor).log())
-        scores.append([])
         for i, (physics, generator) in enumerate(pairs):
             seed_all([recipe.seed, i], find_generators([physics], [generator]))
             if generator is not None:
                 physics.update(**generator.step(len(x)))
             samples = model.sample(physics(x), physics, recipe.validation_samples)
-            scores[-1].append(energy_score(samples, x).mean())
-    table = torch.tensor(scores)
-    best = recipe.factors[int((table / table.mean(0)).mean(1).argmin())]
-    model.unfolded.log_delta.copy_(start + torch.tensor(best).log())
-    return best
+            values[f, i] = torch.stack([metric(samples, x).mean() for metric in metrics.values()])
+    scores = values[..., 0]
+    best = int((scores / scores.mean(0)).mean(1).argmin())
+    model.unfolded.log_delta.copy_(start + torch.tensor(recipe.factors[best]).log())
+    found: dict[str, float] = {}
+    for name, of in zip(metrics, values[best].T, strict=True):
+        found |= {name: of.mean().item()} | {f"{name}/{i}": value for i, value in enumerate(of.tolist())}
+    return recipe.factors[best], found

@@ -124,9 +124,10 @@ def prepare(
     images: Any,
     initial: Initializer | None,
     weights: str | Path | None,
-) -> tuple[UD2M, list[Prepared]]:
+) -> tuple[UD2M, list[Prepared], Tensor]:
     """
-    The sampler before training, and all stages: what is wrong with the last is told before any is trained.
+    The sampler before training, all stages, and the validation images of the factors: what is wrong with the
+    last stage is told before any is trained.
 
     The arguments are those of :func:`deepinv_ud2m.training.distill`.
     """
@@ -154,9 +155,14 @@ def prepare(
         pairs = _physics(physics, recipe, stage, tuple(held_out.shape[1:]), run.device)
         stages.append(Prepared(stage, f"{number}_{stage.stage}", pairs, train, held_out))
     run.losses(held_out.shape[1])
+    if recipe.factors_scale is not None:
+        if not crops:
+            raise ValueError("factors_scale is for a folder of photographs: leave it out for other images")
+        _, held_out = crops[recipe.stages[-1].size, recipe.factors_scale]
     # Only now, as it may add an adapter to the caller's prior.
     torch.manual_seed(recipe.seed)
-    return _sampler(run, prior, _initial(run, name, images) if initial is None else initial), stages
+    model = _sampler(run, prior, _initial(run, name, images) if initial is None else initial)
+    return model, stages, held_out
 
 
 def _check_physics(physics: Sequence[Physics | tuple] | None, recipe: Recipe) -> None:
@@ -257,11 +263,14 @@ def _initial(run: Run, name: str | None, images: Any) -> Initializer:
 
 def _crops(folder: str | Path, recipe: Recipe, info: PriorInfo | None) -> dict[tuple, tuple]:
     """By size and scale: crops to train with, and those of the photographs held out, the same for all."""
-    channels, crops, sizes = getattr(info, "channels", 3), {}, set()
+    channels, crops = getattr(info, "channels", 3), {}
+    sizes: set[tuple[int, float]] = set()
     for stage in recipe.stages:
         if stage.size is None:
             raise ValueError(f"size of the stage {stage.stage!r} must be given, for crops of photographs")
         sizes.add((stage.size, stage.max_scale))
+        if stage is recipe.stages[-1] and recipe.factors_scale is not None:
+            sizes.add((stage.size, recipe.factors_scale))
     held: int | list[str] = recipe.validation_images
     # The photographs that are held out have room for all crops.
     for size, max_scale in sorted(sizes, reverse=True):

@@ -108,6 +108,9 @@ class Recipe:
     :param float ema_decay: of the moving average of the weights (default: 0.999).
     :param list[float] factors: factors on all :math:`\delta_k`, of which the best by energy score on
         validation images is kept at the end.
+    :param float, None factors_scale: for a folder of photographs, the largest reduction of the validation
+        images of the factors (default: ``max_scale`` of the last stage). Their scale is what a sampler is
+        calibrated for: 1 for photographs as they are.
     :param int seed: of the run (default: 0).
     :raises ValueError: for values that do not fit.
     """
@@ -141,6 +144,7 @@ class Recipe:
     grad_clip: float | None = 1.0
     ema_decay: float = 0.999
     factors: list[float] = field(default_factory=lambda: [0.9, 0.95, 1.0, 1.05, 1.1])
+    factors_scale: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -185,6 +189,10 @@ class Recipe:
             check_number("betas", beta, 0, 1)
         if self.grad_clip is not None:
             check_number("grad_clip", self.grad_clip, positive=True)
+        if self.factors_scale is not None:
+            check_number("factors_scale", self.factors_scale, low=1)
+            if self.resized:
+                raise ValueError("factors_scale is for crops at random scales: give it without resized")
         if self.rank < 0:
             raise ValueError(f"rank must be >= 0, got {self.rank}")
         for name in ("validation_images", "evaluations"):

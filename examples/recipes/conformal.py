@@ -35,7 +35,7 @@ from deepinv_ud2m.uncertainty import Conformal, inside
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", required=True, help="a shipped sampler, or the folder of one")
 parser.add_argument("--images", default="validation", help="a folder, or shipped digits: test or validation")
-parser.add_argument("--check", help="a folder, or shipped digits")
+parser.add_argument("--check", nargs="*", default=[], help="folders, or shipped digits")
 parser.add_argument("--num", type=int, help="of the images (default: all)")
 parser.add_argument("--size", type=int, default=32)
 parser.add_argument("--tasks", nargs="+", required=True)
@@ -67,17 +67,16 @@ def share(low, high, x):
 
 
 model = UD2M.from_pretrained(args.model)
-images, others = read(args.images, args.num), read(args.check) if args.check else None
+images, others = read(args.images, args.num), {source: read(source) for source in args.check}
 for task in args.tasks:
     model.conformal[task] = Conformal.from_samples(draw(task, images), images)
-    line = f"{task:22s} factor {model.conformal[task].factor:.2f}"
-    if others is not None:
-        samples = draw(task, others)
+    print(f"{task:22s} factor {model.conformal[task].factor:.2f}", flush=True)
+    for source, x in others.items():
+        samples = draw(task, x)
         mean, std = samples.mean(0), samples.std(0)
-        plain = share(mean - 1.645 * std, mean + 1.645 * std, others)
-        line += f", {args.samples} samples hold {plain}, with the factor "
-        line += share(*model.conformal[task].interval(samples), others)
-    print(line, flush=True)
+        plain = share(mean - 1.645 * std, mean + 1.645 * std, x)
+        fitted = share(*model.conformal[task].interval(samples), x)
+        print(f"  {source}: {args.samples} samples hold {plain}, with the factor {fitted}", flush=True)
 
 # %%
 # The same sampler with the intervals: its weights do not change, so its files are copied.
