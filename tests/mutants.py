@@ -322,7 +322,8 @@ MUTANTS = {
     "training/distillation.py": [
         ("    seed_all([recipe.seed, *name.encode()])", "    pass"),
         ("start + torch.tensor(recipe.factors[best]).log()", "start"),
-        ("mean(1).argmin())", "mean(1).argmax())"),
+        ("relative <= 1.01 *", "relative <= 1.1 *"),
+        ("torch.inf).argmin())", "torch.inf).argmax())"),
         ("betas=(recipe.betas[0], recipe.betas[1])", "betas=(0.5, 0.9)"),
     ],
     "training/evaluation.py": [

@@ -101,7 +101,7 @@ def test_digits_in_three_stages(tmp_path):
     assert metadata["data"] == f"{len(images) - recipe.validation_images} images, and 2 held out"
     assert metadata["measurements"] == sum(s.steps * s.batch_size for s in recipe.stages)
     assert metadata["validation"].keys() >= {"energy score", "spread-skill ratio/1"}
-    assert metadata["validation_note"] == "2 samples of each image held out, with the factor"
+    assert metadata["validation_note"] == "2 samples of each image held out, with this factor"
     history = json.loads((tmp_path / "1_single" / "history.json").read_text())
     weights = [value for _, value in history["eval: diversity/0"]]
     ratios = [value for _, value in history["eval: spread-skill ratio/0"]]
@@ -169,6 +169,12 @@ def test_photographs_that_are_held_out_are_those_of_all_sizes(tmp_path):
     crops = preparation._crops(tmp_path, recipe, None)
     numbers = {key: len(read.photographs) for key, (read, _) in crops.items()}
     assert numbers == {(32, 4.0): 4, (32, 1.5): 4, (32, 1.0): 4, (64, 4.0): 2}
+    for changes, num in (({}, 2), ({"factors_images": 4}, 4)):
+        images = preparation._images_of_factors(replace(recipe, **changes), torch.zeros(1), crops)
+        shades = [0.2, 0.3] if num == 2 else [0.0, 0.1, 0.4, 0.5]
+        assert images.mean((1, 2, 3)).tolist() == pytest.approx(shades, abs=0.01)
+    with pytest.raises(ValueError, match="factors_images must be at most 4, the photographs, got 5"):
+        preparation._images_of_factors(replace(recipe, factors_images=5), torch.zeros(1), crops)
     for (size, max_scale), (read, held_out) in crops.items():
         assert read.max_scale == max_scale
         assert held_out.shape == (2, 3, size, size)
@@ -253,7 +259,7 @@ def test_recipes_refuse_what_cannot_work(tmp_path):
         (lambda: distill("mnist", physics, digits, unknown, tmp_path / "3"), "network must be"),
         (
             lambda: distill("mnist", physics, digits, replace(own, factors_scale=1.0), tmp_path / "5"),
-            "factors_scale is for a folder",
+            "factors_scale and factors_images are for a folder",
         ),
     )
 
@@ -283,27 +289,35 @@ def test_a_plan_names_what_is_missing_and_measures_a_step_of_each_stage(photos, 
         distill(None, None, photos, recipe, tmp_path / "run", device="cpu")
 
 
-def test_the_factor_of_the_best_energy_score_is_kept(tiny_prior, tmp_path, monkeypatch):
-    """Samples that are the factor itself, times a number of the physics, and images between the factors."""
+def test_calibration_decides_among_the_factors_near_the_best_energy_score(tiny_prior, tmp_path, monkeypatch):
+    """Samples that are the factor itself, and 10 more of the second physics, whose scores are larger."""
     model = UD2M(UnfoldedDenoiser(tiny_prior, 2))
     with torch.no_grad():
         model.unfolded.log_delta.fill_(math.log(2.0))
-    recipe = Recipe.read("default", factors=[0.8, 0.9, 1.0, 1.1], validation_samples=2)
+    scores = {0.8: 1.0, 0.9: 0.93, 1.0: 0.935, 1.1: 0.95}
+    ratios = {0.8: 1.0, 0.9: 1.3, 1.0: 0.9, 1.1: 1.01}
+    recipe = Recipe.read("default", factors=list(scores), validation_samples=2)
     run = Run.of(recipe, tmp_path, "cpu", verbose=False)
     pairs = [(dinv.physics.Denoising(dinv.physics.GaussianNoise(sigma)), None) for sigma in (0.1, 0.2)]
-    scale = dict(zip((physics for physics, _ in pairs), (1.0, 1.05), strict=True))
 
     def sample(y, physics, num_samples):
-        return (scale[physics] * model.unfolded.log_delta[0].exp() / 2).expand(num_samples, *y.shape)
+        tag = model.unfolded.log_delta[0].exp() / 2 + 10 * (physics is pairs[1][0])
+        return tag.expand(num_samples, *y.shape)
+
+    def of(values, samples, x):
+        number, factor = divmod(round(samples.mean().item(), 3), 10)
+        assert samples.shape == (2, *x.shape)
+        return values[round(factor, 3)] * (1 + 9 * number)
 
     monkeypatch.setattr(model, "sample", sample)
-    x = torch.full((3, 1, 16, 16), 0.92)
-    factor, found = distillation._set_noise(run, model, pairs, x)
-    assert factor == 0.9
-    # The score of a constant that is off by d in each of 256 pixels is 16 d.
-    scores = [found[f"energy score{of}"] for of in ("", "/0", "/1")]
-    assert scores == pytest.approx([16 * d for d in (0.0225, 0.02, 0.025)], abs=1e-4)
-    assert model.unfolded.log_delta.tolist() == pytest.approx(2 * [math.log(1.8)])
+    energy = lambda samples, x: torch.tensor([of(scores, samples, x)])  # noqa: E731
+    ratio = lambda samples, x: torch.tensor([of(ratios, samples, x) ** 0.5])  # noqa: E731
+    monkeypatch.setattr(distillation, "energy_score", energy)
+    monkeypatch.setattr(distillation, "spread_skill_ratio", ratio)
+    factor, found = distillation._set_noise(run, model, pairs, torch.rand(9, 1, 16, 16))
+    assert factor == 1.0, "1.1 and 0.8 have better ratios, but scores that are more than 1 % off"
+    assert [found[f"energy score{i}"] for i in ("", "/0", "/1")] == pytest.approx([5.1425, 0.935, 9.35])
+    assert model.unfolded.log_delta.tolist() == pytest.approx(2 * [math.log(2.0)])
 
 
 def test_images_that_are_held_out_are_not_trained_on(tmp_path):

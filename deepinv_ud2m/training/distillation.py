@@ -46,6 +46,9 @@ from deepinv_ud2m.training.sigmas import StateSigmas
 from deepinv_ud2m.training.trainer import DistillationTrainer
 from deepinv_ud2m.training.updates import parameter_groups, warmup_cosine
 
+#: Images that are sampled at once, when the factor is set.
+_PART = 8
+
 
 def distill(
     prior: Denoiser | str | None,
@@ -119,18 +122,18 @@ def distill(
         trainer = _trainer(run, model, prepared, run.folder / prepared.name)
         trainer.train()
     *_, pairs, train, held_out = stages[-1]
-    found, note = trainer.history.last("eval: "), "by the last stage"
-    factor = 1.0
+    factor, found, seen = 1.0, trainer.history.last("eval: "), "image held out"
     if recipe.factors != [factor]:
         factor, found = _set_noise(run, model, pairs, validation)
-        note = "with the factor" + ("" if recipe.factors_scale is None else ", of the factor's scale")
+        if recipe.factors_images is not None:
+            seen = f"of {recipe.factors_images} photographs of the training"
     metadata = {
         "recipe": recipe.as_json(),
         "data": f"{count_images(train)} images, and {len(held_out)} held out",
         "measurements": sum(s.steps * s.batch_size * s.accumulate for s in recipe.stages),
         "factor of delta": factor,
         "validation": found,
-        "validation_note": f"{recipe.validation_samples} samples of each image held out, {note}",
+        "validation_note": f"{recipe.validation_samples} samples of each {seen}, with this factor",
     }
     model.save_pretrained(run.folder / "model", metadata=metadata, dtype=torch.float16)
     return model.eval()
@@ -260,8 +263,8 @@ def _trainer(run: Run, model: UD2M, prepared: Prepared, folder: Path | None) -> 
 @torch.no_grad()
 def _set_noise(run: Run, model: UD2M, pairs: list[tuple], x: Tensor) -> tuple[float, dict[str, float]]:
     """
-    Multiply all delta by the factor of the best energy score, relative to the mean of each physics. Returns
-    the factor, and the metrics with it.
+    Multiply all delta by one of the factors, and return it with its metrics. Energy scores count relative to
+    the mean of each physics. They are flat in the factor, so calibration decides among those near the best.
     """
     recipe = run.recipe
     device, start = next(model.parameters()).device, model.unfolded.log_delta.clone()
@@ -272,12 +275,16 @@ def _set_noise(run: Run, model: UD2M, pairs: list[tuple], x: Tensor) -> tuple[fl
         model.unfolded.log_delta.copy_(start + torch.tensor(factor).log())
         for i, (physics, generator) in enumerate(pairs):
             seed_all([recipe.seed, i], find_generators([physics], [generator]))
-            if generator is not None:
-                physics.update(**generator.step(len(x)))
-            samples = model.sample(physics(x), physics, recipe.validation_samples)
-            values[f, i] = torch.stack([metric(samples, x).mean() for metric in metrics.values()])
+            samples = []
+            for part in x.split(_PART):
+                if generator is not None:
+                    physics.update(**generator.step(len(part)))
+                samples.append(model.sample(physics(part), physics, recipe.validation_samples))
+            values[f, i] = torch.stack([m(torch.cat(samples, 1), x).mean() for m in metrics.values()])
     scores = values[..., 0]
-    best = int((scores / scores.mean(0)).mean(1).argmin())
+    relative = (scores / scores.mean(0)).mean(1)
+    miss = values[..., 1].log().abs().mean(1)
+    best = int(miss.where(relative <= 1.01 * relative.min(), torch.inf).argmin())
     model.unfolded.log_delta.copy_(start + torch.tensor(recipe.factors[best]).log())
     found: dict[str, float] = {}
     for name, of in zip(metrics, values[best].T, strict=True):

@@ -155,10 +155,7 @@ def prepare(
         pairs = _physics(physics, recipe, stage, tuple(held_out.shape[1:]), run.device)
         stages.append(Prepared(stage, f"{number}_{stage.stage}", pairs, train, held_out))
     run.losses(held_out.shape[1])
-    if recipe.factors_scale is not None:
-        if not crops:
-            raise ValueError("factors_scale is for a folder of photographs: leave it out for other images")
-        _, held_out = crops[recipe.stages[-1].size, recipe.factors_scale]
+    held_out = _images_of_factors(recipe, held_out, crops)
     # Only now, as it may add an adapter to the caller's prior.
     torch.manual_seed(recipe.seed)
     model = _sampler(run, prior, _initial(run, name, images) if initial is None else initial)
@@ -282,6 +279,22 @@ def _crops(folder: str | Path, recipe: Recipe, info: PriorInfo | None) -> dict[t
             held = read.labels[-held:]
         crops[size, max_scale] = read, read.hold_out(held)
     return crops
+
+
+def _images_of_factors(recipe: Recipe, held_out: Tensor, crops: dict) -> Tensor:
+    """The images that the factor is set on; ``held_out`` are those of the last stage."""
+    scale, num = recipe.factors_scale, recipe.factors_images
+    if (scale, num) == (None, None):
+        return held_out
+    if not crops:
+        raise ValueError("factors_scale and factors_images are for a folder of photographs, not other images")
+    last = recipe.stages[-1]
+    read, held_out = crops[last.size, last.max_scale if scale is None else scale]
+    if num is None:
+        return held_out
+    if num > len(read.labels):
+        raise ValueError(f"factors_images must be at most {len(read.labels)}, the photographs, got {num}")
+    return read.centres([i * len(read.labels) // num for i in range(num)])
 
 
 def _data(
