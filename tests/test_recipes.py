@@ -173,6 +173,7 @@ def test_photographs_that_are_held_out_are_those_of_all_sizes(tmp_path):
         images = preparation._images_of_factors(replace(recipe, **changes), torch.zeros(1), crops)
         shades = [0.2, 0.3] if num == 2 else [0.0, 0.1, 0.4, 0.5]
         assert images.mean((1, 2, 3)).tolist() == pytest.approx(shades, abs=0.01)
+    assert replace(recipe, factors_images=99).miniature().factors_images is None, "a trial needs few images"
     with pytest.raises(ValueError, match="factors_images must be at most 4, the photographs, got 5"):
         preparation._images_of_factors(replace(recipe, factors_images=5), torch.zeros(1), crops)
     for (size, max_scale), (read, held_out) in crops.items():

@@ -238,8 +238,8 @@ class Recipe:
         """The same with two steps of two small images in each stage, to try whether all of it runs."""
         size = 32 if self.stages[0].size else None
         stages = [replace(stage, steps=2, batch_size=2, size=size) for stage in self.stages]
-        small = replace(self, stages=stages, evaluations=1, factors=[1.0])
-        return replace(small, validation_images=2, validation_samples=2)
+        small = replace(self, stages=stages, evaluations=1, validation_images=2, validation_samples=2)
+        return replace(small, factors=[1.0], factors_scale=None, factors_images=None)
 
     def as_json(self) -> dict:
         """The recipe, as JSON holds it."""
