@@ -51,6 +51,9 @@ _MODULES = {
 # Options that make another result. The files are part of it as well, by what they hold.
 _OPTIONS = ("task", "gaussian", "borders", "factor", "filter", "noise", "samples", "seed")
 
+# What the package raises for bad input, and torch where memory is short.
+_BAD_INPUT = (ValueError, TypeError, RuntimeError)
+
 # Memory of a sample of the shipped samplers on a CPU, measured: bytes for each pixel, and of the process.
 _BYTES_PER_PIXEL, _BYTES = 3700, 0.9e9
 
@@ -58,13 +61,12 @@ _BYTES_PER_PIXEL, _BYTES = 3700, 0.9e9
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in _MODULES:
-        sys.argv = [f"deepinv-ud2m {argv[0]}", *argv[1:]]
-        return import_module(_MODULES[argv[0]][0]).main() or 0
-    args = _parser().parse_args(argv)
     try:
-        return _restore(args)
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:  # memory may be too small
+        if argv and argv[0] in _MODULES:
+            sys.argv = [f"deepinv-ud2m {argv[0]}", *argv[1:]]
+            return import_module(_MODULES[argv[0]][0]).main() or 0
+        return _restore(_parser().parse_args(argv))
+    except (*_BAD_INPUT, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -119,7 +121,9 @@ def _restore(args: argparse.Namespace) -> int:
     title = f"process {rank}" if count > 1 else "restore"
     for file in tqdm(files[rank::count], desc=title, position=rank, disable=len(files) == 1):
         summary = args.out / f"{file.name}.json"
-        options = common | {"file": f"{zlib.crc32(file.read_bytes()):08x}" if file.is_file() else None}
+        # One that is not there, or cannot be read, fails below.
+        is_readable = file.is_file() and os.access(file, os.R_OK)
+        options = common | {"file": f"{zlib.crc32(file.read_bytes()):08x}" if is_readable else None}
         if summary.is_file() and read_json(summary).get("options") == options:
             continue
         # Whatever happens now, no summary or sample of before stands beside new results.
@@ -128,7 +132,7 @@ def _restore(args: argparse.Namespace) -> int:
         try:
             found = _restore_file(model, file, args, kernel, mask, device)
         # The others of a folder are still worth it, also where the memory is too small for one.
-        except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        except (*_BAD_INPUT, FileNotFoundError, PermissionError, MemoryError) as error:
             if len(files) == 1:
                 raise
             tqdm.write(f"error: {file}: {error}", file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -22,28 +22,28 @@ class CallCounter:
     It counts the calls of its own thread only, so several threads may use one network.
 
     :param Iterable[torch.nn.Module] networks: the networks to watch.
+    :param Callable, None done: is called with the number of images after each pass.
     """
 
-    def __init__(self, networks: Iterable[nn.Module]):
-        self.networks = list(networks)
+    def __init__(self, networks: Iterable[nn.Module], done: Callable[[int], None] | None = None):
+        self.networks, self.done = list(networks), done
         self.images = 0
 
     def __enter__(self) -> CallCounter:
         self._thread = threading.get_ident()
         with _LOCK:
-            self._hooks = [net.register_forward_hook(self._count_own) for net in self.networks]
+            self._hooks = [net.register_forward_hook(self._count) for net in self.networks]
         return self
 
     def __exit__(self, *exception: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _count_own(self, network: nn.Module, inputs: tuple, output: Tensor) -> None:
-        if threading.get_ident() == self._thread:
-            self._count(network, inputs, output)
-
     def _count(self, network: nn.Module, inputs: tuple, output: Tensor) -> None:
-        self.images += output.shape[0]
+        if threading.get_ident() == self._thread:
+            self.images += len(output)
+            if self.done is not None:
+                self.done(len(output))
 
 
 def peak_gb(device: torch.device) -> float:

@@ -49,8 +49,8 @@ def read_kernel(file: str | Path) -> Tensor:
     """
     if Path(file).suffix.lower() == ".npy":
         try:
-            values = np.load(file, allow_pickle=False)
-        except (OSError, ValueError) as error:
+            values = np.asarray(np.load(file, allow_pickle=False))
+        except Exception as error:  # a damaged file raises errors of any kind
             raise ValueError(f"kernel {file} cannot be read: {error}") from error
         if values.ndim != 2 or not np.issubdtype(values.dtype, np.number):
             raise ValueError(f"kernel {file} must be a matrix of numbers, got {values.dtype} {values.shape}")

@@ -308,8 +308,9 @@ class UD2M(Reconstructor):
         self, y: Tensor | TensorList, physics: Physics, *, generator: torch.Generator | None = None
     ) -> Tensor:
         r"""
-        The noise level of measurements: the one whose samples leave it as their residual. It takes two to
-        four samples. The error is below 20 % for measurements like those of training.
+        The noise level of measurements: the one whose samples leave it as their residual. It takes one to
+        four samples. Its error is below 20 % for one level, and up to 50 % where levels differ between
+        images, for measurements like those of training.
 
         :param torch.Tensor y: measurements, finite.
         :param deepinv.physics.LinearPhysics physics: the physics that made them; its noise model is not used.

@@ -2,9 +2,9 @@ r"""
 A whole photograph
 ==================
 
-The sampler was trained on crops of 64 x 64 pixels. Prior and iterations are convolutional, so it restores
-photographs of any size: a file of yours, or six pictures that are made of the two that ship, 768 x 512 pixels
-together.
+The sampler was trained on crops of 64 x 64 and 128 x 128 pixels. Prior and iterations are convolutional, so
+it restores photographs of any size: a file of yours, or six pictures that are made of the two that ship, 768
+x 512 pixels together.
 
 .. code-block:: bash
 

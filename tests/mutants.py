@@ -43,7 +43,7 @@ TESTS = {
     "training/adversarial.py": "adversarial training_updates trainer training_runs",
     "training/arguments.py": "trainer training_evaluation",
     "training/averages.py": "trainer training_runs training_evaluation",
-    "training/checkpoints.py": "training_runs trainer training_evaluation",
+    "training/checkpoints.py": "recipes training_runs trainer training_evaluation",
     "training/controller.py": "recipes training_evaluation",
     "training/distillation.py": "recipes",
     "training/evaluation.py": "training_evaluation training_runs",
@@ -53,7 +53,7 @@ TESTS = {
     "training/preparation.py": "recipes bad_inputs",
     "training/prior.py": "training_prior",
     "training/randomness.py": "training_runs trainer",
-    "training/sigmas.py": "trainer recipes",
+    "training/sigmas.py": "schedule",
     "training/stages.py": "trainer recipes",
     "training/trainer.py": "trainer training_updates training_runs training_evaluation",
     "training/updates.py": "training_updates trainer",
@@ -309,15 +309,18 @@ MUTANTS = {
         ("        if damaged:", "        if False:"),
         ("    if later.pressed:\n        handler(signal.SIGINT, None)", "    pass"),
         (" or isinstance(handler, _Later)", ""),
+        ("identity(parts_of_sum(thing), seen)", "0"),
+        ("if id(thing) in seen or not", "if not"),
+        ('("_", "training", "device",', '("_", "device",'),
         (
-            '        for part in folder.glob(".checkpoint.pt.*"):  # of a run that was killed while it wrote\n            part.unlink()\n',
+            '        for part in folder.glob(f".{file}.*"):  # of a run that was killed while it wrote\n            part.unlink()\n',
             "",
         ),
     ],
     "training/controller.py": [
         ("c * ratio**self.kappa", "c / ratio**self.kappa"),
         ("self.low), self.high)", "self.low), 1e9)"),
-        ('results.get(f"{name}/{i}", results.get(name))', "results.get(name)"),
+        ("results[name if name in results else RATIO]", "results[RATIO]"),
     ],
     "training/distillation.py": [
         ("    seed_all([recipe.seed, *name.encode()])", "    pass"),
@@ -361,7 +364,7 @@ MUTANTS = {
         ),
     ],
     "training/sigmas.py": [
-        ("torch.rand(batch_size) < self.share", "torch.rand(batch_size) > self.share"),
+        ("torch.rand(batch_size) < self.first", "torch.rand(batch_size) > self.first"),
     ],
     "training/stages.py": [
         ('estimate[None], "rmse": rmse', 'estimate[None], "rmse": rmse.detach()'),
@@ -406,8 +409,8 @@ MUTANTS = {
         ),
         ("        self.skipped += not logs\n", ""),
         (
-            "if self.eval_dataloader and is_due and self.evaluated < self.completed:",
-            "if self.eval_dataloader and is_due:",
+            "if self.evaluated == self.completed:",
+            "if False:",
         ),
         ("        self.history.add(logs)\n", ""),
         ("        if self.completed % self.log_interval == 0:", "        if True:"),

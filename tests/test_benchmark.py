@@ -174,6 +174,7 @@ def test_bad_methods_are_refused(tmp_path):
         (lambda: read({"name": "diffpir", "settings": {"zeta": True}}), "zeta .* of type float, got True"),
         (lambda: read(dps | {"grid": {"weight": [1, "many"]}}), "weight of 'dps' must be .*, got 'many'"),
         (lambda: read(dps, dps), r"\['dps'\] come twice: set label"),
+        (lambda: read(dps, dps | {"criterion": "psnr"}), r"\['dps'\] are with and without a criterion"),
     )
 
 

@@ -16,8 +16,8 @@ from test_benchmark import computed, entry, study_of
 
 from deepinv_ud2m.benchmark.cost import STAGES, measure_cost
 from deepinv_ud2m.benchmark.methods import CRITERIA, METHODS, Entry, Method, Search
-from deepinv_ud2m.benchmark.report import overview, report, summarise
-from deepinv_ud2m.benchmark.rows import COLUMNS, read_rows
+from deepinv_ud2m.benchmark.report import overview, report, stored_arrays, summarise
+from deepinv_ud2m.benchmark.rows import COLUMNS, batch_folder, read_rows
 from deepinv_ud2m.benchmark.run import Study, evaluate, measure, perceptual_metric, run
 from deepinv_ud2m.benchmark.tune import tune
 from deepinv_ud2m.data import mnist_digits
@@ -60,6 +60,16 @@ def test_differences_are_of_the_same_images():
     line = line_of(lines, "pinv")
     assert line["psnr_less"] == pytest.approx(-1.5)
     assert line["psnr_less_se"] == pytest.approx(0.5)  # standard deviation 0.5 sqrt(2), of two images
+
+
+def test_the_standard_error_of_the_spread_skill_ratio_is_that_of_the_jackknife():
+    error, variance = (1 + torch.rand(2, 200, generator=seeded(0), dtype=torch.float64)).numpy()
+    columns = {"squared_error": error, "variance": variance, "num_samples": 4}
+    line = line_of(summarise(rows_of({"dps": columns})), "dps")
+    ratio = lambda kept: (error[kept].mean() / variance[kept].mean() / 1.25) ** 0.5  # noqa: E731
+    others = np.array([ratio(np.arange(200) != i) for i in range(200)])
+    assert line["spread_skill"] == pytest.approx(ratio(slice(None)))
+    assert line["spread_skill_se"] == pytest.approx((199 * others.var()) ** 0.5, rel=0.01)
 
 
 def test_means_are_compared_where_both_have_several_samples():
@@ -144,6 +154,10 @@ def test_frechet_distances_are_those_of_the_stored_features(tiny_prior, tmp_path
     assert line["frechet"] == pytest.approx(distance, rel=1e-4)
     error = frechet_influence(z, *fit).std().item() / 66**0.5
     assert line["frechet_se"] == pytest.approx(error, rel=1e-4)
+    run(tmp_path, study_of(tiny_prior, ["dpir"], images=2, samples=1))
+    assert report(tmp_path)["frechet"].dropna().item() == line["frechet"], (
+        "the reference is of the most images"
+    )
     (tmp_path / "reference.npz").unlink()
     assert report(tmp_path)["frechet"].item() == pytest.approx(line["frechet"], rel=1e-4), "from its table"
 
@@ -241,6 +255,24 @@ def test_a_method_stands_once_for_each_criterion_it_was_searched_for(tiny_prior,
     assert overview(lines, "psnr_less") == ""
     with pytest.raises(ValueError, match=r"criterion of 'dps' must be of .*'psnr'.*, got 'ssim'"):
         Entry("dps", criterion="ssim")
+    with pytest.raises(ValueError, match="no settings of 'dps, for energy' were searched for 'sr4'"):
+        study.search.best("sr4", Entry("dps", criterion="energy"))
+    study.sigma_y = 0.1
+    with pytest.raises(
+        ValueError, match=r"--settings is of another setup: its sigma_y is 0.05, here it is 0.1"
+    ):
+        run(tmp_path / "other", study)
+    study.num_samples = 1
+    with pytest.raises(ValueError, match="--samples must be at least 2 in a search of samplers, got 1"):
+        tune(tmp_path / "t.json", study)
+
+
+def test_arrays_are_of_the_most_samples(tmp_path):
+    folder = batch_folder(tmp_path, "sr4", "dps")
+    folder.mkdir(parents=True)
+    for number in (4, 16):
+        np.savez(folder / f"{number}-0.npz", image=[0], mean=[number])
+    assert stored_arrays(tmp_path, "sr4", "dps", "mean") == {0: 16}
 
 
 def test_a_search_resumes_and_finds_the_minimum(tiny_prior, tmp_path):

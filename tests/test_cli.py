@@ -109,6 +109,10 @@ def test_a_folder_goes_on_after_a_file_that_is_none(folder, tmp_path, capsys):
     assert main(["restore", str(tmp_path), "--task", "denoise", "--samples", "2", "--out", str(out)]) == 1
     assert "1b.png cannot be read" in capsys.readouterr().err
     assert sorted(file.name for file in out.glob("*.json")) == ["0.png.json", "1.png.json"]
+    files = [str(tmp_path / name) for name in ("0.png", "nowhere.png", "1.png")]
+    assert main(["restore", *files, "--task", "jpeg", "--samples", "2", "--out", str(out)]) == 1
+    told = capsys.readouterr().err
+    assert all(f"{name}: " in told for name in ("0.png", "nowhere.png", "1.png")), "each is tried"
 
 
 def test_a_folder_goes_on_where_the_memory_is_too_small_for_one(tmp_path, monkeypatch, capsys):
@@ -206,6 +210,11 @@ def test_kernels_and_photographs_are_read_as_they_are(folder, tmp_path):
     for name, values in wrong.items():
         np.save(tmp_path / f"{name}.npy", np.array(values))
         refused((lambda name=name: read_kernel(tmp_path / f"{name}.npy"), "kernel .* must"))
+    (tmp_path / "empty.npy").write_bytes(b"")
+    np.savez(tmp_path / "zip.npz", a=np.ones((3, 3)))
+    (tmp_path / "zip.npz").rename(tmp_path / "zip.npy")
+    for name, message in (("empty", "cannot be read"), ("zip", "must be a matrix|cannot be read")):
+        refused((lambda name=name: read_kernel(tmp_path / f"{name}.npy"), f"kernel .* {message}"))
     y = torch.rand(1, 3, 32, 32)
     refused(
         (lambda: physics_of(y, "stretch"), "degradation must be one of"),

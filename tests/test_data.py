@@ -155,6 +155,10 @@ def test_resized_crops_have_room_for_the_shorter_side_only(folder):
     distances = (drawn[:, None] - windows).abs().amax((2, 3, 4)).amin(1)
     assert (distances < 1e-4).sum() > 3
     refused((lambda: crops.hold_out(3), "num must be below the 3 photographs"))
+    crops = ResizedCrops(folder, 32, num=40)
+    others = [label for label in crops.labels if not label.endswith("white.JPEG")]
+    crops.hold_out(others)
+    assert min(crop.min() for crop in crops) > 0.99, "the last one is all there is"
 
 
 def test_without_reduction_a_crop_is_a_part_of_the_photograph_turned(tmp_path):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 
 import deepinv as dinv
 import numpy as np
@@ -36,6 +37,7 @@ from deepinv_ud2m.training import (
     preparation,
 )
 from deepinv_ud2m.training.__main__ import main
+from deepinv_ud2m.training.checkpoints import identity
 from deepinv_ud2m.training.objectives import Setting, make_losses
 from deepinv_ud2m.training.preparation import Run
 
@@ -140,6 +142,66 @@ def test_a_run_that_was_stopped_between_stages_ends_with_the_same_bits(tmp_path)
     next(other.parameters()).data.mul_(1.01)
     with pytest.raises(ValueError, match="is of another run: its prior is"):
         distill(other, physics, images, recipe, tmp_path, verbose=False)
+    masked = [dinv.physics.Inpainting((1, 32, 32), mask=0.6, noise_model=noise)]
+    noisy = [
+        dinv.physics.Inpainting(
+            (1, 32, 32), mask=physics[0].mask, noise_model=dinv.physics.GaussianNoise(0.06)
+        )
+    ]
+    for changed, x in ((masked, images), (noisy, images), (physics, images.flip(0))):
+        with pytest.raises(ValueError, match="is of another run: its settings is"):
+            distill("mnist", changed, x, recipe, tmp_path, verbose=False)
+
+
+def test_what_is_given_stays_as_it_is(tmp_path):
+    """So a call can be repeated, as in a notebook."""
+    small = {"sigmas": [78.7, 0.2], "delta": [2.0], "rho": [2.0], "initial": "wiener", "rank": 1}
+    small |= {"evaluations": 1, "validation_images": 2, "validation_samples": 2, "factors": [1.0]}
+    recipe, noise = Recipe([Stage("single", 1, 2)], **small), dinv.physics.GaussianNoise(0.05)
+    physics = [dinv.physics.Inpainting((1, 32, 32), mask=0.5, noise_model=noise)]
+    prior, files = load_prior("mnist"), []
+    before = copy.deepcopy(prior.state_dict())
+    for name in ("a", "b"):
+        distill(prior, physics, mnist_digits(num=6), recipe, tmp_path / name, verbose=False)
+        files.append((tmp_path / name / "model" / "model.safetensors").read_bytes())
+    assert files[0] == files[1] and not has_lora(prior)
+    assert all(map(torch.equal, prior.state_dict().values(), before.values()))
+
+
+def test_physics_and_generators_are_told_apart():
+    shape, noise = (1, 8, 8), dinv.physics.GaussianNoise
+    kernel = dinv.physics.functional.gaussian_blur(sigma=(1.0, 1.0))
+
+    def blur(padding="valid", scale=1.0, sigma=0.1):
+        return dinv.physics.Blur(kernel * scale, padding=padding, noise_model=noise(sigma))
+
+    def kernels(side=5):
+        return dinv.physics.generator.GaussianBlurGenerator((side, side))
+
+    def levels(high=0.1):
+        return dinv.physics.generator.SigmaGenerator(0.02, high)
+
+    matrix = torch.rand(3, 64, generator=seeded()) * torch.tensor([0.0, 1.0]).repeat(32)
+    makers = [
+        *(partial(blur, *options) for options in ((), ("circular",), ("valid", 2.0), ("valid", 1.0, 0.2))),
+        *(partial(dinv.physics.Downsampling, shape, factor=factor) for factor in (2, 4)),
+        *(
+            lambda high=high, side=side: kernels(side) + levels(high)
+            for high in (0.1, 0.2)
+            for side in (5, 7)
+        ),
+        *(lambda a=a: [a.to_sparse_csr()] for a in (matrix, 2 * matrix)),
+        *(lambda a=a: [a] for a in (matrix, matrix.to(torch.complex64), True, "word", 0.5)),
+    ]
+    found = [json.dumps(identity(make())) for make in makers]
+    assert len({*found}) == len(found)
+    assert found == [json.dumps(identity(make())) for make in makers], "others that are equal"
+    physics = blur()
+    before = identity(physics)
+    physics(torch.rand(1, 1, 16, 16)), physics.eval()
+    assert identity(physics) == before, "used or not"
+    physics.itself = [physics]
+    assert json.dumps(identity(physics))
 
 
 def test_what_is_wrong_with_a_late_stage_is_told_before_the_first(tmp_path, monkeypatch):
@@ -189,6 +251,7 @@ def test_photographs_that_are_held_out_are_those_of_all_sizes(tmp_path):
 @pytest.mark.slow
 def test_photographs_by_the_command_line(photos, tmp_path):
     recipe = miniature("photos.yaml", tasks=["deblur-motion-valid", "jpeg-10"])
+    recipe.factors_images = recipe.factors_scale = None
     text = {**asdict(recipe), "stages": [asdict(stage) for stage in recipe.stages[1:]]}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(text))
     command = [
@@ -222,6 +285,8 @@ def test_recipes_refuse_what_cannot_work(tmp_path):
     wrong = Recipe([Stage("single", 10**6, 2)], **few)
     sized = replace(wrong, losses=[{"loss": "energy", "features": "digits", "features_size": 64}])
     unknown = replace(wrong, losses=[{"loss": "energy", "features": "nothing"}])
+    other = [dinv.physics.Inpainting((1, 30, 30), mask=0.5, noise_model=noise)]
+    energy, adversarial = {"loss": "energy"}, {"loss": "adversarial"}
     refused(
         (
             lambda: Recipe.read("nowhere.yaml"),
@@ -242,6 +307,17 @@ def test_recipes_refuse_what_cannot_work(tmp_path):
         (lambda: replace(own, losses=[{"loss": "l3"}]), "losses must be .loss: name"),
         (lambda: replace(own, losses=[{"loss": "l2", "off": "noise"}]), "losses: .* argument 'off'"),
         (lambda: replace(own, losses=[{"loss": "perceptual"}]), "losses: .* 'network'"),
+        (
+            lambda: replace(own, losses=[energy | {"features": "digits", "patch_size": 4}]),
+            "patch_size is for pixels",
+        ),
+        (lambda: replace(own, losses=[energy | {"features_size": 64}]), "features_size is for features"),
+        (lambda: replace(own, losses=[energy | {"features": "lpips-vgg"}]), "LPIPS has no features"),
+        (lambda: replace(own, losses=[energy, adversarial, adversarial]), "one adversarial loss at most"),
+        (
+            lambda: distill("mnist", [*physics, *other], digits, wrong, tmp_path / "6"),
+            r"physics: Inpainting cannot measure the images of a stage, \[1, 32, 32\]",
+        ),
         (lambda: distill("mnist", physics, digits, sized, tmp_path / "4"), "features_size is for"),
         (lambda: distill(None, physics, digits, own, tmp_path), "prior must be given, or be named"),
         (lambda: distill("mnist", None, digits, own, tmp_path), "physics must be one or more, or None"),
@@ -313,8 +389,7 @@ def test_calibration_decides_among_the_factors_near_the_best_energy_score(tiny_p
     monkeypatch.setattr(model, "sample", sample)
     energy = lambda samples, x: torch.tensor([of(scores, samples, x)])  # noqa: E731
     ratio = lambda samples, x: torch.tensor([of(ratios, samples, x) ** 0.5])  # noqa: E731
-    monkeypatch.setattr(distillation, "energy_score", energy)
-    monkeypatch.setattr(distillation, "spread_skill_ratio", ratio)
+    monkeypatch.setattr(distillation, "_METRICS", {"energy score": energy, "spread-skill ratio": ratio})
     factor, found = distillation._set_noise(run, model, pairs, torch.rand(9, 1, 16, 16))
     assert factor == 1.0, "1.1 and 0.8 have better ratios, but scores that are more than 1 % off"
     assert [found[f"energy score{i}"] for i in ("", "/0", "/1")] == pytest.approx([5.1425, 0.935, 9.35])
@@ -341,6 +416,13 @@ def test_losses_of_a_recipe_follow_the_controller():
     )
     assert energy.diversity_weight is controller.weights and energy.weight == 2 and adversary is None
     assert isinstance(l2, L2Loss)
+    features = [{"loss": "energy", "features": "efficientnet", "features_size": 32}]
+    (energy,), _ = make_losses(features, Setting(1, torch.device("cpu")))
+    samples, x = (
+        torch.rand(2, 1, 1, 32, 32, generator=seeded()),
+        torch.rand(1, 1, 32, 32, generator=seeded(1)),
+    )
+    assert energy(x=x, samples=samples).isfinite().all(), "of grey images"
 
 
 def test_the_controller_of_diversity_finds_the_weight_that_calibrates():

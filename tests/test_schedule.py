@@ -1,5 +1,6 @@
 """Noise levels against the textbook, and the border to networks that think in VP times."""
 
+import math
 from functools import partial
 
 import numpy as np
@@ -10,7 +11,7 @@ from conftest import rand, refused, seeded
 
 from deepinv_ud2m import UD2M
 from deepinv_ud2m.schedule import VPSchedule, check_sigmas, to_vp_state
-from deepinv_ud2m.training import SamplerSigmas
+from deepinv_ud2m.training import StateSigmas
 
 T = 1000
 
@@ -144,7 +145,8 @@ def test_bad_arguments(sampler):
         *((partial(VPSchedule, num_timesteps=times), "num_timesteps") for times in (0, 1, -3, 10.0)),
         *((partial(schedule.sampling_sigmas, n), "num_steps must be an integer") for n in counts),
         *((partial(check_sigmas, sigmas), "sigmas must be a sequence of") for sigmas in levels),
-        *((partial(SamplerSigmas, sampler, share), "share must be in") for share in shares),
+        *((partial(StateSigmas, sampler, share), "0 <= first <= 1") for share in shares),
+        (partial(StateSigmas, sampler, 0.5, 1.0, 0.5), "0 < low <= high"),
     )
 
 
@@ -163,22 +165,16 @@ def sampler() -> UD2M:
     return UD2M(unfolded, sigmas=[50.0, 2.0, 0.3])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_share_of_own_sigmas(sampler, share):
+@pytest.mark.parametrize("first", [0.0, 0.25, 1.0])
+def test_levels_of_states(sampler, first):
     torch.manual_seed(0)
-    sigmas = SamplerSigmas(sampler, share)(4000)
-    assert sigmas.shape == (4000,) and bool((sigmas > 0).all())
-    for own in sampler.sigmas:  # five standard deviations: false alarm of 6e-7 for each
-        p = share / 3
-        assert abs((sigmas == own).sum().item() - 4000 * p) <= 5 * (4000 * p * (1 - p)) ** 0.5
-
-
-def test_other_sigmas_are_those_of_the_schedule(sampler):
-    schedule = VPSchedule()
-    torch.manual_seed(0)
-    sigmas = SamplerSigmas(sampler, 0.0, schedule)(4000).log()
-    reference = schedule.training_sigmas(4000).log()
-    # Kolmogorov-Smirnov at a false alarm of 1e-4
-    grid = torch.cat([sigmas, reference])
-    gap = [(a[:, None] <= grid).double().mean(0) for a in (sigmas, reference)]
-    assert (gap[0] - gap[1]).abs().max() < 2.226 * (2 / 4000) ** 0.5
+    sigmas = StateSigmas(sampler, first, 0.02, 2.0)(4000)
+    assert sigmas.shape == (4000,)
+    is_first = sigmas == sampler.sigmas[0]  # five standard deviations: false alarm of 6e-7
+    assert abs(is_first.sum().item() - 4000 * first) <= 5 * (4000 * first * (1 - first)) ** 0.5
+    ranks = (sigmas[~is_first] / 0.02).log() / math.log(100)
+    assert bool(((ranks >= 0) & (ranks <= 1)).all())
+    if len(ranks):  # Kolmogorov-Smirnov at a false alarm of 1e-4
+        grid = torch.linspace(0, 1, 200)
+        gap = (ranks[:, None] <= grid).double().mean(0) - grid
+        assert gap.abs().max() < 2.226 / len(ranks) ** 0.5

@@ -28,7 +28,7 @@ from deepinv_ud2m.training import (
     EnergyScoreLoss,
     GaussianNLLLoss,
     L2Loss,
-    SamplerSigmas,
+    StateSigmas,
     parameter_groups,
 )
 from deepinv_ud2m.training.arguments import UNUSED
@@ -194,6 +194,7 @@ def test_a_compiled_prior_is_used_in_training_steps_only(tiny_prior, monkeypatch
     compiled = make_trainer(tiny_prior, compile=True)
     compiled.train()
     assert calls and equal(values_of(plain), values_of(compiled))
+    assert all(network._compiled_call_impl is None for network in compiled.unfolded.networks), "as before"
     number = len(calls)
     compiled.eval_dataloader = [eval_images()]
     compiled.evaluate()
@@ -234,7 +235,7 @@ def make_initial(prior, config, initializer=None, sampler=None, **options):
     groups = parameter_groups(model.unfolded, lr_initializer=3e-3, weight_decay=0.1)
     defaults = {"stage": "initial", "physics": mask(), "losses": GaussianNLLLoss(), "steps": 30}
     defaults |= {"train_dataloader": DataLoader(images(8), 4, True), "optimizer": torch.optim.AdamW(groups)}
-    defaults |= {"sigmas": SamplerSigmas(model, 1.0), "log_interval": 10, "grad_clip": 1.0}
+    defaults |= {"sigmas": StateSigmas(model, 0.5), "log_interval": 10, "grad_clip": 1.0}
     return DistillationTrainer(model=model, verbose=False, device="cpu", **defaults | options)
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from deepinv.loss.metric import PSNR, Metric
-from deepinv.physics import GaussianNoise, Inpainting, PoissonNoise
+from deepinv.physics import Denoising, GaussianNoise, Inpainting, PoissonNoise
 from distillation import SHAPE, equal, eval_images, full_options, images, make_trainer, two_physics, values_of
 from torch.utils.data import DataLoader
 
@@ -74,6 +74,39 @@ def test_the_best_model_is_the_best(tiny_prior, tmp_path, by, best):
     make_trainer(tiny_prior, save_path=tmp_path / "b", ema_decay=0.9, steps=best).train()
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a/best", "b/final")]
     assert weights[0] == weights[1], "its weights are the average of that step"
+
+
+def test_metrics_of_samples_are_of_all_images_together(tiny_prior):
+    """A ratio of sums is no mean of ratios; images of several sizes count by batches."""
+    seen = []
+    metric = lambda samples, x: (seen.append((samples.shape, x)), torch.tensor(float(len(seen))))[1]  # noqa: E731
+    trainer = make_trainer(tiny_prior, eval_dataloader=eval_images(4), sample_metrics={"m": metric})
+    assert trainer.evaluate() == {"m": 1.0}
+    ((shape, x),) = seen
+    assert shape == (4, 4, 1, 16, 16) and len(x.unique(dim=0)) == 4
+    del seen[:]
+    trainer = make_trainer(tiny_prior, sample_metrics={"m": metric}, physics=Denoising(GaussianNoise(0.05)))
+    trainer.eval_dataloader = [DataLoader([torch.rand(1, side, side) for side in (8, 16)], batch_size=1)]
+    assert trainer.evaluate() == {"m": 1.5}
+    assert [tuple(shape) for shape, _ in seen] == [(4, 1, 1, side, side) for side in (8, 16)]
+
+
+def test_an_evaluation_that_fails_loses_no_step(tiny_prior, tmp_path):
+    def fails(samples, x):
+        raise torch.OutOfMemoryError("too large")
+
+    options = full_options(tmp_path, steps=4, ckp_interval=100, sample_metrics={"m": fails})
+    with pytest.raises(torch.OutOfMemoryError):
+        make_trainer(tiny_prior, **options).train()
+    options["sample_metrics"] = {"m": lambda samples, x: x.mean()}
+    trainer = make_trainer(tiny_prior, **options)
+    trainer.setup_train()
+    assert (trainer.completed, trainer.evaluated) == (2, 0)
+    trainer.train()
+    assert [step for step, _ in trainer.history["eval: m"]] == [2, 4]
+    again = make_trainer(tiny_prior, **options)
+    again.evaluate = lambda: pytest.fail("it was evaluated already")
+    again.train()
 
 
 def test_evaluation_writes_history_figures_and_the_best_model(tiny_prior, tmp_path):

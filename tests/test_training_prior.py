@@ -87,6 +87,12 @@ def test_the_loss_weighs_all_levels_alike():
     torch.testing.assert_close(losses, torch.ones(3), rtol=0.02, atol=0)
 
 
+def test_a_prior_that_diverges_is_told(tiny_config):
+    loader = DataLoader(torch.full((40, 1, 32, 32), torch.nan), batch_size=2)
+    with pytest.raises(RuntimeError, match="not finite in 10 steps in a row, up to step 9"):
+        train_prior(tiny_config, loader, 1, device="cpu", verbose=False)
+
+
 def test_one_run_per_folder(tiny_config, tmp_path):
     with lock(tmp_path), pytest.raises(RuntimeError, match="another training run is using the folder"):
         train(tiny_config, 1, tmp_path / "checkpoint.pt")

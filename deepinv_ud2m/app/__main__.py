@@ -22,7 +22,8 @@ _LOCAL = ("127.0.0.1", "localhost", "::1")
 # Browsers then load nothing from elsewhere, whatever a component of the page asks for.
 _POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
-    "style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob: ws: wss:"
+    "style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob:; "
+    "frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
 )
 
 
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             import gradio as gr
             from starlette.middleware import Middleware
+            from starlette.middleware.trustedhost import TrustedHostMiddleware
 
             from deepinv_ud2m.app.page import build
 
@@ -60,16 +62,25 @@ def main(argv: list[str] | None = None) -> int:
             hint = "; pip install 'deepinv_ud2m[app]'" if isinstance(error, ImportError) else ""
             print(f"error: {error}{hint}", file=sys.stderr)
             return 2
-        if args.host not in _LOCAL:
+        middleware = [Middleware(Local)]
+        if args.host in _LOCAL:
+            # A page of elsewhere may give its name the address of this computer. The last is of "[::1]:7860".
+            names = ["127.0.0.1", "localhost", "["]
+            middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=names))
+        else:
             print(
                 f"warning: whoever reaches {args.host} can use this page: it has no password", file=sys.stderr
             )
         print(f"the page is at http://{args.host}:{args.port}, until you press Ctrl-C", flush=True)
-        page.launch(
-            server_name=args.host, server_port=args.port, share=False, footer_links=[], max_file_size="50mb",
-            app_kwargs={"middleware": [Middleware(Local)]}, run_history=False, quiet=True,
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        )  # fmt: skip
+        try:
+            page.launch(
+                server_name=args.host, server_port=args.port, share=False, footer_links=[],
+                max_file_size="50mb", app_kwargs={"middleware": middleware}, run_history=False, quiet=True,
+                theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            )  # fmt: skip
+        except OSError as error:  # such as a port in use
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -27,12 +27,15 @@ from deepinv_ud2m.sampler import UD2M
 # Where crops begin and end: blocks of a JPEG file with 4:2:0 have this side.
 _BLOCK = 16
 
+# Pixels of the largest file that is decoded: each takes 12 bytes, several times.
+_MAX_READ = 50_000_000
+
 # Number of the tag by which cameras say how a photograph is turned.
 _ORIENTATION = 274
 
 
 @dataclass(frozen=True)
-class Damage:
+class Degradation:
     """
     What happened to an image, besides noise.
 
@@ -63,7 +66,7 @@ class Job:
     What a user of the page asks for.
 
     :param str, pathlib.Path file: the image.
-    :param Damage damage: what happened to it.
+    :param Degradation degradation: what happened to it.
     :param bool is_truth: whether the image is the truth, to be degraded first.
     :param float added: standard deviation of the noise that is added then.
     :param float, None noise: noise level for the sampler, or ``None`` to estimate it. JPEG has none.
@@ -76,7 +79,7 @@ class Job:
     """
 
     file: str | Path
-    damage: Damage
+    degradation: Degradation
     is_truth: bool = False
     added: float = 0.02
     noise: float | None = None
@@ -113,7 +116,7 @@ def job_of(given: dict, max_pixels: int, max_seconds: float) -> Job:
         options["mask"] = (painted(given["hole"]) > 0.5).float()
     return Job(
         given["file"],
-        Damage(kind, factor=given["factor"], quality=given["quality"], **options),
+        Degradation(kind, factor=given["factor"], quality=given["quality"], **options),
         is_truth=given["is_truth"],
         added=given["level"],
         noise=None if given["is_estimated"] else given["level"],
@@ -157,27 +160,29 @@ def window(
     return parts[0], parts[1]
 
 
-def degrade(x: Tensor, damage: Damage, noise: float, seed: int = 0) -> tuple[Tensor, Tensor, Physics]:
+def degrade(
+    x: Tensor, degradation: Degradation, noise: float, seed: int = 0
+) -> tuple[Tensor, Tensor, Physics]:
     """
     Measurements of a true image.
 
     :param torch.Tensor x: the image `[1, C, H, W]` in [0, 1].
-    :param Damage damage: what happens to it.
+    :param Degradation degradation: what happens to it.
     :param float noise: standard deviation of Gaussian noise, in [0, 1]; JPEG has none.
     :param int seed: of the noise.
     :returns: the image, without rows and columns that do not fit the reduction; measurements; the physics.
     :raises ValueError: for arguments of no use.
     """
-    if damage.kind == "jpeg":
-        quality = int(check_number("quality", damage.quality, 1, 100))
+    if degradation.kind == "jpeg":
+        quality = int(check_number("quality", degradation.quality, 1, 100))
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "x.jpg"
             to_pil_image(x[0]).save(file, quality=quality)
             return x, *JPEG.read(file)
-    if damage.kind == "sr":
-        height, width = (n // damage.factor * damage.factor for n in x.shape[-2:])
+    if degradation.kind == "sr":
+        height, width = (n // degradation.factor * degradation.factor for n in x.shape[-2:])
         x = x[..., :height, :width]
-    physics = damage.physics(x)
+    physics = degradation.physics(x)
     level = check_number("noise", noise, 0, 1)
     if level > 0:
         generator = torch.Generator(x.device).manual_seed(seed)
@@ -186,22 +191,22 @@ def degrade(x: Tensor, damage: Damage, noise: float, seed: int = 0) -> tuple[Ten
 
 
 def read_measured(
-    file: str | Path, damage: Damage, part: tuple[slice, slice] = (slice(None), slice(None))
+    file: str | Path, degradation: Degradation, part: tuple[slice, slice] = (slice(None), slice(None))
 ) -> tuple[Tensor, Physics]:
     """
     Measurements from a file.
 
     :param str, pathlib.Path file: the image file.
-    :param Damage damage: what happened to it.
+    :param Degradation degradation: what happened to it.
     :param tuple[slice, slice] part: rows and columns to take, see :func:`window`.
     :returns: measurements `[1, C, H, W]` and their physics.
     :raises ValueError: if the file cannot be read, or does not fit.
     """
-    if damage.kind != "jpeg":
+    if degradation.kind != "jpeg":
         y = read_photograph(file)[..., part[0], part[1]]
-        physics = damage.physics(y)
+        physics = degradation.physics(y)
         # What is in the hole counts as nothing, black or not.
-        return (physics.A(y) if damage.kind == "inpaint" else y), physics
+        return (physics.A(y) if degradation.kind == "inpaint" else y), physics
     y, physics = JPEG.read(file)
     y = y[..., part[0], part[1]]
     return y, JPEG(y.shape[1:], physics.quality, physics.subsampling)
@@ -227,20 +232,20 @@ def run_job(model: UD2M, job: Job, *, prior: Denoiser | None = None, report: Rep
         if report is not None:
             report(share, text)
 
-    height, width = _size(job.file, is_turned=job.is_truth or job.damage.kind != "jpeg")
-    factor = job.damage.factor if job.damage.kind == "sr" and not job.is_truth else 1
-    part, damage = window(height, width, job.max_pixels, factor, job.crop), job.damage
-    if damage.mask is not None:
-        damage = replace(damage, mask=damage.mask[..., part[0], part[1]])
+    height, width = size_of(job.file, is_turned=job.is_truth or job.degradation.kind != "jpeg")
+    factor = job.degradation.factor if job.degradation.kind == "sr" and not job.is_truth else 1
+    part, degradation = window(height, width, job.max_pixels, factor, job.crop), job.degradation
+    if degradation.mask is not None:
+        degradation = replace(degradation, mask=degradation.mask[..., part[0], part[1]])
     x = None
     if job.is_truth:
         x = read_photograph(job.file)[..., part[0], part[1]]
-        x, y, physics = degrade(x, damage, job.added, job.seed)
+        x, y, physics = degrade(x, degradation, job.added, job.seed)
         x = x.to(device)
     else:
-        y, physics = read_measured(job.file, damage, part)
+        y, physics = read_measured(job.file, degradation, part)
     y, physics = y.to(device), physics.to(device)
-    noise = None if damage.kind == "jpeg" else "estimate" if job.noise is None else job.noise
+    noise = None if degradation.kind == "jpeg" else "estimate" if job.noise is None else job.noise
     result = restore(model, y, physics, job.count, noise=noise, seed=job.seed, report=told)
     if job.with_diffpir:
         try:
@@ -248,18 +253,29 @@ def run_job(model: UD2M, job: Job, *, prior: Denoiser | None = None, report: Rep
         except (ValueError, RuntimeError, Stopped) as error:  # what UD2M drew is not lost
             result.messages.append(f"DiffPIR is not shown: {error}")
     if x is not None:
-        result.x, result.psnr = x, _psnr(result, x, damage.kind == "sr")
+        result.x, result.psnr = x, _psnr(result, x, degradation.kind == "sr")
     return result
 
 
-def _size(file: str | Path, is_turned: bool) -> tuple[int, int]:
-    """Height and width of an image file, which is not decoded: it may be too large for that."""
+def size_of(file: str | Path, is_turned: bool = False) -> tuple[int, int]:
+    """
+    Height and width of an image file, which is not decoded: it may be too large for that.
+
+    :param str, pathlib.Path file: the file.
+    :param bool is_turned: whether the orientation counts that a camera noted.
+    :raises ValueError: if it is no image, or of more than 50 megapixels.
+    """
     try:
         with Image.open(file) as picture:
             width, height = picture.size
             orientation = picture.getexif().get(_ORIENTATION, 1) if is_turned else 1
     except (OSError, Image.DecompressionBombError) as error:
         raise ValueError("The file cannot be read as an image.") from error
+    if width * height > _MAX_READ:
+        raise ValueError(
+            f"The photograph has {width * height / 1e6:.0f} megapixels. This page reads at most "
+            f"{_MAX_READ / 1e6:.0f}: reduce or crop it first."
+        )
     return (width, height) if orientation > 4 else (height, width)  # from 5 on, sides are swapped
 
 

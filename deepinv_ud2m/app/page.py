@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from deepinv_ud2m import UD2M, load_prior
-from deepinv_ud2m.app.jobs import job_of, run_job
+from deepinv_ud2m.app.jobs import job_of, run_job, size_of
 from deepinv_ud2m.app.restore import Stopped
 from deepinv_ud2m.app.views import as_picture, explain, pack, pictures
 from deepinv_ud2m.data import photograph
@@ -95,7 +95,7 @@ def _settings(args: argparse.Namespace) -> dict[str, gr.components.Component]:
     given["is_estimated"] = gr.Checkbox(True, label="Estimate the noise level", visible=False)
     given["level"] = gr.Slider(0.005, 0.2, 0.02, step=0.005, label="Noise level (white is 1)", visible=False)
     gr.Markdown("### 3. Samples")
-    given["count"] = gr.Slider(1, 16, 4, step=1, label="Number of samples")
+    given["count"] = gr.Slider(1, 32, 4, step=1, label="Number of samples")
     with gr.Accordion("More", open=False):
         given["seed"] = gr.Number(0, precision=0, minimum=0, maximum=2**31, label="Seed")
         given["crop"] = gr.Checkbox(
@@ -133,8 +133,6 @@ def build(model: UD2M, args: argparse.Namespace, folder: Path) -> gr.Blocks:
             result = run_job(
                 model, job_of(given, int(args.max_pixels * 1e6), args.max_seconds), prior=prior, report=report
             )
-            for old in folder.glob("*/restored.zip"):  # the page has a copy
-                old.unlink()
             text, packed = explain(result, args.model), Path(tempfile.mkdtemp(dir=folder)) / "restored.zip"
             pack(packed, result, text)
         except _ERRORS as error:
@@ -143,13 +141,21 @@ def build(model: UD2M, args: argparse.Namespace, folder: Path) -> gr.Blocks:
         shown = gr.update(value=samples, visible=True), gr.update(value=pictures(result), visible=True)
         return text, *shown, gr.update(value=str(packed), visible=True)
 
+    def forget() -> None:
+        """Of the results the page has a copy by now, which is deleted with its other files."""
+        for packed in folder.glob("*/restored.zip"):
+            packed.unlink()
+
     def visibility(*values: Any) -> list:
         return [gr.update(visible=shown) for shown in _is_visible(*values).values()]
 
     def canvas(file: str | None, kind: str) -> np.ndarray | None:
         """The photograph, to paint a hole into."""
         try:
-            return as_picture(read_photograph(file)) if file and kind == "inpaint" else None
+            if not file or kind != "inpaint":
+                return None
+            size_of(file)
+            return as_picture(read_photograph(file))
         except _ERRORS as error:
             raise gr.Error(str(error), print_exception=False) from error
 
@@ -171,7 +177,8 @@ def build(model: UD2M, args: argparse.Namespace, folder: Path) -> gr.Blocks:
                 download = gr.DownloadButton("Download the results as PNG of 16 bits", visible=False)
 
         inputs = {one for one in components.values() if not isinstance(one, gr.Button)}
-        start.click(restore, inputs, [text, samples, together, download], show_progress_on=bar)
+        done = start.click(restore, inputs, [text, samples, together, download], show_progress_on=bar)
+        done.then(forget, show_progress="hidden")
         halt.click(stop.set, queue=False, show_progress="hidden")
         switches = [components[name] for name in ("kind", "is_truth", "blur", "is_estimated")]
         switched = [components[name] for name in _is_visible("", False, "", False)]

@@ -2,11 +2,10 @@ r"""Samples of one image with progress and a time limit, what they say, and Diff
 
 from __future__ import annotations
 
-import threading
+import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +13,11 @@ import deepinv as dinv
 import torch
 from deepinv.models import Denoiser
 from deepinv.physics import Physics
-from torch import Tensor, nn
+from scipy.stats import t
+from torch import Tensor
 
 from deepinv_ud2m.checks import check_count
+from deepinv_ud2m.counting import CallCounter
 from deepinv_ud2m.physics import ChannelMap
 from deepinv_ud2m.sampler import UD2M
 from deepinv_ud2m.uncertainty import summary
@@ -76,23 +77,6 @@ class Stopped(Exception):
 Report = Callable[[float, str], None]
 
 
-@contextmanager
-def _watched(networks: Iterable[nn.Module], done: Callable[[int], None]) -> Iterator[None]:
-    """Call ``done`` with the number of images after each pass of a network, in this thread."""
-    thread = threading.get_ident()
-
-    def hook(network: nn.Module, inputs: tuple, output: Tensor) -> None:
-        if threading.get_ident() == thread:
-            done(len(output))
-
-    hooks = [network.register_forward_hook(hook) for network in networks]
-    try:
-        yield
-    finally:
-        for one in hooks:
-            one.remove()
-
-
 def restore(
     model: UD2M,
     y: Tensor,
@@ -138,7 +122,7 @@ def restore(
         if report is not None:
             report(share, text)
 
-    with warnings.catch_warnings(record=True) as caught, _watched(model.unfolded.networks, done):
+    with warnings.catch_warnings(record=True) as caught, CallCounter(model.unfolded.networks, done):
         warnings.simplefilter("always", UserWarning)
         try:
             is_estimating = noise == "estimate"
@@ -165,9 +149,21 @@ def restore(
         result.std, result.low, result.high = found.std, found.low, found.high
     elif len(samples) > 1:
         result.std = samples.std(0)
-        result.low = (result.mean - 1.64 * result.std).clamp(0, 1)
-        result.high = (result.mean + 1.64 * result.std).clamp(0, 1)
+        result.low, result.high = (end.clamp(0, 1) for end in interval(samples))
     return result
+
+
+def interval(samples: Tensor) -> tuple[Tensor, Tensor]:
+    r"""
+    An interval that holds 90 % of a normal variable of which S draws are known,
+    :math:`\bar x \pm t_{S-1}(0.95) \sqrt{1 + 1/S}\, s`.
+
+    :param torch.Tensor samples: S samples `[S, ...]`, two at least.
+    :returns: its ends, `[...]`.
+    """
+    count = len(samples)
+    width = t.ppf(0.95, count - 1) * math.sqrt(1 + 1 / count) * samples.std(0)
+    return samples.mean(0) - width, samples.mean(0) + width
 
 
 @torch.no_grad()
@@ -202,6 +198,6 @@ def diffpir(
     level = 0.005 if noise is None else noise
     fidelity = dinv.optim.data_fidelity.L2()
     sampler = dinv.sampling.DiffPIR(prior, fidelity, sigma=level, device=y.device, **DIFFPIR)
-    with _watched([prior], done):
+    with CallCounter([prior], done):
         x = sampler(y, ChannelMap.grey(physics) if is_grey else physics, seed=seed + 1)  # it ignores seed 0
     return (x.mean(1, keepdim=True) if is_grey else x).clamp(0, 1)

@@ -89,8 +89,8 @@ def explain(result: Result, model_name: str) -> str:
         lines.append("- **Interval of 90 %:** between the quantiles of the samples.")
     elif count > 1:
         lines.append(
-            f"- **Interval of 90 %:** the mean minus and plus 1.64 standard deviations. {count} samples are "
-            f"too few for quantiles, which need {FOR_QUANTILES}."
+            f"- **Interval of 90 %:** as for a normal variable of which {count} draws are known. Quantiles "
+            f"need {FOR_QUANTILES} samples."
         )
     else:
         lines.append("- One sample has no standard deviation and no interval: ask for two or more.")

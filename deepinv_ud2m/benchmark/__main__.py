@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         if unknown := sorted({*args.tasks} - {*TASKS}):
             raise ValueError(f"tasks must be of {sorted(TASKS)}, got {unknown}")
         args.command(args)
-    except (ValueError, OSError, RuntimeError, ImportError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, yaml.YAMLError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

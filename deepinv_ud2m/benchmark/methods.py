@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import json
 import runpy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from deepinv.physics import Physics
 from torch import Tensor, nn
 
 from deepinv_ud2m.benchmark.rows import check_setup
+from deepinv_ud2m.files import read_json
 from deepinv_ud2m.fingerprints import trained_fingerprint
 from deepinv_ud2m.sampler import UD2M
 from deepinv_ud2m.unfolded import UnfoldedDenoiser
@@ -126,6 +126,11 @@ def check_labels(entries: Sequence[Entry]) -> None:
     labels = [entry.label for entry in entries]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise ValueError(f"labels of methods must differ, but {twice} come twice: set label")
+    searched = {entry.searched_as for entry in entries if entry.criterion}
+    if both := sorted(searched & {*labels}):
+        raise ValueError(
+            f"labels of methods must differ, but {both} are with and without a criterion: set label"
+        )
 
 
 def load_file(file: str | Path, name: str, registry: dict, kind: type) -> None:
@@ -146,8 +151,8 @@ class Search:
     def __init__(self, files: Sequence[str | Path] = (), criterion: str = "energy"):
         self.criterion, self.results = criterion, []
         for file in files:
-            result = json.loads(Path(file).read_text())
-            if not isinstance(result, dict) or criterion not in result.get("winners", {}):
+            result = read_json(Path(file))
+            if criterion not in result.get("winners", {}):
                 raise ValueError(f"--settings: {file} has no settings that were searched for {criterion!r}")
             self.results.append(result)
 
@@ -163,6 +168,8 @@ class Search:
                 check_setup(f"the search of {entry.searched_as!r}", entry.settings, winner)
                 wins = [name for name in CRITERIA if found.get(name) == winner]
                 return winner, " and ".join(wins), result["setup"]["images"]
+        if entry.criterion:
+            raise ValueError(f"no settings of {entry.label!r} were searched for {task!r}: give --settings")
         return {}, "", 0
 
 

@@ -22,12 +22,15 @@ from accelerate import PartialState
 from torch import Tensor
 
 from deepinv_ud2m.benchmark.methods import Entry, Search
-from deepinv_ud2m.benchmark.rows import batch_folder, read_rows
+from deepinv_ud2m.benchmark.report import stored_arrays
+from deepinv_ud2m.benchmark.rows import read_rows
 from deepinv_ud2m.benchmark.run import Study, run, synchronize
+from deepinv_ud2m.checks import check_count
 from deepinv_ud2m.counting import peak_gb
 from deepinv_ud2m.data.crops import ResizedCrops
 from deepinv_ud2m.files import read_weights, write_file
 from deepinv_ud2m.metrics import PerceptualDistance, gaussian_frechet
+from deepinv_ud2m.metrics.frechet import gaussian_fit
 from deepinv_ud2m.priors import load_prior, random_prior
 
 #: Figures of the paper: PSNR (dB), LPIPS and FID by method and task.
@@ -242,7 +245,7 @@ def make_study(
     count = len(crops.indices)
     if number is not None and number > count:
         raise ValueError(f"number must be at most {count}, the images of {images}, got {number}")
-    number = min(number or card.images, count)
+    number = min(card.images if number is None else check_count("number", number), count)
     x = torch.stack([crops.centre(i * count // number) for i in range(number)]).to(device)
     options = {"batch_size": batch_size, "metric": metric, "features": features}
     options |= {"search": Search(settings, "perceptual"), "names": {"prior": card.prior, "data": str(images)}}
@@ -271,12 +274,12 @@ def measure_table(folder: str | Path, table: int, study: Study) -> pd.DataFrame:
     with np.load(folder / "reference.npz") as arrays:
         reference = torch.from_numpy(arrays["features"]).double()
     for (task, method), group in rows.groupby(["task", "method"], sort=False):
-        files = sorted(batch_folder(folder, task, method).glob("*.npz"))
-        features = torch.cat([torch.from_numpy(np.load(file)["features"]) for file in files]).double()
+        stored = stored_arrays(folder, task, method, "features")
+        features = torch.from_numpy(np.stack([stored[i] for i in group["image"]])).double()
         line = {"task": task, "method": method, "images": len(group), "NFE": group["nfe"].mean()}
         line |= {"PSNR": group["psnr"].mean(), "PSNR_se": group["psnr"].sem()}
         line |= {"LPIPS": group["perceptual"].mean(), "LPIPS_se": group["perceptual"].sem()}
-        line["FID"] = gaussian_frechet(*_moments(features), *_moments(reference)).item()
+        line["FID"] = gaussian_frechet(*gaussian_fit(features), *gaussian_fit(reference)).item()
         line["seconds"] = group["seconds"].median()
         line |= group.iloc[0][["criterion", "searched_on"]].to_dict()
         lines.append(line)
@@ -286,25 +289,27 @@ def measure_table(folder: str | Path, table: int, study: Study) -> pd.DataFrame:
     return lines
 
 
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    return features.mean(0), torch.cov(features.T)
-
-
 def _markdown(table: int, study: Study, lines: pd.DataFrame) -> str:
     card, network = TABLES[table], study.metric.network if study.metric else "none"
     shown: dict[str, dict[str, str]] = {}
     for line in lines.to_dict("records"):
         searched = line["criterion"] and f" (searched for {line['criterion']}, {line['searched_on']} images)"
         title = f"{line['method']}, {line['NFE']:.0f}{searched}"
-        cell = f"{line['PSNR']:.2f} ± {line['PSNR_se']:.2f} / {line['LPIPS']:.3f} / {line['FID']:.2f}"
+        values = (
+            f"{line['PSNR']:.2f}",
+            f"{line['PSNR_se']:.2f}",
+            f"{line['LPIPS']:.3f}",
+            f"{line['FID']:.2f}",
+        )
+        cell = "{} ± {} / {} / {}".format(*(value.replace("nan", "-") for value in values))
         shown.setdefault(title, {})[line["task"]] = cell
     for method, figures in card.figures.items():
         of_paper = {t: " / ".join(f"{v:.2f}" for v in values) for t, values in figures.items()}
-        shown[f"*paper:* {method}"] = of_paper
+        shown[f"*paper:* {method}"] = {t: text.replace("nan", "-") for t, text in of_paper.items()}
     head = ["method, network evaluations", *card.tasks]
     rows = [head, ["---"] * len(head)]
     rows += [[title, *(cells.get(task, "") for task in card.tasks)] for title, cells in shown.items()]
-    text = "\n".join(f"| {' | '.join(row)} |" for row in rows).replace("nan", "-")
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
         f"# Table {table} of the paper\n\nPSNR (dB) ± standard error / LPIPS / FID of one sample of each of "
         f"{len(study.x)} images of {study.names['data']} (the paper: {card.images} of {card.data}), noise "

@@ -19,6 +19,7 @@ from deepinv_ud2m.benchmark.methods import CRITERIA, METHODS
 from deepinv_ud2m.benchmark.rows import batch_folder, read_rows, read_setup
 from deepinv_ud2m.benchmark.run import MEAN_OF
 from deepinv_ud2m.files import write_file
+from deepinv_ud2m.metrics.frechet import gaussian_fit
 from deepinv_ud2m.physics.tasks import TASKS
 
 #: Columns that are averaged over images: heading, digits, the criterion that ranks by it, and whether it
@@ -122,8 +123,10 @@ def summarise(rows: pd.DataFrame, frechet: pd.DataFrame | None = None) -> pd.Dat
                     line[key.replace("rank", "coverage_error")] = error
             line["coverage_noise"] = metrics.coverage_error_quantile(len(several), most)
             # The mean of S exact samples errs by 1 + 1 / S variances.
-            predicted = (1 + 1 / min(most, MEAN_OF)) * several["variance"].mean()
-            line["spread_skill"] = (several["squared_error"].mean() / (predicted or math.nan)) ** 0.5
+            error, predicted = several["squared_error"], (1 + 1 / min(most, MEAN_OF)) * several["variance"]
+            ratio = (error.mean() / (predicted.mean() or math.nan)) ** 0.5
+            gap = error / error.mean() - predicted / predicted.mean()  # the error to first order
+            line |= {"spread_skill": ratio, "spread_skill_se": ratio / 2 * gap.sem()}
         lines.append(line)
     lines = pd.DataFrame(lines)
     return lines if frechet is None or not len(frechet) else lines.merge(frechet, "left", ["task", "method"])
@@ -166,22 +169,24 @@ def frechet_table(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
         return pd.read_csv(file) if file.is_file() else pd.DataFrame()
     with np.load(folder / "reference.npz") as arrays:
         z = torch.from_numpy(arrays["features"]).double()
-    fit, lines = (z.mean(0), torch.cov(z.T)), []
+    fit, lines = gaussian_fit(z), []
     for (task, method), group in _groups(rows).items():
-        features = _arrays(folder, task, method, "features")
+        features = stored_arrays(folder, task, method, "features")
         found = [features[i] for i in group["image"] if i in features]
         if len(found) > len(fit[0]):
             z = torch.from_numpy(np.stack(found)).double()
-            distance = metrics.gaussian_frechet(z.mean(0), torch.cov(z.T), *fit).item()
+            distance = metrics.gaussian_frechet(*gaussian_fit(z), *fit).item()
             error = metrics.frechet_influence(z, *fit).std().item() / len(z) ** 0.5
             lines.append({"task": task, "method": method, "frechet": distance, "frechet_se": error})
     return pd.DataFrame(lines)
 
 
-def _arrays(folder: Path, task: str, method: str, key: str) -> dict[int, np.ndarray]:
+def stored_arrays(folder: Path, task: str, method: str, key: str) -> dict[int, np.ndarray]:
     """What is stored of each image."""
     found: dict[int, np.ndarray] = {}
-    for file in sorted(batch_folder(folder, task, method).glob("*.npz")):
+    files = batch_folder(folder, task, method).glob("*.npz")
+    # By number of samples and first image: what was drawn last replaces the others.
+    for file in sorted(files, key=lambda file: [int(part) for part in file.stem.split("-")]):
         with np.load(file) as arrays:
             if key in arrays:  # pictures are those of the first images only
                 found |= dict(zip(arrays["image"].tolist(), arrays[key], strict=False))
@@ -297,7 +302,8 @@ def _plot_sheet(folder: Path, task: str, methods: Iterable[str], reference: str)
         kinds = {"truth": "truth", "measurement": "measurement", method: "sample"}
         kinds |= {"mean": "mean", "2 std": "2 std"} if method == reference else {}
         for title, kind in kinds.items():
-            columns.setdefault(title, _arrays(folder, task, method, kind))
+            if title not in columns:
+                columns[title] = stored_arrays(folder, task, method, kind)
     columns = {title: images for title, images in columns.items() if images}
     if shown := sorted(set.intersection(*map(set, columns.values()))) if columns else []:
         stacks = {title: np.stack([of[i] for i in shown]) for title, of in columns.items()}

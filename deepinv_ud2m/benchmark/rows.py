@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,17 @@ class Results:
             cause = f"{self.folder} cannot be written: {error.strerror or error}. The rows before are kept"
             raise OSError(error.errno, cause) from error
         self.rows += rows
+
+    def keep_reference(self, features: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> None:
+        """Store features of the images, for Fréchet distances, unless there are those of as many."""
+        file, packed = self.folder / "reference.npz", io.BytesIO()
+        if file.is_file():
+            with np.load(file) as arrays:
+                if len(arrays["features"]) >= len(x):
+                    return
+        z = torch.cat([features(part) for part in x.split(64)]).half().cpu().numpy()
+        np.savez_compressed(packed, features=z)
+        write_file(file, packed.getvalue())
 
 
 def read_rows(folder: str | Path) -> pd.DataFrame:

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from deepinv_ud2m.benchmark.methods import Entry, Search
-from deepinv_ud2m.benchmark.rows import Results
+from deepinv_ud2m.benchmark.rows import Results, check_setup
 from deepinv_ud2m.fingerprints import fingerprint
 from deepinv_ud2m.metrics import (
     PerceptualDistance,
@@ -98,6 +98,8 @@ def run(folder: str | Path, study: Study) -> None:
 
     :raises ValueError: if the folder is in use or of another study, or samples are not finite.
     """
+    for found in study.search.results:
+        check_setup("--settings", {"sigma_y": study.sigma_y}, found["setup"])
     digests = [_digest(image) for image in study.x]
     with Results(folder, study.setup) as results:
         known: list[tuple] = []
@@ -108,8 +110,7 @@ def run(folder: str | Path, study: Study) -> None:
                 _run_method(results, study, task, physics, entry, digests)
             known.append(one)
         if PartialState().is_main_process and (features := study.features_of_images) is not None:
-            z = torch.cat([features(part) for part in study.x.split(64)]).half().cpu().numpy()
-            np.savez_compressed(results.folder / "reference.npz", features=z)
+            results.keep_reference(features, study.x)
 
 
 def _run_method(

@@ -33,8 +33,11 @@ def tune(file: Path, study: Study) -> dict:
 
     :param pathlib.Path file: JSON file of the result, written after each setting: all scores, and the
         winner of each criterion. Settings that are in it are not tried again.
-    :raises ValueError: if the file holds a search of another setup, or another search is writing it.
+    :raises ValueError: if the file holds a search of another setup, another search is writing it, or a
+        method that is random has one sample alone, whose energy score has no spread.
     """
+    if study.num_samples < 2 and any(entry.method.random for entry in study.methods):
+        raise ValueError(f"--samples must be at least 2 in a search of samplers, got {study.num_samples}")
     make_folder(file.parent)
     try:
         with FileLock(file.with_name(f".{file.name}.lock"), timeout=0):

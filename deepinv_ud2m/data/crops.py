@@ -74,7 +74,8 @@ class RandomCrops(Dataset):
 
     def hold_out(self, num: int | Sequence[str]) -> Tensor:
         """
-        Take photographs out, and return the largest squares in their centres, reduced to crops.
+        Take photographs out, and return the largest squares in their centres, reduced to crops by up to
+        ``max_scale``.
 
         :param int, list num: number of photographs, the last ones, below those there are; or some of
             ``labels``, the names of the photographs.
@@ -89,7 +90,7 @@ class RandomCrops(Dataset):
 
     def centres(self, places: Sequence[int]) -> Tensor:
         """
-        The largest squares in the centres of photographs, reduced to crops.
+        The largest squares in the centres of photographs, reduced to crops by up to ``max_scale``.
 
         :param Sequence[int] places: places of the photographs among ``labels``.
         :returns: images `[num, C, size, size]` in [0, 1].
@@ -155,16 +156,16 @@ class ResizedCrops(Dataset):
         :raises ValueError: for another number, or labels that there are not.
         """
         held, kept = _places(num, self.labels)
-        crops = torch.stack([self.centre(self.indices[i]) for i in held])
+        crops = torch.stack([self.centre(i) for i in held])
         self.indices, self.labels = _of(self.indices, kept), _of(self.labels, kept)
         return crops
 
-    def centre(self, index: int) -> Tensor:
-        """The crop `[C, size, size]` in the centre of an image, by its place among all of them."""
-        return self._crop(index, 0.5, 0.5)
+    def centre(self, place: int) -> Tensor:
+        """The crop `[C, size, size]` in the centre of an image, by its place among ``labels``."""
+        return self._crop(place, 0.5, 0.5)
 
-    def _crop(self, index: int, u: float, v: float) -> Tensor:
-        image = self.images.image(index, self.channels)
+    def _crop(self, place: int, u: float, v: float) -> Tensor:
+        image = self.images.image(self.indices[place], self.channels)
         height, width = image.shape[-2:]
         factor = self.size / min(height, width)
         shape = [max(self.size, round(side * factor)) for side in (height, width)]

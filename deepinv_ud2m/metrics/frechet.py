@@ -105,7 +105,7 @@ def frechet_distance(x: Tensor, x_ref: Tensor, features: Callable[[Tensor], Tens
     z, z_ref = extract_features(x, features, "x"), extract_features(x_ref, features, "x_ref")
     if z.shape[1] != z_ref.shape[1]:
         raise ValueError(f"features of x and x_ref differ in size: {z.shape[1]} and {z_ref.shape[1]}")
-    return gaussian_frechet(*_gaussian_fit(z), *_gaussian_fit(z_ref))
+    return gaussian_frechet(*gaussian_fit(z), *gaussian_fit(z_ref))
 
 
 def frechet_influence(z: Tensor, mean_ref: Tensor, cov_ref: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def frechet_influence(z: Tensor, mean_ref: Tensor, cov_ref: Tensor) -> Tensor:
             f"got {list(mean_ref.shape)} and {list(cov_ref.shape)}"
         )
     z, mean_ref, cov_ref = (t.detach().to("cpu", torch.float64) for t in (z, mean_ref, cov_ref))
-    mean, cov = _gaussian_fit(z)
+    mean, cov = gaussian_fit(z)
     root = _sqrt_psd(cov_ref)
     values, vectors = torch.linalg.eigh(root @ cov @ root)
     # Where features hardly vary, their variance is a rounding error, and its inverse means nothing.
@@ -150,7 +150,7 @@ def frechet_influence(z: Tensor, mean_ref: Tensor, cov_ref: Tensor) -> Tensor:
     return 2 * centred @ (mean - mean_ref) + quadratic - (slope * cov).sum()
 
 
-def _gaussian_fit(z: Tensor) -> tuple[Tensor, Tensor]:
+def gaussian_fit(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean `[D]` and unbiased covariance `[D, D]` of features `[N, D]`."""
     mean = z.mean(0)
     # Centre first: the difference of second moments would lose digits.

@@ -123,7 +123,8 @@ def make_generator(
     jpeg-10         quality, 5 to 40; no noise
     =============== ==================================================================
 
-    Tasks with other borders vary as the one they are named after; those that are not listed have noise alone.
+    Tasks of other borders, the paper or grey images vary as the one they are named after. Others have noise
+    alone.
 
     :param str name: one of ``TASKS``.
     :param tuple[int, int, int] shape: shape `(C, H, W)` of the images.

@@ -127,7 +127,7 @@ def complaints(physics: Physics, y: Tensor) -> list[str]:
         if bool(is_off.any()):
             found.append(
                 f"the weights of the filter of {type(physics).__name__} sum to {total[is_off][0]:.4g}, not "
-                "to 1: images come out so many times too dark, unless y was measured so"
+                "to 1: the brightness of images comes out divided by it, unless y was measured so"
             )
     complain = getattr(physics, "complaint", None)
     own = complain(y) if callable(complain) else None

@@ -11,7 +11,7 @@ from deepinv_ud2m.training.distillation import distill, plan
 from deepinv_ud2m.training.losses import EnergyScoreLoss, GaussianNLLLoss, L2Loss, PerceptualLoss
 from deepinv_ud2m.training.prior import denoising_psnr, train_prior
 from deepinv_ud2m.training.recipe import Recipe, Stage
-from deepinv_ud2m.training.sigmas import SamplerSigmas, StateSigmas
+from deepinv_ud2m.training.sigmas import StateSigmas
 from deepinv_ud2m.training.trainer import DistillationTrainer
 from deepinv_ud2m.training.updates import parameter_groups, warmup_cosine
 
@@ -27,7 +27,6 @@ __all__ = [
     "L2Loss",
     "PerceptualLoss",
     "Recipe",
-    "SamplerSigmas",
     "Stage",
     "StateSigmas",
     "denoising_psnr",

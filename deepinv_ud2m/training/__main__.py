@@ -17,7 +17,7 @@ def main() -> None:
         prog="python -m deepinv_ud2m.training", description="Distil a sampler by a recipe."
     )
     add = parser.add_argument
-    add("recipe", help="YAML file, or the name of one that ships")
+    add("recipe", help="YAML file, see examples/recipes")
     add("--images", required=True, help="folder of photographs, or digits of MNIST, npz")
     add("--prior", help="name or folder of the prior (default: that of the recipe)")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="values in the place of the recipe's")
@@ -27,13 +27,14 @@ def main() -> None:
     add("--accumulate", type=int, help="batches per step, a multiple of the number of processes")
     add("--weights", help="file or folder of the weights of a published prior")
     add("--download", action="store_true", help="download weights that are not here")
-    add("--smoke", action="store_true", help="try all of the recipe in miniature, with random weights")
-    add("--dry-run", action="store_true", help="one step of each stage: what is missing, time and memory")
+    trial = parser.add_mutually_exclusive_group().add_argument
+    trial("--smoke", action="store_true", help="try all of the recipe in miniature, with random weights")
+    trial("--dry-run", action="store_true", help="two steps of each stage: what is missing, time and memory")
     add("--device", help="where to train (default: a GPU, if there is one)")
     args = parser.parse_args()
     try:
         recipe = Recipe.read(args.recipe, **dict(_change(text) for text in args.set))
-        if args.accumulate:
+        if args.accumulate is not None:
             recipe.stages = [replace(stage, accumulate=args.accumulate) for stage in recipe.stages]
         images = load_mnist("", True, npz=args.images)[0] if args.images.endswith(".npz") else args.images
         names = ("fast", "checkpointing", "weights", "download", "device")
@@ -42,7 +43,7 @@ def main() -> None:
             print(plan(args.prior, None, images, recipe, **options))
             return
         distill(args.prior, None, images, recipe, args.out, smoke=args.smoke, **options)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         sys.exit(f"error: {error}")
     print(f"written to {args.out / 'model'}: UD2M.from_pretrained({str(args.out / 'model')!r})")
 

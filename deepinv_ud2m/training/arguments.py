@@ -15,6 +15,7 @@ from deepinv_ud2m.checks import check_count
 from deepinv_ud2m.physics.traits import check_has_prox
 from deepinv_ud2m.priors import PriorInfo, has_merged_lora
 from deepinv_ud2m.sampler import UD2M
+from deepinv_ud2m.training.controller import RATIO, DiversityController
 from deepinv_ud2m.training.stages import STAGES
 from deepinv_ud2m.unfolded import UnfoldedDenoiser
 
@@ -79,6 +80,12 @@ def check(trainer: DistillationTrainer) -> None:
         raise ValueError(f"ema_decay must be in [0, 1), got {trainer.ema_decay}")
     if trainer.save_path and Path(trainer.save_path).exists() and not Path(trainer.save_path).is_dir():
         raise ValueError(f"save_path must be a folder, got the file {trainer.save_path}")
+    if trainer.model.sigma_y == "estimate":
+        raise ValueError("model.sigma_y='estimate' is for sampling: set it after training")
+    if trainer.controller is not None and not trainer.eval_dataloader:
+        raise ValueError("controller acts on evaluations: give an eval_dataloader")
+    if isinstance(trainer.controller, DiversityController) and RATIO not in (trainer.sample_metrics or {}):
+        raise ValueError(f"controller needs sample_metrics with {RATIO!r}: spread_skill_ratio")
     if trainer.eval_dataloader and trainer.eval_samples == 1 and not as_list(trainer.metrics):
         raise ValueError("eval_samples=1 leaves no energy score: take more, or give metrics")
     physics, generators = as_list(trainer.physics), as_list(trainer.physics_generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import signal
@@ -16,15 +17,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from deepinv_ud2m.checkpoint import describe
 from deepinv_ud2m.files import write_file
+from deepinv_ud2m.training.randomness import parts_of_sum
 
 if TYPE_CHECKING:
     from deepinv_ud2m.training.trainer import DistillationTrainer
 
 FORMAT = 2
+
+# Attributes of modules that say where and in which state they are, not what they are.
+_PASSING = ("_", "training", "device", "factory_kwargs", "initial_random_state")
 
 
 def write_checkpoint(state: dict, file: Path) -> None:
@@ -120,12 +126,38 @@ def describe_run(trainer: DistillationTrainer) -> dict:
         "adversary": repr(trainer.adversary),
         "physics": [type(physics).__name__ for physics in trainer.physics],
         "losses": [repr(loss) for loss in trainer.losses],
-        "learning rates": [group["initial_lr"] for group in trainer.update.optimizer.param_groups],
+        "optimizer": [
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in trainer.update.optimizer.param_groups
+        ],
         "batches": [[getattr(of, "batch_size", None), len(of)] for of in trainer.train_dataloader],
         "accumulate": trainer.accumulate,
         "seed": trainer.seed,
     }
     return json.loads(json.dumps(run))
+
+
+def identity(thing: object, seen: tuple[int, ...] = ()) -> Any:
+    """
+    What tells physics, their noise models and generators from others, as JSON holds it: their classes,
+    numbers and strings, and hashes of their tensors; of what functions do, nothing.
+    """
+    if thing is None or isinstance(thing, bool | int | float | str):
+        return thing
+    if isinstance(thing, Tensor):
+        values = thing if thing.layout == torch.strided else thing.to_sparse_coo().coalesce().values()
+        data = values.detach().resolve_conj().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return [list(thing.shape), hashlib.sha256(data.tobytes()).hexdigest()[:16]]
+    if id(thing) in seen or not isinstance(thing, list | tuple | dict | nn.Module):
+        return type(thing).__name__
+    seen = (*seen, id(thing))
+    if isinstance(thing, list | tuple):
+        return [identity(part, seen) for part in thing]
+    if isinstance(thing, dict):
+        named = {str(name): part for name, part in thing.items()}
+        return {name: identity(named[name], seen) for name in named if not name.startswith(_PASSING)}
+    parts = {**vars(thing), **thing._parameters, **thing._buffers, **thing._modules}
+    return [type(thing).__name__, identity(parts, seen), identity(parts_of_sum(thing), seen)]
 
 
 def check_same_run(file: Path, stored: dict, here: dict) -> None:
@@ -140,10 +172,13 @@ def check_same_run(file: Path, stored: dict, here: dict) -> None:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, file: str = "checkpoint.pt") -> Iterator[None]:
     """
     Keep a folder for one run. The lock ends with the process, also when it is killed.
 
+    :param pathlib.Path folder: the folder.
+    :param str file: its checkpoint, of which nothing that was half written stays (default:
+        ``"checkpoint.pt"``).
     :raises RuntimeError: if another run holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +190,7 @@ def lock(folder: Path) -> Iterator[None]:
             "it ends, or choose another folder"
         ) from error
     with held:
-        for part in folder.glob(".checkpoint.pt.*"):  # of a run that was killed while it wrote
+        for part in folder.glob(f".{file}.*"):  # of a run that was killed while it wrote
             part.unlink()
         yield
 

@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 from deepinv.physics import Physics
 
+#: The metric that a :class:`DiversityController` reads.
+RATIO = "spread-skill ratio"
+
 
 class Controller(Protocol):
     """What a :class:`deepinv_ud2m.training.DistillationTrainer` calls with the results of each evaluation."""
@@ -24,10 +27,10 @@ class DiversityController:
 
     .. math:: c \leftarrow c \, r^\kappa, \qquad c \in [0.8, 1.2],
 
-    where r is the spread-skill ratio of the samples of the sampler. r = 1 is calibrated; above 1, samples are
-    too similar, and c grows.
+    where r is the spread-skill ratio of the samples of the sampler, the metric ``"spread-skill ratio"`` of
+    ``sample_metrics``. r = 1 is calibrated; above 1, samples are too similar, and c grows.
 
-    :param Sequence[deepinv.physics.Physics] physics: the physics of a trainer.
+    :param Sequence[deepinv.physics.Physics] physics: the physics of a trainer, all different.
     :param float kappa: :math:`\kappa`, non-negative.
 
     The attribute ``weights``, ``{physics: c}``, is given to :class:`deepinv_ud2m.training.EnergyScoreLoss`.
@@ -45,8 +48,8 @@ class DiversityController:
         :returns: the new weights, by ``"diversity/number of the physics"``.
         """
         for i, (physics, c) in enumerate(self.weights.items()):
-            name = "spread-skill ratio"
-            ratio: Any = results.get(f"{name}/{i}", results.get(name))
+            name = f"{RATIO}/{i}"
+            ratio = results[name if name in results else RATIO]
             self.weights[physics] = min(max(c * ratio**self.kappa, self.low), self.high)
         return {f"diversity/{i}": c for i, c in enumerate(self.weights.values())}
 

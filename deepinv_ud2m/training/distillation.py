@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from deepinv.loss import Loss
 from deepinv.models import Denoiser
 from deepinv.physics import Physics
@@ -37,7 +38,7 @@ from deepinv_ud2m.initializers import Initializer
 from deepinv_ud2m.metrics import energy_score, spread_skill_ratio
 from deepinv_ud2m.sampler import UD2M
 from deepinv_ud2m.schedule import VPSchedule
-from deepinv_ud2m.training.controller import DiversityController
+from deepinv_ud2m.training.controller import RATIO, DiversityController
 from deepinv_ud2m.training.losses import EnergyScoreLoss, GaussianNLLLoss
 from deepinv_ud2m.training.preparation import RECIPE, Prepared, Run, count_images, prepare
 from deepinv_ud2m.training.randomness import find_generators, seed_all
@@ -46,8 +47,10 @@ from deepinv_ud2m.training.sigmas import StateSigmas
 from deepinv_ud2m.training.trainer import DistillationTrainer
 from deepinv_ud2m.training.updates import parameter_groups, warmup_cosine
 
-#: Images that are sampled at once, when the factor is set.
+#: Images that are sampled at once in evaluations, and when the factor is set.
 _PART = 8
+
+_METRICS = {"energy score": energy_score, RATIO: spread_skill_ratio}
 
 
 def distill(
@@ -69,9 +72,10 @@ def distill(
     r"""
     A trained posterior sampler, from a prior, physics and images.
 
-    A run that was stopped goes on when it is started again with the same arguments. ``save_path`` gets a
-    folder for each stage, with curves and samples of validation images, and the sampler, as ``model``. Under
-    ``torchrun``, processes share the batches of each step.
+    A run that was stopped goes on when it is started again with the same arguments. With other physics,
+    images or another recipe it is refused. ``save_path`` gets a folder for each stage, with curves and
+    samples of validation images, and the sampler, as ``model``. Under ``torchrun``, processes share the
+    batches of each step. The prior and the initializer that are given stay as they are: a copy is trained.
 
     :param deepinv.models.Denoiser, str, None prior: the prior, or the name or folder of one
         (:func:`deepinv_ud2m.load_prior`). ``None`` takes that of the recipe.
@@ -114,16 +118,20 @@ def distill(
     """
     options = {"fast": fast, "checkpointing": checkpointing, "download": download, "verbose": verbose}
     run = Run.of(recipe, save_path, device, smoke, **options)
+    prior, initial = copy.deepcopy((prior, initial))  # the caller's stay as they are, for another call
     model, stages, validation = prepare(run, prior, physics, images, initial, weights)
     recipe = run.recipe
-    write_file(run.folder / RECIPE, json.dumps(recipe.as_json(), indent=1) + "\n")
+    if run.writes:
+        write_file(run.folder / RECIPE, json.dumps(recipe.as_json(), indent=1) + "\n")
     for prepared in stages:
         # A stage that is done returns at once, from its checkpoint.
         trainer = _trainer(run, model, prepared, run.folder / prepared.name)
         trainer.train()
-    *_, pairs, train, held_out = stages[-1]
-    factor, found, seen = 1.0, trainer.history.last("eval: "), "image held out"
-    if recipe.factors != [factor]:
+    *_, pairs, train, held_out, _ = stages[-1]
+    factor, seen = 1.0, "image held out"
+    if recipe.factors == [factor]:
+        found = trainer.evaluate() if trainer.eval_dataloader else {}
+    else:
         factor, found = _set_noise(run, model, pairs, validation)
         if recipe.factors_images is not None:
             seen = f"of {recipe.factors_images} photographs of the training"
@@ -135,7 +143,8 @@ def distill(
         "validation": found,
         "validation_note": f"{recipe.validation_samples} samples of each {seen}, with this factor",
     }
-    model.save_pretrained(run.folder / "model", metadata=metadata, dtype=torch.float16)
+    if run.writes:
+        model.save_pretrained(run.folder / "model", metadata=metadata, dtype=torch.float16)
     return model.eval()
 
 
@@ -153,8 +162,8 @@ def plan(
     device: torch.device | str | None = None,
 ) -> str:
     """
-    What a distillation would take: one step of each of its stages, at full size, measured here. With
-    ``fast`` it is the second step, for the first compiles the networks.
+    What a distillation would take: two steps of each of its stages, at full size, of which the second is
+    timed here.
 
     Random weights stand in for those that are not here, which are named. Nothing is written. The arguments
     are those of :func:`distill`.
@@ -165,8 +174,8 @@ def plan(
     options = {"fast": fast, "checkpointing": checkpointing, "download": download, "verbose": False}
     run = Run.of(recipe, "", device, missing=[], **options)
     steps = [stage.steps for stage in run.recipe.stages]
-    tried = 2 if fast else 1  # the first step compiles
-    run.recipe = replace(run.recipe, stages=[replace(stage, steps=tried) for stage in run.recipe.stages])
+    # The first one allocates and compiles, and the optimiser's state exists after it.
+    run.recipe = replace(run.recipe, stages=[replace(stage, steps=2) for stage in run.recipe.stages])
     prior, initial = copy.deepcopy((prior, initial))  # which a step of training changes
     model, stages, _ = prepare(run, prior, physics, images, initial, weights)
     lines, total = [], 0.0
@@ -203,7 +212,7 @@ def _time_of_last_step(trainer: DistillationTrainer) -> float:
 
 def _trainer(run: Run, model: UD2M, prepared: Prepared, folder: Path | None) -> DistillationTrainer:
     """The trainer of a stage; without a folder it evaluates and writes nothing."""
-    stage, name, pairs, train, held_out = prepared
+    stage, name, pairs, train, held_out, given = prepared
     recipe, (physics, generators) = run.recipe, zip(*pairs, strict=True)
     # A discriminator starts alike, whether the run was stopped or not.
     seed_all([recipe.seed, *name.encode()])
@@ -231,7 +240,7 @@ def _trainer(run: Run, model: UD2M, prepared: Prepared, folder: Path | None) -> 
         physics=list(physics),
         physics_generator=None if generators[0] is None else list(generators),
         train_dataloader=loader,
-        eval_dataloader=DataLoader(held_out, len(held_out)) if is_evaluated else None,  # type: ignore[arg-type]
+        eval_dataloader=DataLoader(held_out, _PART) if is_evaluated else None,  # type: ignore[arg-type]
         stage=stage.stage,
         steps=stage.steps,
         losses=losses,
@@ -245,15 +254,15 @@ def _trainer(run: Run, model: UD2M, prepared: Prepared, folder: Path | None) -> 
         compile=run.fast,
         mixed_precision="bfloat16" if run.fast else False,
         ema_decay=recipe.ema_decay,
-        sample_metrics={"energy score": energy_score, "spread-skill ratio": spread_skill_ratio},
-        controller=controller,
+        sample_metrics=_METRICS,
+        controller=controller if is_evaluated else None,
         eval_samples=recipe.validation_samples,
         eval_interval=-(-stage.steps // recipe.evaluations),
         ckp_interval=min(100, stage.steps),
         log_interval=min(50, stage.steps),
         plot_images=folder is not None,
         save_path=folder,
-        settings={"recipe": recipe.as_json(), "stage": name},
+        settings={"recipe": recipe.as_json(), "stage": name, **given},
         seed=recipe.seed,
         device=run.device,
         verbose=run.verbose,
@@ -269,8 +278,7 @@ def _set_noise(run: Run, model: UD2M, pairs: list[tuple], x: Tensor) -> tuple[fl
     recipe = run.recipe
     device, start = next(model.parameters()).device, model.unfolded.log_delta.clone()
     x = x.to(device)
-    metrics = {"energy score": energy_score, "spread-skill ratio": spread_skill_ratio}
-    values = torch.zeros(len(recipe.factors), len(pairs), len(metrics))
+    values = torch.zeros(len(recipe.factors), len(pairs), len(_METRICS))
     for f, factor in enumerate(tqdm(recipe.factors, desc="factor of delta", disable=not run.verbose)):
         model.unfolded.log_delta.copy_(start + torch.tensor(factor).log())
         for i, (physics, generator) in enumerate(pairs):
@@ -280,13 +288,14 @@ def _set_noise(run: Run, model: UD2M, pairs: list[tuple], x: Tensor) -> tuple[fl
                 if generator is not None:
                     physics.update(**generator.step(len(part)))
                 samples.append(model.sample(physics(part), physics, recipe.validation_samples))
-            values[f, i] = torch.stack([m(torch.cat(samples, 1), x).mean() for m in metrics.values()])
+            values[f, i] = torch.stack([m(torch.cat(samples, 1), x).mean() for m in _METRICS.values()])
     scores = values[..., 0]
     relative = (scores / scores.mean(0)).mean(1)
     miss = values[..., 1].log().abs().mean(1)
     best = int(miss.where(relative <= 1.01 * relative.min(), torch.inf).argmin())
+    (best,) = broadcast_object_list([best])  # that of the first of several processes, which writes
     model.unfolded.log_delta.copy_(start + torch.tensor(recipe.factors[best]).log())
     found: dict[str, float] = {}
-    for name, of in zip(metrics, values[best].T, strict=True):
+    for name, of in zip(_METRICS, values[best].T, strict=True):
         found |= {name: of.mean().item()} | {f"{name}/{i}": value for i, value in enumerate(of.tolist())}
     return recipe.factors[best], found

@@ -7,7 +7,9 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from deepinv_ud2m.problem import Problem
@@ -45,6 +47,7 @@ def _evaluate_on(
     trainer: DistillationTrainer, operator: int, loader: DataLoader, key: list[int]
 ) -> dict[str, float]:
     values: dict[str, list[float]] = defaultdict(list)
+    parts: list[tuple[Tensor, Tensor]] = []
     model, accelerator = trainer.model, trainer.accelerator
     stream = BatchStream(loader, key)
     for i in range(len(loader)):
@@ -59,11 +62,16 @@ def _evaluate_on(
         for name, metric in zip(names_of(trainer.metrics), trainer.metrics, strict=True):
             of = metric(x=x, x_net=samples[0], y=y, physics=physics, model=model)
             values[name] += of.flatten().tolist()
-        for name, metric in (trainer.sample_metrics or {}).items():
-            values[name] += metric(samples, x).flatten().tolist()
+        parts.append((samples.cpu(), x.cpu()))
         if i == 0 and trainer.plot_images and trainer.writes:
             problem = Problem(y, physics, model.sigma_y)
             plot_samples(trainer.folder / f"samples_{operator}.png", x, problem, samples)
-    gathered = gather_object([dict(values)])
-    names = dict.fromkeys(name for of in gathered for name in of)
-    return {name: float(np.mean([v for of in gathered for v in of.get(name, [])])) for name in names}
+    gathered = gather_object([(dict(values), parts)])
+    names = dict.fromkeys(name for of, _ in gathered for name in of)
+    found = {name: [v for of, _ in gathered for v in of.get(name, [])] for name in names}
+    parts = [part for _, of in gathered for part in of]
+    if len({x.shape[1:] for _, x in parts}) == 1:  # a ratio of sums is of all images together
+        parts = [(torch.cat([samples for samples, _ in parts], 1), torch.cat([x for _, x in parts]))]
+    for name, metric in (trainer.sample_metrics or {}).items():
+        found[name] = [v for samples, x in parts for v in metric(samples, x).flatten().tolist()]
+    return {name: float(np.mean(of)) for name, of in found.items()}

@@ -34,10 +34,6 @@ class History(dict):
         for name, value in values.items():
             self.setdefault(prefix + name, []).append((step, value))
 
-    def last(self, prefix: str) -> dict[str, float]:
-        """The last value of each name with this prefix, without it."""
-        return {name.removeprefix(prefix): of[-1][1] for name, of in self.items() if name.startswith(prefix)}
-
     def load(self, points: Mapping[str, list], sums: Mapping[str, list]) -> None:
         """That of a checkpoint."""
         self.update({name: [tuple(point) for point in of] for name, of in points.items()})

@@ -52,16 +52,14 @@ def _energy(
 ) -> Loss:
     """
     The features are of a network of PerceptualDistance, or of the folder of a DigitClassifier. EfficientNet
-    may see images of another size than its own.
+    may see images of another size than its own, and sees grey images in three channels.
     """
     diversity = setting.controller.weights if setting.controller else 1.0
-    embedding = _embedding(features, features_size, setting.device)
+    embedding = _embedding(features, features_size, setting)
     return EnergyScoreLoss(num_samples, patch_size, embedding, diversity, weight)
 
 
-def _embedding(
-    features: str | None, size: int | None, device: torch.device
-) -> Callable[[Tensor], Tensor] | None:
+def _embedding(features: str | None, size: int | None, setting: Setting) -> Callable[[Tensor], Tensor] | None:
     if features is None:
         return None
     network: str | nn.Module = (
@@ -71,7 +69,10 @@ def _embedding(
         if features not in EFFICIENTNETS:
             raise ValueError(f"features_size is for {[*EFFICIENTNETS]}, got it with features {features!r}")
         network = EfficientNetLite(EFFICIENTNETS[features], size)
-    return PerceptualDistance(network, device=device).embedding
+    embedding = PerceptualDistance(network, device=setting.device).embedding
+    if features in EFFICIENTNETS and setting.channels == 1:
+        return lambda images: embedding(images.expand(-1, 3, -1, -1))
+    return embedding
 
 
 def _l2(setting: Setting, weight: float = 1.0, of: str = "image") -> Loss:
@@ -114,6 +115,8 @@ def check_losses(losses: Sequence[Mapping]) -> None:
     """
     if not losses:
         raise ValueError("losses must be one or more, got none")
+    if sum(isinstance(entry, Mapping) and entry.get("loss") == "adversarial" for entry in losses) > 1:
+        raise ValueError("losses must have one adversarial loss at most")
     for entry in losses:
         if not isinstance(entry, Mapping) or entry.get("loss") not in LOSSES:
             raise ValueError(f"losses must be {{loss: name, ...}} with a name of {[*LOSSES]}, got {entry!r}")
@@ -121,6 +124,12 @@ def check_losses(losses: Sequence[Mapping]) -> None:
             signature(LOSSES[entry["loss"]]).bind(None, **_options(entry))
         except TypeError as error:
             raise ValueError(f"losses: {entry!r}: {error}") from error
+        if "features" in entry and "patch_size" in entry:
+            raise ValueError(f"losses: {entry!r}: patch_size is for pixels, features have no patches")
+        if "features_size" in entry and "features" not in entry:
+            raise ValueError(f"losses: {entry!r}: features_size is for features, of which there are none")
+        if str(entry.get("features")).startswith("lpips"):
+            raise ValueError(f"losses: {entry!r}: LPIPS has no features to compare, take another network")
         if entry["loss"] != "perceptual":  # its network may have to be downloaded
             values = {k: v for k, v in _options(entry).items() if not k.startswith("features")}
             LOSSES[entry["loss"]](Setting(1, torch.device("cpu")), **values)

@@ -14,6 +14,7 @@ import deepinv as dinv
 import torch
 from deepinv.loss import Loss
 from deepinv.physics import Physics
+from deepinv.utils import get_device
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
@@ -32,9 +33,11 @@ from deepinv_ud2m.physics.traits import check_has_prox, is_linear
 from deepinv_ud2m.priors import PUBLISHED, PriorInfo, add_lora, load_prior, random_prior
 from deepinv_ud2m.sampler import UD2M
 from deepinv_ud2m.training.adversarial import Adversary
+from deepinv_ud2m.training.checkpoints import identity
 from deepinv_ud2m.training.controller import DiversityController
 from deepinv_ud2m.training.objectives import Setting, make_losses
 from deepinv_ud2m.training.recipe import Recipe, Stage
+from deepinv_ud2m.training.updates import start_accelerator
 from deepinv_ud2m.unfolded import UnfoldedDenoiser
 
 #: Images that the Wiener filter is fitted to.
@@ -55,7 +58,7 @@ class Run:
     What all stages share, see :func:`deepinv_ud2m.training.distill`.
 
     ``missing`` is a list in a run that is only planned: it gets a message of all that is not here, and random
-    weights stand in for it.
+    weights stand in for it. ``writes`` is true in the first of several processes.
     """
 
     recipe: Recipe
@@ -67,6 +70,7 @@ class Run:
     smoke: bool = False
     verbose: bool = True
     missing: list[str] | None = field(default=None)
+    writes: bool = True
 
     @classmethod
     def of(
@@ -80,9 +84,13 @@ class Run:
         """A run from what a user gives."""
         recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
         check_device(device)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # The device of this process, before anything is put on one.
+        accelerator, device = start_accelerator(torch.device(device or get_device(verbose=False)))
         recipe = recipe.miniature() if smoke else recipe
-        return cls(recipe, check_path("save_path", save_path), device, smoke=smoke, **options)
+        run = cls(recipe, check_path("save_path", save_path), device, smoke=smoke, **options)
+        run.writes = accelerator.is_main_process
+        run.verbose = run.verbose and run.writes
+        return run
 
     def losses(
         self, channels: int, controller: DiversityController | None = None
@@ -108,13 +116,17 @@ class Run:
 
 
 class Prepared(NamedTuple):
-    """A stage that is ready: its folder's name, physics with their generators, and images."""
+    """
+    A stage that is ready: its folder's name, physics with their generators, and images; ``given`` says what
+    tells physics and images from others.
+    """
 
     stage: Stage
     name: str
     pairs: list[tuple]
     train: Dataset
     held_out: Tensor
+    given: dict[str, Any]
 
 
 def prepare(
@@ -143,7 +155,7 @@ def prepare(
             f"accumulate of each stage must be a multiple of the number of processes, {processes}, which "
             f"share the batches of a step; got {wrong[0]}"
         )
-    if run.missing is None:
+    if run.missing is None and run.writes:
         _check_folder(run)
     torch.manual_seed(recipe.seed)  # for random weights
     name, prior = _prior(run, prior, weights)
@@ -153,7 +165,12 @@ def prepare(
     for number, stage in enumerate(recipe.stages):
         train, held_out = _data(images, recipe, stage, info, crops)
         pairs = _physics(physics, recipe, stage, tuple(held_out.shape[1:]), run.device)
-        stages.append(Prepared(stage, f"{number}_{stage.stage}", pairs, train, held_out))
+        for pair in pairs if physics else []:
+            _check_measures(pair, held_out[:1].to(run.device))
+        # Physics whose parameters are drawn have those of the last draw.
+        used = [one if generator is None else (type(one).__name__, generator) for one, generator in pairs]
+        given = {"physics": identity(used), "images": [count_images(train), identity(held_out)]}
+        stages.append(Prepared(stage, f"{number}_{stage.stage}", pairs, train, held_out, given))
     run.losses(held_out.shape[1])
     held_out = _images_of_factors(recipe, held_out, crops)
     # Only now, as it may add an adapter to the caller's prior.
@@ -172,6 +189,18 @@ def _check_physics(physics: Sequence[Physics | tuple] | None, recipe: Recipe) ->
         if not isinstance(one, Physics):
             raise TypeError(f"physics must be of deepinv, or pairs of one and its generator, got {one!r}")
         check_has_prox(one)
+
+
+def _check_measures(pair: tuple, x: Tensor) -> None:
+    physics, generator = pair
+    physics.to(x.device)
+    try:
+        if generator is not None:
+            physics.update(**generator.step(1))
+        physics(x)
+    except Exception as error:  # of any kind, as physics may be of the user
+        name, size = type(physics).__name__, list(x.shape[1:])
+        raise ValueError(f"physics: {name} cannot measure the images of a stage, {size}: {error}") from error
 
 
 def _check_images(images: Any) -> None:

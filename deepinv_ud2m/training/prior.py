@@ -32,6 +32,9 @@ from deepinv_ud2m.training.checkpoints import (
 from deepinv_ud2m.training.randomness import BatchStream, seed_all
 from deepinv_ud2m.training.updates import Update, start_accelerator, warmup_cosine
 
+#: Steps in a row without a finite loss, after which training stops.
+_MAX_SKIPPED = 10
+
 
 def train_prior(
     config: Mapping,
@@ -68,7 +71,7 @@ def train_prior(
     :param bool verbose: show progress (default: ``True``).
     :returns: the moving average of the weights, as a frozen network in evaluation mode.
     :raises ValueError: if ``checkpoint`` is damaged or of another run; it is left as it is.
-    :raises RuntimeError: if another run uses its folder.
+    :raises RuntimeError: if another run uses its folder, or the loss is not finite in ten steps in a row.
     """
     accelerator, device = start_accelerator(torch.device(device or get_device(verbose=False)))
     torch.manual_seed(seed)
@@ -88,7 +91,7 @@ def train_prior(
     run |= {"epochs": epochs, "batches": len(loader), "batch_size": loader.batch_size, "fast": fast}
     run = json.loads(json.dumps(run | {"lr": lr, "median": median, "seed": seed}))
     file = Path(checkpoint) if checkpoint is not None and accelerator.is_main_process else None
-    with lock(file.parent) if file else nullcontext():
+    with lock(file.parent, file.name) if file else nullcontext():
         (state,) = broadcast_object_list([read_checkpoint(file) if file and file.is_file() else None])
         if state is not None:
             check_same_run(Path(str(checkpoint)), state["run"], run)
@@ -98,7 +101,9 @@ def train_prior(
         start = 0 if state is None else state["epoch"] * len(loader)
         stream = BatchStream(loader, [seed, accelerator.process_index])
         stream.seek(start // len(loader), 0)
-        for step in tqdm(range(start, steps), disable=not (verbose and accelerator.is_main_process)):
+        bar = tqdm(range(start, steps), disable=not (verbose and accelerator.is_main_process))
+        skipped = 0
+        for step in bar:
             seed_all([seed, step, accelerator.process_index], generators)
             x = next(stream).to(device)
             sigma = training_sigmas(len(x), median, *limits).to(x)
@@ -106,8 +111,15 @@ def train_prior(
             with torch.autocast(device.type, torch.bfloat16, enabled=fast):
                 denoised = prior(w, sigma)
             update.start(step)
-            update.add([edm_loss(denoised.float(), x, sigma, config["network"]["pixel_std"]).mean()])
+            (loss,) = update.add(
+                [edm_loss(denoised.float(), x, sigma, config["network"]["pixel_std"]).mean()]
+            )
             update.finish()
+            if step % 10 == 0:
+                bar.set_postfix(loss=f"{loss:.4g}")
+            skipped = 0 if update.finite else skipped + 1
+            if skipped == _MAX_SKIPPED:
+                raise RuntimeError(f"the loss was not finite in {skipped} steps in a row, up to step {step}")
             with uninterrupted():
                 if update.finite:
                     update.apply()

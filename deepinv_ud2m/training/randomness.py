@@ -49,14 +49,15 @@ def _walk(thing: object, seen: set[int]) -> Iterator[torch.Generator]:
         elif isinstance(thing, dict):
             parts = list(thing.values())
         elif isinstance(thing, torch.nn.Module):
-            parts = [*vars(thing).values(), *_parts_of_sum(thing)]
+            parts = [*vars(thing).values(), *parts_of_sum(thing)]
         else:
             parts = []
         for part in parts:
             yield from _walk(part, seen)
 
 
-def _parts_of_sum(module: torch.nn.Module) -> list:
+def parts_of_sum(module: torch.nn.Module) -> list:
+    """The parts of a sum ``g1 + g2`` of deepinv's physics generators, which a function holds."""
     step: Any = getattr(module, "step_func", None)
     of_sum = f"{PhysicsGenerator.__add__.__qualname__}.<locals>.step"
     if getattr(step, "__qualname__", None) != of_sum:

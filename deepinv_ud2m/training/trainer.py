@@ -112,9 +112,9 @@ class DistillationTrainer(Trainer):
     :param int max_skipped: steps in a row whose loss or gradient is not finite, each of them skipped, after
         which training stops (default: 10).
     :param int eval_samples: samples of each measurement in evaluation (default: 4).
-    :param Mapping sample_metrics: metrics of the samples, ``name: f(samples, x) -> Tensor [B]``, smaller is
-        better. The first one, or without one the first of ``metrics``, decides which model is the best
-        (default: the energy score).
+    :param Mapping sample_metrics: metrics of the samples of all evaluation images of a physics together,
+        ``name: f(samples, x) -> Tensor``, of which the mean counts. The first one, or without one the first
+        of ``metrics``, decides which model is the best: smaller is better (default: the energy score).
     :param Callable controller: called with the results of each evaluation, such as
         :class:`deepinv_ud2m.training.DiversityController`; what it returns is recorded. Its ``state()`` is
         stored in checkpoints, and set by ``load(state)`` (default: ``None``).
@@ -296,6 +296,10 @@ class DistillationTrainer(Trainer):
                         bar.write(f"interrupted; step {self._saved} is in {self.folder}: run again to go on")
                     raise
             self.averaged.assign()
+            for network in self.unfolded.networks if self.compile else []:
+                network._compiled_call_impl = (
+                    None  # samples have other shapes, for which it would compile anew
+                )
             if self.writes:
                 self.model.save_pretrained(self.folder / "final")
                 self.history.draw(self.folder)
@@ -307,12 +311,12 @@ class DistillationTrainer(Trainer):
 
     def _train(self, bar: tqdm) -> None:
         while True:
-            is_due = self.completed and self.completed % self.eval_interval == 0
-            if self.eval_dataloader and is_due and self.evaluated < self.completed:
+            is_done = self.completed == self.steps
+            if self.eval_dataloader and self.completed % self.eval_interval == 0:
                 self._evaluate_and_keep_the_best()
-            if self.completed % self.ckp_interval == 0 or self.completed == self.steps:
+            if is_done or self.completed % self.ckp_interval == 0 or self._saved < self.evaluated:
                 self._save()
-            if self.completed == self.steps:
+            if is_done:
                 return
             logs = self.train_step(self.completed)
             bar.update()
@@ -432,6 +436,9 @@ class DistillationTrainer(Trainer):
             return evaluate(self, [self.seed, _EVALUATION])
 
     def _evaluate_and_keep_the_best(self) -> None:
+        if self.evaluated == self.completed:
+            return
+        self._save()  # an evaluation may fail
         results = self.evaluate()
         score = score_of(self, results)
         with checkpoints.uninterrupted():
@@ -439,7 +446,7 @@ class DistillationTrainer(Trainer):
                 results |= self.controller(results)
             self._record(results, "eval: ")
             self.found = results
-            self.evaluated = self.completed
+            self.evaluated, self._saved = self.completed, -1  # what was found is not written yet
             if score < self.best:
                 self.best = score
                 if self.writes:
