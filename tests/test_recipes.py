@@ -79,7 +79,7 @@ def miniature(file, **changes):
 
 
 def test_digits_in_three_stages(tmp_path):
-    recipe, images = miniature("mnist.yaml"), mnist_digits("validation")
+    recipe, images = miniature("mnist.yaml", tasks=["sr4", "inpaint-box"]), mnist_digits("validation")
     model = distill("mnist", None, images, recipe, tmp_path, verbose=False)
     stages = [
         UD2M.from_pretrained(tmp_path / f"{i}_{s.stage}" / "final") for i, s in enumerate(recipe.stages)

@@ -80,12 +80,13 @@ def test_metrics_of_samples_are_of_all_images_together(tiny_prior):
     """A ratio of sums is no mean of ratios; images of several sizes count by batches."""
     seen = []
     metric = lambda samples, x: (seen.append((samples.shape, x)), torch.tensor(float(len(seen))))[1]  # noqa: E731
-    trainer = make_trainer(tiny_prior, eval_dataloader=eval_images(4), sample_metrics={"m": metric})
+    only = {"metrics": [], "sample_metrics": {"m": metric}}
+    trainer = make_trainer(tiny_prior, eval_dataloader=eval_images(4), **only)
     assert trainer.evaluate() == {"m": 1.0}
     ((shape, x),) = seen
     assert shape == (4, 4, 1, 16, 16) and len(x.unique(dim=0)) == 4
     del seen[:]
-    trainer = make_trainer(tiny_prior, sample_metrics={"m": metric}, physics=Denoising(GaussianNoise(0.05)))
+    trainer = make_trainer(tiny_prior, physics=Denoising(GaussianNoise(0.05)), **only)
     trainer.eval_dataloader = [DataLoader([torch.rand(1, side, side) for side in (8, 16)], batch_size=1)]
     assert trainer.evaluate() == {"m": 1.5}
     assert [tuple(shape) for shape, _ in seen] == [(4, 1, 1, side, side) for side in (8, 16)]

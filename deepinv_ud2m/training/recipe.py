@@ -145,7 +145,7 @@ class Recipe:
     weight_decay: float = 0.01
     grad_clip: float | None = 1.0
     ema_decay: float = 0.999
-    factors: list[float] = field(default_factory=lambda: [0.9, 0.95, 1.0, 1.05, 1.1])
+    factors: list[float] = field(default_factory=lambda: [0.9, 1.0, 1.1])
     factors_scale: float | None = None
     factors_images: int | None = None
     seed: int = 0

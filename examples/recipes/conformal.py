@@ -68,25 +68,28 @@ def share(low, high, x):
     return f"{held.mean():.3f} +- {held.std() / math.sqrt(len(x)):.3f}"
 
 
-model = UD2M.from_pretrained(args.model)
+# %%
+# The same sampler with the intervals: its weights do not change, so its files are copied. Each task is
+# written when it is done, and not done again.
+weights = Path(deepinv_ud2m.__file__).parent / "weights"
+if not args.out.is_dir():
+    shutil.copytree(weights / PRETRAINED[args.model] if args.model in PRETRAINED else args.model, args.out)
+file = args.out / "config.json"
+model = UD2M.from_pretrained(args.out)
 images, others = read(args.images, args.num), {source: read(source) for source in args.check}
 for task in args.tasks:
-    model.conformal[task] = Conformal.from_samples(draw(task, images), images)
-    print(f"{task:22s} factor {model.conformal[task].factor:.2f}", flush=True)
+    if task in model.conformal:
+        continue
+    fitted = Conformal.from_samples(draw(task, images), images)
+    print(f"{task:22s} factor {fitted.factor:.2f}", flush=True)
     for source, x in others.items():
         samples = draw(task, x)
         mean, std = samples.mean(0), samples.std(0)
         width = t.ppf(0.95, args.samples - 1) * math.sqrt(1 + 1 / args.samples)
-        plain = share(mean - width * std, mean + width * std, x)
-        fitted = share(*model.conformal[task].interval(samples), x)
-        print(f"  {source}: {args.samples} samples hold {plain}, with the factor {fitted}", flush=True)
-
-# %%
-# The same sampler with the intervals: its weights do not change, so its files are copied.
-weights = Path(deepinv_ud2m.__file__).parent / "weights"
-shutil.copytree(weights / PRETRAINED[args.model] if args.model in PRETRAINED else args.model, args.out)
-file = args.out / "config.json"
-config = json.loads(file.read_text())
-config["sampler"]["conformal"] = {task: asdict(fitted) for task, fitted in model.conformal.items()}
-file.write_text(json.dumps(config, indent=2) + "\n")
+        plain, held = share(mean - width * std, mean + width * std, x), share(*fitted.interval(samples), x)
+        print(f"  {source}: {args.samples} samples hold {plain}, with the factor {held}", flush=True)
+    model.conformal[task] = fitted
+    config = json.loads(file.read_text())
+    config["sampler"]["conformal"] = {name: asdict(one) for name, one in model.conformal.items()}
+    file.write_text(json.dumps(config, indent=2) + "\n")
 assert UD2M.from_pretrained(args.out).conformal == model.conformal
