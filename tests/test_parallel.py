@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deepinv_ud2m import UD2M
 from deepinv_ud2m.training.checkpoints import read_checkpoint
 
 WORKER = """
@@ -75,6 +76,21 @@ def train_step(step):
 trainer.train_step = train_step
 trainer.train()
 PartialState().destroy_process_group()
+"""
+
+
+RECIPE = """
+import sys
+import deepinv as dinv
+from deepinv_ud2m.data import mnist_digits
+from deepinv_ud2m.training import Recipe, Stage, distill
+
+small = {"sigmas": [78.7, 0.2], "delta": [2.0], "rho": [2.0], "initial": "wiener", "factors": [0.9, 1.0]}
+small |= {"evaluations": 1, "validation_images": 4, "validation_samples": 2}
+recipe = Recipe([Stage("single", 2, 2, accumulate=2)], **small)
+physics = dinv.physics.Inpainting((1, 32, 32), mask=0.3, noise_model=dinv.physics.GaussianNoise(0.05))
+model = distill("mnist", [physics], mnist_digits(num=16), recipe, sys.argv[1], device="cpu")
+print(model.unfolded.log_delta.tolist(), flush=True)
 """
 
 
@@ -171,6 +187,22 @@ def test_a_number_of_processes_that_does_not_divide_the_batches(tmp_path, tiny_c
     assert result.returncode != 0
     message = "accumulate must be a multiple of the number of processes, 2"
     assert message in result.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_recipe_in_two_processes(tmp_path):
+    """The first one alone writes; all return the same sampler, that of one process up to rounding."""
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    found = {}
+    for processes in (1, 2):
+        (run,) = launch([tmp_path / "recipe.py", tmp_path / str(processes)], processes)
+        assert run.returncode == 0, run.stderr
+        assert run.stderr.count("factor of delta:   0%") == 1, "one process shows the progress"
+        lines = {line for line in run.stdout.splitlines() if line.startswith("[")}
+        assert len(lines) == 1, "the same in all processes"
+        found[processes] = UD2M.from_pretrained(tmp_path / str(processes) / "model").unfolded.state()
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[2][name], value, rtol=0, atol=2e-3, msg=name)
 
 
 @pytest.mark.slow
