@@ -102,6 +102,20 @@ def test_the_page_shows_the_tables_of_the_report(folder):
         assert overview(lines, key) in PAGE
 
 
+def test_intervals_that_ship_are_those_of_the_rows_and_of_the_page():
+    page = (RESULTS.parent / "guide" / "uncertainty.md").read_text()
+    model, rows = UD2M.from_pretrained("photos"), pd.read_csv(RESULTS / "photos_intervals.csv", dtype=str)
+    assert list(model.conformal) == list(dict.fromkeys(rows["task"]))
+    for task, (test, others) in (
+        rows.groupby("task")[list(rows)].apply(lambda of: of.to_dict("records")).items()
+    ):
+        assert f"{model.conformal[task].factor:.2f}" == test["factor"] == others["factor"]
+        cells = [
+            f"{row[kind]} ± {row[f'{kind}_se']}" for row in (test, others) for kind in ("without", "fitted")
+        ]
+        assert f"| `{task}` | {test['factor']} | {' | '.join(cells)} |" in page
+
+
 def test_the_page_and_its_files_are_small():
     assert sum(file.stat().st_size for file in RESULTS.rglob("*")) < 5e6
     assert {file.suffix for file in RESULTS.rglob("*.*")} <= {".md", ".csv", ".gz", ".json", ".yaml", ".webp"}

@@ -175,5 +175,8 @@ def test_intervals_are_stored_with_a_sampler(tmp_path):
     printed = run("recipes/conformal.py", *options, "--out", tmp_path / "model", "--check", "validation")
     conformal = UD2M.from_pretrained(tmp_path / "model").conformal["inpaint-box"]
     assert conformal.num_samples == 4 and f"factor {conformal.factor:.2f}" in printed
-    plain, fitted = (float(part.split(" +-")[0].split()[-1]) for part in printed.split(",")[1:])
-    assert fitted > plain > 0.8
+    line = pd.read_csv(tmp_path / "model" / "coverage.csv").iloc[0]
+    assert line["fitted"] > line["without"] > 0.8
+    again = ["--model", tmp_path / "model", *options[2:], "--check", "validation", "--out"]
+    assert "factor" not in run("recipes/conformal.py", *again, tmp_path / "model"), "it is done"
+    assert f"factor {conformal.factor:.2f}" in run("recipes/conformal.py", *again, tmp_path / "other"), "anew"

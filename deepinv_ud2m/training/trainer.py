@@ -297,9 +297,7 @@ class DistillationTrainer(Trainer):
                     raise
             self.averaged.assign()
             for network in self.unfolded.networks if self.compile else []:
-                network._compiled_call_impl = (
-                    None  # samples have other shapes, for which it would compile anew
-                )
+                network._compiled_call_impl = None  # for samples of other shapes it would compile anew
             if self.writes:
                 self.model.save_pretrained(self.folder / "final")
                 self.history.draw(self.folder)

@@ -13,8 +13,9 @@ stores them with the sampler, as ``model.conformal[task]``::
         --check test --tasks sr4 sr4-paper deblur-gaussian inpaint-random inpaint-box
 
 With ``--check`` it prints the share of the pixels of other images that the intervals hold, without and with
-the fit. Without it the interval is the one that holds 90 % of a normal variable of which S draws are known,
-:math:`\bar x \pm t_{S-1}(0.95) \sqrt{1 + 1/S}\, s`: its rate does not depend on S.
+the fit, and writes it into ``coverage.csv``. Without the fit, the interval is the one that holds 90 % of a
+normal variable of which S draws are known, :math:`\bar x \pm t_{S-1}(0.95) \sqrt{1 + 1/S}\, s`: its rate
+does not depend on S.
 """
 
 import argparse
@@ -65,16 +66,20 @@ def draw(task, x):
 def share(low, high, x):
     """Share of the pixels in the intervals: mean over the images and its standard error."""
     held = inside(x, low, high)
-    return f"{held.mean():.3f} +- {held.std() / math.sqrt(len(x)):.3f}"
+    return [held.mean().item(), held.std().item() / math.sqrt(len(x))]
 
 
 # %%
 # The same sampler with the intervals: its weights do not change, so its files are copied. Each task is
 # written when it is done, and not done again.
 weights = Path(deepinv_ud2m.__file__).parent / "weights"
+file, coverage = args.out / "config.json", args.out / "coverage.csv"
 if not args.out.is_dir():
     shutil.copytree(weights / PRETRAINED[args.model] if args.model in PRETRAINED else args.model, args.out)
-file = args.out / "config.json"
+    config = json.loads(file.read_text())
+    config["sampler"].pop("conformal", None)  # those it came with
+    file.write_text(json.dumps(config, indent=2) + "\n")
+    coverage.write_text("task,factor,images,number,without,without_se,fitted,fitted_se\n")
 model = UD2M.from_pretrained(args.out)
 images, others = read(args.images, args.num), {source: read(source) for source in args.check}
 for task in args.tasks:
@@ -86,8 +91,11 @@ for task in args.tasks:
         samples = draw(task, x)
         mean, std = samples.mean(0), samples.std(0)
         width = t.ppf(0.95, args.samples - 1) * math.sqrt(1 + 1 / args.samples)
-        plain, held = share(mean - width * std, mean + width * std, x), share(*fitted.interval(samples), x)
-        print(f"  {source}: {args.samples} samples hold {plain}, with the factor {held}", flush=True)
+        found = share(mean - width * std, mean + width * std, x) + share(*fitted.interval(samples), x)
+        plain, error, held, held_error = shown = [f"{value:.3f}" for value in found]
+        print(f"  {source}: {plain} +- {error}, with the factor {held} +- {held_error}", flush=True)
+        with coverage.open("a") as lines:
+            print(task, f"{fitted.factor:.2f}", Path(source).name, len(x), *shown, sep=",", file=lines)
     model.conformal[task] = fitted
     config = json.loads(file.read_text())
     config["sampler"]["conformal"] = {name: asdict(one) for name, one in model.conformal.items()}
