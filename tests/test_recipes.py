@@ -224,20 +224,13 @@ def test_photographs_that_are_held_out_are_those_of_all_sizes(tmp_path):
         save_image(torch.full((1, 3, side, side), 0.1 * i), tmp_path / f"{i}.png")
     stages = [Stage("single", 1000, 1, size) for size in (32, 64, 32)]
     stages.append(Stage("single", 1000, 1, 32, max_scale=1.0))
-    recipe = replace(Recipe.read("default", validation_images=2, factors_scale=1.5), stages=stages)
+    recipe = replace(Recipe.read("default", validation_images=2), stages=stages)
     few = replace(recipe, validation_images=4)
     with pytest.raises(ValueError, match="num must be below the 4 photographs, got 4"):
         preparation._crops(tmp_path, few, None)
     crops = preparation._crops(tmp_path, recipe, None)
     numbers = {key: len(read.photographs) for key, (read, _) in crops.items()}
-    assert numbers == {(32, 4.0): 4, (32, 1.5): 4, (32, 1.0): 4, (64, 4.0): 2}
-    for changes, num in (({}, 2), ({"factors_images": 4}, 4)):
-        images = preparation._images_of_factors(replace(recipe, **changes), torch.zeros(1), crops)
-        shades = [0.2, 0.3] if num == 2 else [0.0, 0.1, 0.4, 0.5]
-        assert images.mean((1, 2, 3)).tolist() == pytest.approx(shades, abs=0.01)
-    assert replace(recipe, factors_images=99).miniature().factors_images is None, "a trial needs few images"
-    with pytest.raises(ValueError, match="factors_images must be at most 4, the photographs, got 5"):
-        preparation._images_of_factors(replace(recipe, factors_images=5), torch.zeros(1), crops)
+    assert numbers == {(32, 4.0): 4, (32, 1.0): 4, (64, 4.0): 2}
     for (size, max_scale), (read, held_out) in crops.items():
         assert read.max_scale == max_scale
         assert held_out.shape == (2, 3, size, size)
@@ -251,7 +244,6 @@ def test_photographs_that_are_held_out_are_those_of_all_sizes(tmp_path):
 @pytest.mark.slow
 def test_photographs_by_the_command_line(photos, tmp_path):
     recipe = miniature("photos.yaml", tasks=["deblur-motion-valid", "jpeg-10"])
-    recipe.factors_images = recipe.factors_scale = None
     text = {**asdict(recipe), "stages": [asdict(stage) for stage in recipe.stages[1:]]}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(text))
     command = [
@@ -334,10 +326,6 @@ def test_recipes_refuse_what_cannot_work(tmp_path):
             "must have a linear one for the stage",
         ),
         (lambda: distill("mnist", physics, digits, unknown, tmp_path / "3"), "network must be"),
-        (
-            lambda: distill("mnist", physics, digits, replace(own, factors_scale=1.0), tmp_path / "5"),
-            "factors_scale and factors_images are for a folder",
-        ),
     )
 
 
@@ -402,10 +390,10 @@ def test_images_that_are_held_out_are_not_trained_on(tmp_path):
     stage = {"stage": "single", "steps": 1, "batch_size": 2}
     recipe = Recipe.read("default", validation_images=3, stages=[stage], betas=[0.8, 0.95])
     run = Run.of(recipe, tmp_path, "cpu", verbose=False)
-    model, (stage,), validation = preparation.prepare(run, "mnist", physics, images, None, None)
+    model, (stage,) = preparation.prepare(run, "mnist", physics, images, None, None)
     trainer = distillation._trainer(run, model, stage, None)
     assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.8, 0.95)}
-    assert torch.equal(stage.held_out, images[6:]) and torch.equal(validation, images[6:])
+    assert torch.equal(stage.held_out, images[6:])
     assert torch.equal(torch.stack([*stage.train]), images[:6])
 
 

@@ -83,25 +83,15 @@ class RandomCrops(Dataset):
         :raises ValueError: for another number, or labels that there are not.
         """
         held, kept = _places(num, self.labels)
-        squares = self.centres(held)
-        self.photographs, self.labels = _of(self.photographs, kept), _of(self.labels, kept)
-        self.weights = self.weights[kept]
-        return squares
-
-    def centres(self, places: Sequence[int]) -> Tensor:
-        """
-        The largest squares in the centres of photographs, reduced to crops by up to ``max_scale``.
-
-        :param Sequence[int] places: places of the photographs among ``labels``.
-        :returns: images `[num, C, size, size]` in [0, 1].
-        """
         squares = []
-        for photograph in (self.photographs[i] for i in places):
+        for photograph in _of(self.photographs, held):
             height, width = photograph.shape[-2:]
             side = min(height, width, round(self.max_scale * self.size))
             top, left = (height - side) // 2, (width - side) // 2
             square = photograph[None, :, top : top + side, left : left + side].float() / 255
             squares.append(F.interpolate(square, (self.size, self.size), mode="bilinear", antialias=True))
+        self.photographs, self.labels = _of(self.photographs, kept), _of(self.labels, kept)
+        self.weights = self.weights[kept]
         return torch.cat(squares)
 
     def __len__(self) -> int:

@@ -119,7 +119,7 @@ def distill(
     options = {"fast": fast, "checkpointing": checkpointing, "download": download, "verbose": verbose}
     run = Run.of(recipe, save_path, device, smoke, **options)
     prior, initial = copy.deepcopy((prior, initial))  # the caller's stay as they are, for another call
-    model, stages, validation = prepare(run, prior, physics, images, initial, weights)
+    model, stages = prepare(run, prior, physics, images, initial, weights)
     recipe = run.recipe
     if run.writes:
         write_file(run.folder / RECIPE, json.dumps(recipe.as_json(), indent=1) + "\n")
@@ -128,20 +128,18 @@ def distill(
         trainer = _trainer(run, model, prepared, run.folder / prepared.name)
         trainer.train()
     *_, pairs, train, held_out, _ = stages[-1]
-    factor, seen = 1.0, "image held out"
+    factor = 1.0
     if recipe.factors == [factor]:
         found = trainer.evaluate() if trainer.eval_dataloader else {}
     else:
-        factor, found = _set_noise(run, model, pairs, validation)
-        if recipe.factors_images is not None:
-            seen = f"of {recipe.factors_images} photographs of the training"
+        factor, found = _set_noise(run, model, pairs, held_out)
     metadata = {
         "recipe": recipe.as_json(),
         "data": f"{count_images(train)} images, and {len(held_out)} held out",
         "measurements": sum(s.steps * s.batch_size * s.accumulate for s in recipe.stages),
         "factor of delta": factor,
         "validation": found,
-        "validation_note": f"{recipe.validation_samples} samples of each {seen}, with this factor",
+        "validation_note": f"{recipe.validation_samples} samples of each image held out, with this factor",
     }
     if run.writes:
         model.save_pretrained(run.folder / "model", metadata=metadata, dtype=torch.float16)
@@ -177,7 +175,7 @@ def plan(
     # The first one allocates and compiles, and the optimiser's state exists after it.
     run.recipe = replace(run.recipe, stages=[replace(stage, steps=2) for stage in run.recipe.stages])
     prior, initial = copy.deepcopy((prior, initial))  # which a step of training changes
-    model, stages, _ = prepare(run, prior, physics, images, initial, weights)
+    model, stages = prepare(run, prior, physics, images, initial, weights)
     lines, total = [], 0.0
     for prepared, count in zip(stages, steps, strict=True):
         trainer, stage = _trainer(run, model, prepared, None), prepared.stage

@@ -136,10 +136,10 @@ def prepare(
     images: Any,
     initial: Initializer | None,
     weights: str | Path | None,
-) -> tuple[UD2M, list[Prepared], Tensor]:
+) -> tuple[UD2M, list[Prepared]]:
     """
-    The sampler before training, all stages, and the validation images of the factors: what is wrong with the
-    last stage is told before any is trained.
+    The sampler before training, and all stages: what is wrong with the last one is told before any is
+    trained.
 
     The arguments are those of :func:`deepinv_ud2m.training.distill`.
     """
@@ -172,11 +172,10 @@ def prepare(
         given = {"physics": identity(used), "images": [count_images(train), identity(held_out)]}
         stages.append(Prepared(stage, f"{number}_{stage.stage}", pairs, train, held_out, given))
     run.losses(held_out.shape[1])
-    held_out = _images_of_factors(recipe, held_out, crops)
     # Only now, as it may add an adapter to the caller's prior.
     torch.manual_seed(recipe.seed)
     model = _sampler(run, prior, _initial(run, name, images) if initial is None else initial)
-    return model, stages, held_out
+    return model, stages
 
 
 def _check_physics(physics: Sequence[Physics | tuple] | None, recipe: Recipe) -> None:
@@ -295,8 +294,6 @@ def _crops(folder: str | Path, recipe: Recipe, info: PriorInfo | None) -> dict[t
         if stage.size is None:
             raise ValueError(f"size of the stage {stage.stage!r} must be given, for crops of photographs")
         sizes.add((stage.size, stage.max_scale))
-        if stage is recipe.stages[-1] and recipe.factors_scale is not None:
-            sizes.add((stage.size, recipe.factors_scale))
     held: int | list[str] = recipe.validation_images
     # The photographs that are held out have room for all crops.
     for size, max_scale in sorted(sizes, reverse=True):
@@ -308,22 +305,6 @@ def _crops(folder: str | Path, recipe: Recipe, info: PriorInfo | None) -> dict[t
             held = read.labels[-held:]
         crops[size, max_scale] = read, read.hold_out(held)
     return crops
-
-
-def _images_of_factors(recipe: Recipe, held_out: Tensor, crops: dict) -> Tensor:
-    """The images that the factor is set on; ``held_out`` are those of the last stage."""
-    scale, num = recipe.factors_scale, recipe.factors_images
-    if (scale, num) == (None, None):
-        return held_out
-    if not crops:
-        raise ValueError("factors_scale and factors_images are for a folder of photographs, not other images")
-    last = recipe.stages[-1]
-    read, held_out = crops[last.size, last.max_scale if scale is None else scale]
-    if num is None:
-        return held_out
-    if num > len(read.labels):
-        raise ValueError(f"factors_images must be at most {len(read.labels)}, the photographs, got {num}")
-    return read.centres([i * len(read.labels) // num for i in range(num)])
 
 
 def _data(

@@ -108,11 +108,6 @@ class Recipe:
     :param float ema_decay: of the moving average of the weights (default: 0.999).
     :param list[float] factors: factors on all :math:`\delta_k`, of which one is kept at the end: of those
         whose energy score is within 1 % of the best, the one whose spread-skill ratios are nearest to 1.
-    :param float, None factors_scale: for a folder of photographs, the largest reduction of the images that
-        the factor is set on (default: ``max_scale`` of the last stage). Their scale is what a sampler is
-        calibrated for: 1 for photographs as they are.
-    :param int, None factors_images: set the factor on so many photographs of the training, spread over the
-        folder (default: on those held out, which may be too few).
     :param int seed: of the run (default: 0).
     :raises ValueError: for values that do not fit.
     """
@@ -146,8 +141,6 @@ class Recipe:
     grad_clip: float | None = 1.0
     ema_decay: float = 0.999
     factors: list[float] = field(default_factory=lambda: [0.9, 1.0, 1.1])
-    factors_scale: float | None = None
-    factors_images: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -192,12 +185,6 @@ class Recipe:
             check_number("betas", beta, 0, 1)
         if self.grad_clip is not None:
             check_number("grad_clip", self.grad_clip, positive=True)
-        if self.factors_images is not None:
-            check_count("factors_images", self.factors_images)
-        if self.factors_scale is not None:
-            check_number("factors_scale", self.factors_scale, low=1)
-        if self.resized and (self.factors_scale, self.factors_images) != (None, None):
-            raise ValueError("factors_scale and factors_images are for crops at random scales, not resized")
         if self.rank < 0:
             raise ValueError(f"rank must be >= 0, got {self.rank}")
         for name in ("validation_images", "evaluations"):
@@ -238,8 +225,8 @@ class Recipe:
         """The same with two steps of two small images in each stage, to try whether all of it runs."""
         size = 32 if self.stages[0].size else None
         stages = [replace(stage, steps=2, batch_size=2, size=size) for stage in self.stages]
-        small = replace(self, stages=stages, evaluations=1, validation_images=2, validation_samples=2)
-        return replace(small, factors=[1.0], factors_scale=None, factors_images=None)
+        small = replace(self, stages=stages, evaluations=1, factors=[1.0])
+        return replace(small, validation_images=2, validation_samples=2)
 
     def as_json(self) -> dict:
         """The recipe, as JSON holds it."""
