@@ -268,6 +268,23 @@ def test_a_method_stands_once_for_each_criterion_it_was_searched_for(tiny_prior,
         tune(tmp_path / "t.json", study)
 
 
+def test_a_search_in_bfloat16_is_near_and_leaves_the_prior_as_it_was(tiny_prior, tmp_path, monkeypatch):
+    settings = {"num_steps": 4, "zeta": 0.3, "lambda_": 1.0}
+    monkeypatch.setattr(Entry, "candidates", lambda self: [settings])
+    study, x = study_of(tiny_prior, ["diffpir"], images=2, samples=2), torch.rand(1, 1, 32, 32)
+    before, scores = tiny_prior(x, 0.1), []
+    for bfloat16 in (False, True):
+        study.bfloat16 = bfloat16
+        result = tune(tmp_path / f"{bfloat16}.json", study)
+        assert ("in bfloat16" in result["setup"]["prior_weights"]) == bfloat16
+        scores.append(result["scores"]["sr4"]["diffpir"][0])
+    for criterion in ("energy", "crps", "psnr"):
+        assert 0 < abs(scores[1][criterion] / scores[0][criterion] - 1) < 0.01, criterion
+    assert torch.equal(tiny_prior(x, 0.1), before)
+    with pytest.raises(ValueError, match="is of another setup: its prior_weights"):
+        tune(tmp_path / "False.json", study)
+
+
 def test_arrays_are_of_the_most_samples(tmp_path):
     folder = batch_folder(tmp_path, "sr4", "dps")
     folder.mkdir(parents=True)

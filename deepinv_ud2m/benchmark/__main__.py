@@ -75,7 +75,7 @@ def _report(args: argparse.Namespace) -> None:
 
 def _tune(args: argparse.Namespace) -> None:
     study = _study(args)
-    study.metric = perceptual_metric(study.x, args.perceptual)
+    study.metric, study.bfloat16 = perceptual_metric(study.x, args.perceptual), args.bfloat16
     for task, winners in tune(args.out, study)["winners"].get(args.criterion, {}).items():
         print(f"{task}: {winners}")
 
@@ -218,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     add("paper", "--weights", "file or folder of the weights of the prior")
     add("paper", "--perceptual", "network of LPIPS", default="lpips-vgg")
     add("paper", "--download", "download weights that are not here", action="store_true")
-    add("paper", "--bfloat16", "networks in mixed precision", action="store_true")
+    add("tune paper", "--bfloat16", "networks in mixed precision", action="store_true")
     add("paper", "--batch-size", "images sampled together", type=int, default=1)
     add("paper", "--device", "cpu or cuda", default="cuda" if torch.cuda.is_available() else "cpu")
     add("paper", "--dry-run", "say what is needed, and how long it takes", action="store_true")

@@ -9,10 +9,15 @@ image are enough: the first two scores are unbiased, and the PSNR is predicted f
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from deepinv.models import Denoiser
 from deepinv.physics import Physics
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -62,7 +67,8 @@ def _tune(file: Path, study: Study) -> dict:
         for settings in tqdm(new, desc=f"{task}, {entry.searched_as}", disable=None):
             sampler = entry.method.build(study.prior, study.sigma_y, **entry.resolve(settings))
             number = study.num_samples if entry.method.random else 1
-            samples, _ = draw(sampler, study.prior, y, physics, number, study.seed)
+            with _mixed_precision(study.prior, study.bfloat16):
+                samples, _ = draw(sampler, study.prior, y, physics, number, study.seed)
             tried.append({"settings": settings, **_scores(samples, y, physics, study)})
             for criterion, (_, sign) in CRITERIA.items():
                 scores = {i: sign * s for i, one in enumerate(tried) if (s := one[criterion]) is not None}
@@ -71,6 +77,23 @@ def _tune(file: Path, study: Study) -> dict:
                     winners[entry.searched_as] = tried[min(scores, key=scores.__getitem__)]["settings"]
             write_file(file, json.dumps(result, indent=1) + "\n")
     return result
+
+
+@contextlib.contextmanager
+def _mixed_precision(prior: Denoiser, enabled: bool) -> Iterator[None]:
+    """The prior alone runs in bfloat16: operators and their solvers would lose too much."""
+    forward = prior.forward
+
+    def mixed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return forward(x, *args, **kwargs).to(x.dtype)
+
+    if enabled:
+        prior.forward = mixed
+    try:
+        yield
+    finally:
+        prior.forward = forward
 
 
 def _scores(samples: Tensor, y: Tensor, physics: Physics, study: Study) -> dict[str, float | None]:

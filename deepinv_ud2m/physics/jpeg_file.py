@@ -24,6 +24,7 @@ def read_jpeg(file: str | Path) -> tuple[Tensor, int, str]:
     """
     if not isinstance(file, str | Path):
         raise ValueError(f"file must be a path, got {file!r}")
+    picture: Any  # a JPEG has attributes that no other image has
     try:
         with Image.open(file) as picture:
             picture.load()
