@@ -1,14 +1,17 @@
-"""Oracles: problems whose posterior is known in closed form."""
+"""Oracles: problems whose posterior is known in closed form. Images to train on."""
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from deepinv import physics as dp
 from deepinv.models import Denoiser
 from deepinv.utils import TensorList
+from torchvision.utils import save_image
 
 from deepinv_ud2m import UD2M, LinearInitializer, UnfoldedDenoiser
+from deepinv_ud2m.data import mnist_digits
 from deepinv_ud2m.physics.traits import noise_level
 from deepinv_ud2m.priors import PriorInfo, add_lora, build_network, load_prior, save_prior
 from deepinv_ud2m.randomness import randn
@@ -242,3 +245,27 @@ def figures_where_they_are_tested(request, monkeypatch):
 def same_noise_in_every_run():
     """Noise models without a generator of their own draw from PyTorch's: the same in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The validation digits that ship, as a file of MNIST."""
+    file = tmp_path_factory.mktemp("digits") / "digits.npz"
+    x, y = mnist_digits("validation", labels=True)
+    np.savez(file, x=(255 * x[:, 0, 2:-2, 2:-2]).round().byte().numpy(), y=y.numpy())
+    return file
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Photographs; ImageNet's names, in subfolders and with upper-case endings, among them."""
+    folder = tmp_path_factory.mktemp("photos")
+    generator = seeded(0)
+    for i in range(4):
+        image = torch.rand(1, 3, 6, 7, generator=generator)
+        image = torch.nn.functional.interpolate(image, size=(84, 98), mode="bicubic")
+        save_image(image.clamp(0, 1), folder / f"{i}.png")
+    (folder / "n01").mkdir()
+    (folder / "3.png").rename(folder / "n01" / "3.PNG")
+    (folder / "notes.txt").write_text("no image")
+    return folder

@@ -1,4 +1,4 @@
-"""Running the scripts of ``examples/`` in this process, which has imported everything already."""
+"""Running what is in ``examples/``: scripts in this process, which has imported everything already."""
 
 import io
 import runpy
@@ -6,6 +6,8 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
+
+from deepinv_ud2m.training import Recipe, Stage
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -24,3 +26,15 @@ def run(script: str, *arguments) -> str:
         except SystemExit as stop:
             print(f"stopped: {stop.code}")
     return printed.getvalue()
+
+
+def miniature(file, **changes):
+    """A recipe with one or two steps a stage, without networks that are packages of their own."""
+    recipe = Recipe.read(EXAMPLES / "recipes" / file)
+    size = None if file == "mnist.yaml" else 32
+    recipe.stages = [Stage(s, 2, 2, size) for s in ("initial", "single", "end_to_end")]
+    small = {"evaluations": 2, "validation_images": 2, "validation_samples": 2, "factors": [0.8, 1.0]}
+    small["losses"] = [loss for loss in recipe.losses if "features" not in loss]
+    for name, value in {**small, **changes}.items():
+        setattr(recipe, name, value)
+    return recipe

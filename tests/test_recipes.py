@@ -3,32 +3,26 @@
 import copy
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from functools import partial
 
 import deepinv as dinv
-import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import refused, seeded
-from scripts import EXAMPLES, run
+from scripts import EXAMPLES, miniature
 from torchvision.utils import save_image
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, WienerInitializer, load_prior
 from deepinv_ud2m.data import mnist_digits
-from deepinv_ud2m.metrics import DigitClassifier, energy_score
+from deepinv_ud2m.metrics import energy_score
 from deepinv_ud2m.physics import make_physics
 from deepinv_ud2m.priors import has_lora, random_prior
 from deepinv_ud2m.training import (
-    DiversityController,
-    EnergyScoreLoss,
-    L2Loss,
     Recipe,
     Stage,
     distill,
@@ -37,45 +31,7 @@ from deepinv_ud2m.training import (
     preparation,
 )
 from deepinv_ud2m.training.__main__ import main
-from deepinv_ud2m.training.checkpoints import identity
-from deepinv_ud2m.training.objectives import Setting, make_losses
 from deepinv_ud2m.training.preparation import Run
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """The validation digits that ship, as a file of MNIST."""
-    file = tmp_path_factory.mktemp("digits") / "digits.npz"
-    x, y = mnist_digits("validation", labels=True)
-    np.savez(file, x=(255 * x[:, 0, 2:-2, 2:-2]).round().byte().numpy(), y=y.numpy())
-    return file
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Photographs; ImageNet's names, in subfolders and with upper-case endings, among them."""
-    folder = tmp_path_factory.mktemp("photos")
-    generator = seeded(0)
-    for i in range(4):
-        image = torch.rand(1, 3, 6, 7, generator=generator)
-        image = torch.nn.functional.interpolate(image, size=(84, 98), mode="bicubic")
-        save_image(image.clamp(0, 1), folder / f"{i}.png")
-    (folder / "n01").mkdir()
-    (folder / "3.png").rename(folder / "n01" / "3.PNG")
-    (folder / "notes.txt").write_text("no image")
-    return folder
-
-
-def miniature(file, **changes):
-    """A recipe with one or two steps a stage, without networks that are packages of their own."""
-    recipe = Recipe.read(EXAMPLES / "recipes" / file)
-    size = None if file == "mnist.yaml" else 32
-    recipe.stages = [Stage(s, 2, 2, size) for s in ("initial", "single", "end_to_end")]
-    small = {"evaluations": 2, "validation_images": 2, "validation_samples": 2, "factors": [0.8, 1.0]}
-    small["losses"] = [loss for loss in recipe.losses if "features" not in loss]
-    for name, value in {**small, **changes}.items():
-        setattr(recipe, name, value)
-    return recipe
 
 
 def test_digits_in_three_stages(tmp_path):
@@ -166,42 +122,6 @@ def test_what_is_given_stays_as_it_is(tmp_path):
         files.append((tmp_path / name / "model" / "model.safetensors").read_bytes())
     assert files[0] == files[1] and not has_lora(prior)
     assert all(map(torch.equal, prior.state_dict().values(), before.values()))
-
-
-def test_physics_and_generators_are_told_apart():
-    shape, noise = (1, 8, 8), dinv.physics.GaussianNoise
-    kernel = dinv.physics.functional.gaussian_blur(sigma=(1.0, 1.0))
-
-    def blur(padding="valid", scale=1.0, sigma=0.1):
-        return dinv.physics.Blur(kernel * scale, padding=padding, noise_model=noise(sigma))
-
-    def kernels(side=5):
-        return dinv.physics.generator.GaussianBlurGenerator((side, side))
-
-    def levels(high=0.1):
-        return dinv.physics.generator.SigmaGenerator(0.02, high)
-
-    matrix = torch.rand(3, 64, generator=seeded()) * torch.tensor([0.0, 1.0]).repeat(32)
-    makers = [
-        *(partial(blur, *options) for options in ((), ("circular",), ("valid", 2.0), ("valid", 1.0, 0.2))),
-        *(partial(dinv.physics.Downsampling, shape, factor=factor) for factor in (2, 4)),
-        *(
-            lambda high=high, side=side: kernels(side) + levels(high)
-            for high in (0.1, 0.2)
-            for side in (5, 7)
-        ),
-        *(lambda a=a: [a.to_sparse_csr()] for a in (matrix, 2 * matrix)),
-        *(lambda a=a: [a] for a in (matrix, matrix.to(torch.complex64), True, "word", 0.5)),
-    ]
-    found = [json.dumps(identity(make())) for make in makers]
-    assert len({*found}) == len(found)
-    assert found == [json.dumps(identity(make())) for make in makers], "others that are equal"
-    physics = blur()
-    before = identity(physics)
-    physics(torch.rand(1, 1, 16, 16)), physics.eval()
-    assert identity(physics) == before, "used or not"
-    physics.itself = [physics]
-    assert json.dumps(identity(physics))
 
 
 def test_what_is_wrong_with_a_late_stage_is_told_before_the_first(tmp_path, monkeypatch):
@@ -397,45 +317,6 @@ def test_images_that_are_held_out_are_not_trained_on(tmp_path):
     assert torch.equal(torch.stack([*stage.train]), images[:6])
 
 
-def test_losses_of_a_recipe_follow_the_controller():
-    controller = DiversityController([dinv.physics.Denoising()], kappa=0.5)
-    (energy, l2), adversary = make_losses(
-        [{"loss": "energy", "weight": 2.0}, {"loss": "l2"}], Setting(1, torch.device("cpu"), controller)
-    )
-    assert energy.diversity_weight is controller.weights and energy.weight == 2 and adversary is None
-    assert isinstance(l2, L2Loss)
-    features = [{"loss": "energy", "features": "efficientnet", "features_size": 32}]
-    (energy,), _ = make_losses(features, Setting(1, torch.device("cpu")))
-    samples, x = (
-        torch.rand(2, 1, 1, 32, 32, generator=seeded()),
-        torch.rand(1, 1, 32, 32, generator=seeded(1)),
-    )
-    assert energy(x=x, samples=samples).isfinite().all(), "of grey images"
-
-
-def test_the_controller_of_diversity_finds_the_weight_that_calibrates():
-    """For Gaussian laws the weight c gives c / sqrt(2 - c^2) times the standard deviation of c = 1."""
-    physics = dinv.physics.Denoising(), dinv.physics.Denoising()
-    controller, too_similar = DiversityController(physics, kappa=0.5), torch.tensor([1.1, 0.95])
-    for _ in range(60):
-        c = torch.tensor(controller.state())
-        ratios = too_similar * (2 - c**2).sqrt() / c
-        controller({f"spread-skill ratio/{i}": ratio.item() for i, ratio in enumerate(ratios)})
-    expected = too_similar * (2 / (1 + too_similar**2)) ** 0.5  # sqrt(2) m / sqrt(1 + m^2)
-    assert torch.allclose(torch.tensor(controller.state()), expected, atol=1e-3)
-    # The loss has the weights of the controller, not those at the start.
-    samples, x = torch.rand(2, 1, 1, 4, 4, generator=seeded()), torch.zeros(1, 1, 4, 4)
-    loss = EnergyScoreLoss(diversity_weight=controller.weights)
-    first = loss(x=x, samples=samples, physics=physics[0])
-    controller({"spread-skill ratio/0": 1.1, "spread-skill ratio/1": 1.0})
-    assert loss(x=x, samples=samples, physics=physics[0]) < first, "more weight on diversity"
-    again = DiversityController(physics, kappa=0.5)
-    again.load(controller.state())
-    assert again.weights == controller.weights
-    controller({"spread-skill ratio/0": 1e9, "spread-skill ratio/1": 1e-9})
-    assert controller.state() == [1.2, 0.8], "within limits, whatever is measured"
-
-
 @pytest.mark.slow
 def test_distil_with_a_denoiser_and_a_physics_of_ones_own(tmp_path):
     """A minute or two of training makes the energy score at least 5 % better (measured: 8.5 %)."""
@@ -457,96 +338,6 @@ def test_distil_with_a_denoiser_and_a_physics_of_ones_own(tmp_path):
         energy_score(m.sample(y, physics, 8, generator=seeded()), x).mean() for m in (untrained, model)
     )
     assert after < 0.95 * before
-
-
-@pytest.mark.slow
-def test_a_classifier_of_digits(digits, tmp_path):
-    data = ["--train", digits, "--test", digits]
-    run("recipes/digit_classifier.py", *data, "--epochs", 1, "--out", tmp_path / "c")
-    features = DigitClassifier.from_pretrained(tmp_path / "c").features(mnist_digits("test", num=64))
-    assert features.shape == (64, 64) and 0.5 < features.std() < 2
-    assert json.loads((tmp_path / "c" / "config.json").read_text())["training_digits"] == 256
-    losses = [{"loss": "energy", "features": str(tmp_path / "c")}]
-    recipe = miniature("mnist.yaml", losses=losses)
-    recipe.stages = [Stage("single", 1, 2)]
-    distill("mnist", None, mnist_digits("validation"), recipe, tmp_path / "run", verbose=False)
-    history = json.loads((tmp_path / "run" / "0_single" / "history.json").read_text())
-    assert "eval: energy score" in history
-
-
-def test_the_file_of_digits(tmp_path):
-    x = np.random.default_rng(0).integers(0, 256, (10_000, 28, 28), dtype=np.uint8)
-    y = np.arange(10_000) % 10
-    np.savez(tmp_path / "test.npz", x=x, y=y)
-    run("recipes/digits_file.py", "--test", tmp_path / "test.npz", "--out", tmp_path / "new" / "digits.npz")
-    with np.load(tmp_path / "new" / "digits.npz") as arrays:
-        assert np.array_equal(arrays["test_x"], x[:1000]) and np.array_equal(arrays["test_y"], y[:1000])
-        assert np.array_equal(arrays["validation_x"], x[-256:])
-    np.savez(tmp_path / "test.npz", x=x[:99], y=y[:99])
-    printed = run("recipes/digits_file.py", "--test", tmp_path / "test.npz", "--out", tmp_path / "other.npz")
-    assert "holds 99 digits, not the 10 000" in printed
-
-
-@pytest.mark.slow
-def test_a_prior_of_digits(digits, tmp_path):
-    arguments = ["--train", digits, "--test", digits, "--out", tmp_path, "--quick"]
-    printed = run("recipes/prior_mnist.py", *arguments)
-    card = json.loads((tmp_path / "config.json").read_text())
-    assert card["metrics"]["test_images"] == 256 and "frechet_distance_to_test" in printed
-    assert load_prior(tmp_path)(torch.zeros(1, 1, 32, 32), 0.1).shape == (1, 1, 32, 32)
-    assert (tmp_path / "samples.png").is_file()
-
-
-@pytest.mark.slow
-def test_a_prior_of_photographs(photos, tmp_path):
-    run("recipes/prior_photos.py", "--train", photos, "--test", photos, "--out", tmp_path, "--quick")
-    assert (tmp_path / "denoised.png").is_file()
-    assert load_prior(tmp_path)(torch.zeros(1, 3, 32, 32), 0.1).shape == (1, 3, 32, 32)
-
-
-def train(*arguments, launcher=(), **options):
-    """``python -m deepinv_ud2m.training`` in a process of its own."""
-    command = [sys.executable, *launcher, "-m", "deepinv_ud2m.training", *arguments]
-    options |= {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "timeout": 600, "text": True}
-    return subprocess.run(list(map(str, command)), capture_output=True, check=False, **options)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["imagenet", "imagenet_ram", "lsun", "lsun_ram", "mnist_paper"])
-def test_recipes_of_the_paper_in_miniature(name, photos, digits, tmp_path):
-    """All losses, LPIPS and the adversary included, all tasks, and the held-out images."""
-    pytest.importorskip("diffusers")
-    images = digits if name == "mnist_paper" else photos
-    recipe = EXAMPLES / "recipes" / f"{name}.yaml"
-    result = train(recipe, "--images", images, "--out", tmp_path, "--smoke", "--checkpointing")
-    assert result.returncode == 0, result.stderr
-    for file in ("0_single/checkpoint.pt", "0_single/samples_0.png", "model/model.safetensors"):
-        assert (tmp_path / file).is_file()
-    history = json.loads((tmp_path / "0_single" / "history.json").read_text())
-    losses = {"L2Loss", "PerceptualLoss", "AdversarialGeneratorLoss", "D AdversarialDiscriminatorLoss"}
-    assert losses <= set(history) and "eval: energy score" in history
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    trained = {key.split(".")[0] for key in config["weights"]["tensors"]}
-    assert trained >= ({"lora", "scalars"} | ({"initializer"} if "ram" in name else set()))
-    assert config["metadata"]["recipe"]["losses"][0] == {"loss": "l2", "of": "noise"}
-    if name in ("imagenet", "lsun"):  # the prior has random weights, from the seed of the run
-        torch.manual_seed(0)
-        prior = random_prior({"imagenet": "imagenet256", "lsun": "lsun-bedroom256"}[name])
-        model = UD2M.from_pretrained(tmp_path / "model", prior=prior)
-        assert (model.num_steps, model.eta) == (3, 0.8)
-
-
-@pytest.mark.slow
-def test_a_recipe_of_the_paper_in_two_processes(photos, tmp_path):
-    pytest.importorskip("diffusers")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = [EXAMPLES / "recipes" / "imagenet.yaml", "--images", photos, "--smoke"]
-    for accumulate, fails in ((2, False), (1, True)):
-        options = ["--accumulate", accumulate, "--out", tmp_path / str(accumulate)]
-        result = train(*arguments, *options, launcher=launcher)
-        assert bool(result.returncode) is fails, result.stderr
-    assert (tmp_path / "2" / "model" / "model.safetensors").is_file()
-    assert "accumulate must be a multiple of the number of processes" in result.stderr
 
 
 def test_values_in_the_place_of_those_of_a_recipe(photos, tmp_path, monkeypatch):
