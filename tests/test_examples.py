@@ -178,5 +178,7 @@ def test_intervals_are_stored_with_a_sampler(tmp_path):
     line = pd.read_csv(tmp_path / "model" / "coverage.csv").iloc[0]
     assert line["fitted"] > line["without"] > 0.8
     again = ["--model", tmp_path / "model", *options[2:], "--check", "validation", "--out"]
-    assert "factor" not in run("recipes/conformal.py", *again, tmp_path / "model"), "it is done"
+    assert run("recipes/conformal.py", *again, tmp_path / "model") == "", "it is done"
+    checked = run("recipes/conformal.py", *again, tmp_path / "kept", "--keep")
+    assert printed == f"{printed.splitlines()[0]}\n{checked}", "the same intervals, not fitted again"
     assert f"factor {conformal.factor:.2f}" in run("recipes/conformal.py", *again, tmp_path / "other"), "anew"

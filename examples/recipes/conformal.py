@@ -15,7 +15,7 @@ stores them with the sampler, as ``model.conformal[task]``::
 With ``--check`` it prints the share of the pixels of other images that the intervals hold, without and with
 the fit, and writes it into ``coverage.csv``. Without the fit, the interval is the one that holds 90 % of a
 normal variable of which S draws are known, :math:`\bar x \pm t_{S-1}(0.95) \sqrt{1 + 1/S}\, s`: its rate
-does not depend on S.
+does not depend on S. ``--keep`` fits only the tasks that the sampler has no intervals of, and checks all.
 """
 
 import argparse
@@ -44,6 +44,7 @@ parser.add_argument("--size", type=int, default=32)
 parser.add_argument("--tasks", nargs="+", required=True)
 parser.add_argument("--sigma-y", type=float, required=True)
 parser.add_argument("--samples", type=int, default=8)
+parser.add_argument("--keep", action="store_true", help="the intervals that the sampler comes with")
 parser.add_argument("--out", type=Path, required=True)
 args = parser.parse_args()
 
@@ -70,34 +71,37 @@ def share(low, high, x):
 
 
 # %%
-# The same sampler with the intervals: its weights do not change, so its files are copied. Each task is
-# written when it is done, and not done again.
+# The same sampler with the intervals: its weights do not change, so its files are copied. What is done is
+# written, and not done again.
 weights = Path(deepinv_ud2m.__file__).parent / "weights"
 file, coverage = args.out / "config.json", args.out / "coverage.csv"
 if not args.out.is_dir():
     shutil.copytree(weights / PRETRAINED[args.model] if args.model in PRETRAINED else args.model, args.out)
     config = json.loads(file.read_text())
-    config["sampler"].pop("conformal", None)  # those it came with
+    if not args.keep:
+        config["sampler"].pop("conformal", None)
     file.write_text(json.dumps(config, indent=2) + "\n")
     coverage.write_text("task,factor,images,number,without,without_se,fitted,fitted_se\n")
 model = UD2M.from_pretrained(args.out)
 images, others = read(args.images, args.num), {source: read(source) for source in args.check}
 for task in args.tasks:
-    if task in model.conformal:
-        continue
-    fitted = Conformal.from_samples(draw(task, images), images)
-    print(f"{task:22s} factor {fitted.factor:.2f}", flush=True)
+    if task not in model.conformal:
+        model.conformal[task] = Conformal.from_samples(draw(task, images), images)
+        config = json.loads(file.read_text())
+        config["sampler"]["conformal"] = {name: asdict(one) for name, one in model.conformal.items()}
+        file.write_text(json.dumps(config, indent=2) + "\n")
+        print(f"{task:22s} factor {model.conformal[task].factor:.2f}", flush=True)
+    fitted, checked = model.conformal[task], coverage.read_text()
     for source, x in others.items():
+        row = f"{task},{fitted.factor:.2f},{Path(source).name},{len(x)}"
+        if row in checked:
+            continue
         samples = draw(task, x)
         mean, std = samples.mean(0), samples.std(0)
         width = t.ppf(0.95, args.samples - 1) * math.sqrt(1 + 1 / args.samples)
         found = share(mean - width * std, mean + width * std, x) + share(*fitted.interval(samples), x)
         plain, error, held, held_error = shown = [f"{value:.3f}" for value in found]
-        print(f"  {source}: {plain} +- {error}, with the factor {held} +- {held_error}", flush=True)
+        print(f"{task:22s} {source}: {plain} +- {error}, with the factor {held} +- {held_error}", flush=True)
         with coverage.open("a") as lines:
-            print(task, f"{fitted.factor:.2f}", Path(source).name, len(x), *shown, sep=",", file=lines)
-    model.conformal[task] = fitted
-    config = json.loads(file.read_text())
-    config["sampler"]["conformal"] = {name: asdict(one) for name, one in model.conformal.items()}
-    file.write_text(json.dumps(config, indent=2) + "\n")
+            print(row, *shown, sep=",", file=lines)
 assert UD2M.from_pretrained(args.out).conformal == model.conformal
