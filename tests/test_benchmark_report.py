@@ -16,7 +16,7 @@ from test_benchmark import computed, entry, study_of
 
 from deepinv_ud2m.benchmark.cost import STAGES, measure_cost
 from deepinv_ud2m.benchmark.methods import CRITERIA, METHODS, Entry, Method, Search
-from deepinv_ud2m.benchmark.report import overview, report, stored_arrays, summarise
+from deepinv_ud2m.benchmark.report import comparison, overview, report, stored_arrays, summarise
 from deepinv_ud2m.benchmark.rows import COLUMNS, batch_folder, read_rows
 from deepinv_ud2m.benchmark.run import Study, evaluate, measure, perceptual_metric, run
 from deepinv_ud2m.benchmark.tune import tune
@@ -60,6 +60,29 @@ def test_differences_are_of_the_same_images():
     line = line_of(lines, "pinv")
     assert line["psnr_less"] == pytest.approx(-1.5)
     assert line["psnr_less_se"] == pytest.approx(0.5)  # standard deviation 0.5 sqrt(2), of two images
+
+
+def test_methods_are_compared_on_the_images_that_all_have():
+    """Only those that were searched for the criterion, and bold beyond two standard errors."""
+    ours = {"energy_score": [1.0, 2.0, 3.0, 9.0], "perceptual": 0.5, "criterion": "", "num_samples": 8}
+    theirs = {"image": [0, 1, 2], "energy_score": [1.5, 2.6, 3.4], "num_samples": 4}
+    near = {"image": range(1, 4), "energy_score": [2.5, 2.9, 0.0], "criterion": "crps and energy"}
+    columns = {"ud2m-distilled": ours, "dps": theirs, "ddrm, for crps": near | {"num_samples": 4}}
+    columns["pigdm"] = {**theirs, "energy_score": 0.0, "criterion": "perceptual", "perceptual": 0.4}
+    rows = rows_of(columns)
+    table = comparison(rows, "energy_score").splitlines()
+    assert table[0] == "| task | images | ud2m-distilled | dps | ddrm |"
+    assert table[2:] == ["| `sr4` | 2 | 2.50 | 3.00 | 2.70 |"]
+    table = comparison(rows, "energy_score", ["ud2m-distilled", "dps"])
+    assert table.splitlines()[2:] == ["| `sr4` | 3 | **2.00** | 2.50 |"]
+    assert "| `sr4` | 3 | 0.500 | **0.400** |" in comparison(rows, "perceptual")
+    assert comparison(rows, "swd") == comparison(rows_of({"dps": theirs}), "energy_score") == ""
+    # The mean of eight samples is not compared with the mean of four.
+    rows["psnr_mean"] = [20.0] * 4 + [19.0] * 3 + [19.5] * 3 + [21.0] * 3
+    rows["criterion"] = rows["criterion"].where(rows["method"] == "ud2m-distilled", "psnr")
+    assert comparison(rows, "psnr_mean") == ""
+    rows["num_samples"] = rows["num_samples"].where(rows["method"] != "dps", 8)
+    assert "| `sr4` | 3 | **20.00** | 19.00 |" in comparison(rows, "psnr_mean").replace(" |  |", " |")
 
 
 def test_the_standard_error_of_the_spread_skill_ratio_is_that_of_the_jackknife():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import deepinv as dinv
@@ -72,6 +72,9 @@ def report(folder: str | Path) -> pd.DataFrame:
     legend = _LEGEND.format(reference=reference, mean_of=MEAN_OF, network=network)
     parts = [f"# Benchmark\n\nSetup: {setup}.\n\n{legend}\n"]
     titles = {f"{key}_less": f"{title}, less {reference}" for key, (title, *_) in METRICS.items()}
+    for key, (title, _, criterion, _) in METRICS.items():
+        if criterion and (table := comparison(rows, key)):
+            parts.append(f"\n## {title[0].upper()}{title[1:]}, on the same images\n\n{table}\n")
     for key, title in {**titles, "spread_skill": "spread-skill ratio"}.items():
         if table := overview(lines, key):
             parts.append(f"\n## {title[0].upper()}{title[1:]}\n\n{table}\n")
@@ -224,6 +227,43 @@ def task_table(lines: pd.DataFrame, reference: str, network: str) -> str:
     return markdown(lines, columns | {"ratio of std": number("std_ratio", 2), "settings": settings})
 
 
+def comparison(rows: pd.DataFrame, key: str, methods: Collection[str] | None = None) -> str:
+    """
+    Means of a metric over the images that all methods have, as markdown: tasks (rows) and methods (columns).
+
+    Methods are :func:`reference_of` and those that were searched for the criterion of the metric, or of
+    these the given ones. The best is **bold** if all differences are more than two standard errors.
+    """
+    _, digits, criterion, of_several = METRICS[key]
+    is_searched = np.array([criterion in one.split(" and ") for one in rows["criterion"]])
+    kept = (is_searched | (rows["method"] == reference_of(rows))) & (rows["num_samples"] > of_several)
+    rows = rows.assign(method=rows["method"].map(_without_criterion))[kept & rows[key].notna()]
+    lines, groups = [], _groups(rows[rows["method"].isin(methods)] if methods else rows)
+    methods = list(dict.fromkeys(method for _, method in groups))
+    for task in dict.fromkeys(task for task, _ in groups):
+        of_task = {m: groups[task, m] for m in methods if (task, m) in groups}
+        if key == "psnr_mean":  # the mean of fewer samples is further from the truth
+            most = max(of["num_samples"].max() for of in of_task.values())
+            of_task = {m: of for m, of in of_task.items() if of["num_samples"].min() >= min(most, MEAN_OF)}
+        values = pd.DataFrame({m: of[key] for m, of in of_task.items()}).dropna()
+        if len(of_task) < 2 or len(values) < 2:
+            continue
+        best = (CRITERIA[criterion][1] * values.mean()).idxmin()
+        gaps = values.drop(columns=best).sub(values[best], axis=0)
+        is_ahead = (gaps.mean().abs() > 2 * gaps.sem()).all()
+        cells = {m: f"{mean:.{digits}f}" for m, mean in values.mean().items()}
+        cells[best] = f"**{cells[best]}**" if is_ahead else cells[best]
+        lines.append([f"`{task}`", str(len(values)), *(cells.get(m, "") for m in methods)])
+    head = ["task", "images", *methods]
+    table = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table) if lines else ""
+
+
+def _without_criterion(label: str) -> str:
+    """The label of a method that has one row for each criterion."""
+    return label.rpartition(",")[0] if label.endswith(tuple(f", for {name}" for name in CRITERIA)) else label
+
+
 def overview(lines: pd.DataFrame, key: str) -> str:
     """
     One number of methods (rows) and tasks (columns), as markdown.
@@ -240,8 +280,7 @@ def overview(lines: pd.DataFrame, key: str) -> str:
     if not len(lines):
         return ""
     # A method that has one row for each criterion has one line here.
-    suffixes = tuple(f", for {name}" for name in CRITERIA)
-    lines["method"] = [m.rpartition(",")[0] if m.endswith(suffixes) else m for m in lines["method"]]
+    lines["method"] = lines["method"].map(_without_criterion)
     columns, of = {}, {(line["task"], line["method"]): line for line in lines.to_dict("records")}
     cell = number(key, digits, criterion if key.endswith("_less") else None)
     for task in dict.fromkeys(lines["task"]):
