@@ -85,6 +85,16 @@ def test_methods_are_compared_on_the_images_that_all_have():
     assert "| `sr4` | 3 | **20.00** | 19.00 |" in comparison(rows, "psnr_mean").replace(" |  |", " |")
 
 
+def test_settings_of_ones_own_stand_beside_no_searched_ones():
+    score = {"energy_score": [2.0, 3.0], "num_samples": 4}
+    own = score | {"name": "dps", "criterion": ""}
+    rows = rows_of({"ud2m-distilled": score | {"criterion": ""}, "dps": score, "dps, weight 2": own})
+    table = overview(summarise(rows), "energy_score_less")
+    assert "| dps |" in table and "weight 2" not in table
+    table = overview(summarise(rows[rows["method"] != "dps"]), "energy_score_less")
+    assert "| dps, weight 2 |" in table, "nothing was searched"
+
+
 def test_the_standard_error_of_the_spread_skill_ratio_is_that_of_the_jackknife():
     error, variance = (1 + torch.rand(2, 200, generator=seeded(0), dtype=torch.float64)).numpy()
     columns = {"squared_error": error, "variance": variance, "num_samples": 4}

@@ -268,8 +268,9 @@ def overview(lines: pd.DataFrame, key: str) -> str:
     """
     One number of methods (rows) and tasks (columns), as markdown.
 
-    Methods that were searched for another criterion are left out. Empty for a criterion that no method was
-    searched for, unless it is the energy score.
+    Methods that were searched for another criterion are left out, and so are those with settings of one's own
+    beside the searched ones. Empty for a criterion that no method was searched for, unless it is the energy
+    score.
     """
     _, digits, criterion, _ = METRICS.get(key.removesuffix("_less"), ("", 2, "energy", True))
     is_searched = np.array([criterion in one.split(" and ") for one in lines["criterion"]])
@@ -281,6 +282,9 @@ def overview(lines: pd.DataFrame, key: str) -> str:
         return ""
     # A method that has one row for each criterion has one line here.
     lines["method"] = lines["method"].map(_without_criterion)
+    searched = lines[lines["criterion"] == criterion]
+    kept = lines["method"].isin(searched["method"]) | ~lines["name"].isin(searched["name"])
+    lines = lines[kept]
     columns, of = {}, {(line["task"], line["method"]): line for line in lines.to_dict("records")}
     cell = number(key, digits, criterion if key.endswith("_less") else None)
     for task in dict.fromkeys(lines["task"]):
