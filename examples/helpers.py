@@ -6,6 +6,7 @@ from pathlib import Path
 import deepinv as dinv
 import numpy as np
 import torch
+from matplotlib import colormaps
 from PIL import Image
 from scipy import signal
 from torch.nn.functional import interpolate
@@ -33,7 +34,7 @@ def compare(name, x, y, physics, samples, nfe, *, zeta, lambda_, std_max=0.2, pr
     :param float nfe: network evaluations per sample, ``model.nfe``.
     :param float zeta: share of fresh noise in a step of DiffPIR.
     :param float lambda_: weight of the prior in DiffPIR.
-    :param float std_max: standard deviation and error that the figure shows white (default: 0.2).
+    :param float std_max: end of the scale of standard deviation and error (default: 0.2).
     :param str prior: the prior of both. One of colour images sees a grey one as the mean of its channels.
     :param torch.Tensor shown: the measurements as an image, where y is not one and the pseudo-inverse not to
         be shown.
@@ -75,7 +76,8 @@ def compare(name, x, y, physics, samples, nfe, *, zeta, lambda_, std_max=0.2, pr
     columns |= {f"mean of {len(samples)}": samples.mean(0)}
     maps = {"std": samples.std(0), "error of the mean": (samples.mean(0) - x).abs()}
     for title, values in maps.items():
-        columns[f"{title}, 0 to {std_max:g}"] = values.mean(1, keepdim=True).expand_as(x) / std_max
+        coloured = colormaps["magma"]((values.mean(1) / std_max).clamp(0, 1).numpy())[..., :3]
+        columns[f"{title}, 0 to {std_max:g}"] = torch.from_numpy(coloured).movedim(-1, 1)
     if len(x) == 1:
         columns = {title: with_centre(image) for title, image in columns.items()}
     save(name, columns)

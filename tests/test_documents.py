@@ -15,7 +15,7 @@ from torchvision.transforms.functional import to_pil_image
 
 import deepinv_ud2m
 from deepinv_ud2m import UD2M
-from deepinv_ud2m.benchmark.report import overview, summarise
+from deepinv_ud2m.benchmark.report import comparison, overview, summarise
 from deepinv_ud2m.benchmark.rows import read_rows, read_setup
 from deepinv_ud2m.checkpoint import fingerprint, trained_fingerprint
 from deepinv_ud2m.data import photograph
@@ -60,24 +60,26 @@ def test_rows_and_searches_are_of_the_priors_that_ship(folder):
     assert setup["prior_weights"] == fingerprint(load_prior(setup["prior"]))
     for file in RESULTS.glob(f"settings_{setup['prior']}*.json"):
         search = json.loads(file.read_text())
-        assert search["setup"]["prior_weights"] == setup["prior_weights"]
+        assert search["setup"]["prior_weights"].removesuffix(" in bfloat16") == setup["prior_weights"]
         assert search["setup"]["data"] != setup["data"], "validation images"
 
 
 def test_rows_have_the_settings_that_were_searched():
-    """And no row claims a search that is not stored."""
+    """For all criteria that they name. And no row claims a search that is not stored."""
     for folder in ("mnist", "photos"):
         searches = [json.loads(file.read_text()) for file in RESULTS.glob(f"settings_{folder}*.json")]
         lines = summary_of(folder)
         for line in lines[lines["criterion"] != ""].to_dict("records"):
-            found = [
-                (winner, search["setup"]["images"])
-                for search in searches
-                if (winner := search["winners"]["energy"].get(line["task"], {}).get(line["method"]))
-            ]
-            ((winner, images),) = found
-            assert (line["criterion"], line["searched_on"]) == ("energy", images)
-            assert winner.items() <= json.loads(line["settings"]).items()
+            for criterion in line["criterion"].split(" and "):
+                label = line["method"].partition(", for ")[0]
+                found = [
+                    (winner, search["setup"]["images"])
+                    for search in searches
+                    if (winner := search["winners"].get(criterion, {}).get(line["task"], {}).get(label))
+                ]
+                ((winner, images),) = found
+                assert line["searched_on"] == images
+                assert winner.items() <= json.loads(line["settings"]).items()
         assert (lines["criterion"] != "").sum() > 15
 
 
@@ -100,6 +102,44 @@ def test_the_page_shows_the_tables_of_the_report(folder):
     lines = summary_of(folder)
     for key in ("energy_score_less", "spread_skill"):
         assert overview(lines, key) in PAGE
+
+
+#: Rows of the README's table.
+NAMES = {
+    "sr4": "super-resolution x4",
+    "sr4-matlab": "super-resolution x4, bicubic",
+    "deblur-gaussian": "Gaussian blur",
+    "deblur-gaussian-valid": "Gaussian blur, unseen borders",
+    "deblur-motion": "motion blur",
+    "inpaint-random": "70 % of the pixels missing",
+    "inpaint-box": "a box missing",
+    "jpeg-10": "JPEG, quality 10",
+}
+
+
+def readme_table():
+    """Its rows, and the numbers of crops of the two scores."""
+    rows, lines = read_rows(RESULTS / "photos"), summary_of("photos").set_index(["task", "method"])
+    methods, cells, crops = ["UD2M `photos`", "DiffPIR", "DDRM"], dict.fromkeys(NAMES, ()), []
+    for key in ("energy_score", "perceptual"):
+        head, _, *table = (line.split(" | ") for line in comparison(rows, key, methods)[2:-2].split(" |\n| "))
+        assert head == ["task", "images", *methods]
+        crops.append({int(number) for _, number, *_ in table})
+        for name, _, *values in table:
+            if name[1:-1] in cells:
+                cells[name[1:-1]] += tuple(values)
+    for task in NAMES:
+        ours, dpir = (lines.loc[task, method] for method in (methods[0], "DPIR (not a sampler)"))
+        assert (ours["images"], ours["samples"], dpir["images"]) == (32, 8, 32)
+        cells[task] += f"{ours['psnr_mean']:.1f}", f"{dpir['psnr']:.1f}"
+    return [f"| {NAMES[task]} | {' | '.join(values)} |" for task, values in cells.items()], crops
+
+
+def test_the_table_of_the_readme_follows_from_the_rows():
+    text = (RESULTS.parents[1] / "README.md").read_text()
+    table, crops = readme_table()
+    assert "\n".join(table) in text
+    assert "(8 to 12 crops)" in text and "(8 to 16 crops)" in text and crops == [{8, 12}, {8, 16}]
 
 
 def test_intervals_that_ship_are_those_of_the_rows_and_of_the_page():
