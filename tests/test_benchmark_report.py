@@ -313,7 +313,7 @@ def test_a_search_in_bfloat16_is_near_and_leaves_the_prior_as_it_was(tiny_prior,
         scores.append(result["scores"]["sr4"]["diffpir"][0])
     for criterion in ("energy", "crps", "psnr"):
         assert 0 < abs(scores[1][criterion] / scores[0][criterion] - 1) < 0.01, criterion
-    assert torch.equal(tiny_prior(x, 0.1), before)
+    assert torch.equal(tiny_prior(x, 0.1), before) and "forward" not in vars(tiny_prior)
     with pytest.raises(ValueError, match="is of another setup: its prior_weights"):
         tune(tmp_path / "False.json", study)
 

@@ -82,18 +82,20 @@ def _tune(file: Path, study: Study) -> dict:
 @contextlib.contextmanager
 def _mixed_precision(prior: Denoiser, enabled: bool) -> Iterator[None]:
     """The prior alone runs in bfloat16: operators and their solvers would lose too much."""
+    if not enabled:
+        yield
+        return
     forward = prior.forward
 
     def mixed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16):
             return forward(x, *args, **kwargs).to(x.dtype)
 
-    if enabled:
-        prior.forward = mixed
+    prior.forward = mixed
     try:
         yield
     finally:
-        prior.forward = forward
+        del prior.forward  # that of its class is as before
 
 
 def _scores(samples: Tensor, y: Tensor, physics: Physics, study: Study) -> dict[str, float | None]:

@@ -81,6 +81,7 @@ if not args.out.is_dir():
     if not args.keep:
         config["sampler"].pop("conformal", None)
     file.write_text(json.dumps(config, indent=2) + "\n")
+if not coverage.is_file():
     coverage.write_text("task,factor,images,number,without,without_se,fitted,fitted_se\n")
 model = UD2M.from_pretrained(args.out)
 images, others = read(args.images, args.num), {source: read(source) for source in args.check}
@@ -93,7 +94,7 @@ for task in args.tasks:
         print(f"{task:22s} factor {model.conformal[task].factor:.2f}", flush=True)
     fitted, checked = model.conformal[task], coverage.read_text()
     for source, x in others.items():
-        row = f"{task},{fitted.factor:.2f},{Path(source).name},{len(x)}"
+        row = f"{task},{fitted.factor:.2f},{Path(source).name},{len(x)},"
         if row in checked:
             continue
         samples = draw(task, x)
@@ -103,5 +104,5 @@ for task in args.tasks:
         plain, error, held, held_error = shown = [f"{value:.3f}" for value in found]
         print(f"{task:22s} {source}: {plain} +- {error}, with the factor {held} +- {held_error}", flush=True)
         with coverage.open("a") as lines:
-            print(row, *shown, sep=",", file=lines)
+            print(row + ",".join(shown), file=lines)
 assert UD2M.from_pretrained(args.out).conformal == model.conformal
