@@ -81,6 +81,7 @@ if not args.out.is_dir():
     if not args.keep:
         config["sampler"].pop("conformal", None)
     file.write_text(json.dumps(config, indent=2) + "\n")
+    coverage.unlink(missing_ok=True)  # of the run that made the sampler
 if not coverage.is_file():
     coverage.write_text("task,factor,images,number,without,without_se,fitted,fitted_se\n")
 model = UD2M.from_pretrained(args.out)
