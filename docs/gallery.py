@@ -12,7 +12,7 @@ ORDER = [
     *("photo_superresolution", "photo_random_inpainting", "photo_box_inpainting", "photo_jpeg"),
     *("full_photo", "real_photographs", "uncertainty", "any_physics", "scan_ct", "scan_mri", "microscopy"),
     *("digits_superresolution", "digits_inpainting", "digits_deblurring", "exact_posterior"),
-    *("in_deepinv", "your_prior", "your_training"),
+    *("benchmark", "in_deepinv", "your_prior", "your_training"),
 ]
 _shown = {}
 _start = time.time()

@@ -3,9 +3,9 @@ Any deepinv physics
 ===================
 
 The sampler of photographs was trained with blurs, masks, super-resolution, demosaicing, JPEG and MRI of grey
-images with one coil. It has not learned an operator: the physics enters by its proximal step. So any deepinv
-physics with ``prox_l2`` will do. The first two here were not in the training. The other two are like
-operators of the training, but made by hand:
+images with one coil. In its iterations the physics enters by the proximal step alone. So any deepinv physics
+with ``prox_l2`` will do. The first two here were not in the training. The other two are like operators of the
+training, but made by hand:
 
 - compressed sensing: a third as many random combinations of pixels as there are pixels,
 - tomography: projections of each colour from 40 angles,

@@ -35,4 +35,4 @@ samples = model.sample(y, physics, num_samples=8, generator=torch.Generator().ma
 
 # %%
 # Table and figure. DiffPIR has the settings that were best on other photographs.
-compare("photo_box_inpainting", x, y, physics, samples, model.nfe, zeta=0.3, lambda_=7.0)
+compare("photo_box_inpainting", x, y, physics, samples, model.nfe, zeta=0.1, lambda_=7.0)

@@ -32,4 +32,4 @@ samples = model.sample(y, physics, num_samples=8, generator=torch.Generator().ma
 
 # %%
 # Table and figure. DiffPIR has the settings that were best on other photographs.
-compare("photo_random_inpainting", x, y, physics, samples, model.nfe, zeta=0.6, lambda_=1.0)
+compare("photo_random_inpainting", x, y, physics, samples, model.nfe, zeta=1.0, lambda_=1.0)

@@ -30,4 +30,4 @@ samples = model.sample(y, physics, num_samples=8, generator=torch.Generator().ma
 
 # %%
 # Table and figure. The settings of DiffPIR were searched on two other photographs, for the PSNR.
-compare("photo_superresolution", x, y, physics, samples, model.nfe, zeta=1.0, lambda_=1.5)
+compare("photo_superresolution", x, y, physics, samples, model.nfe, zeta=0.1, lambda_=3.0)

@@ -33,4 +33,4 @@ samples = model.sample(y, physics, num_samples=8, generator=torch.Generator().ma
 
 # %%
 # Table and figure. The settings of DiffPIR were searched on eight other photographs.
-compare("photo_uniform_deblurring", x, y, physics, samples, model.nfe, zeta=0.3, lambda_=3.0)
+compare("photo_uniform_deblurring", x, y, physics, samples, model.nfe, zeta=0.1, lambda_=3.0)

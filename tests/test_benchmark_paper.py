@@ -17,6 +17,7 @@ from deepinv_ud2m.benchmark import paper
 from deepinv_ud2m.benchmark.__main__ import main
 from deepinv_ud2m.benchmark.rows import batch_folder
 from deepinv_ud2m.metrics import frechet_distance
+from deepinv_ud2m.priors import PUBLISHED
 
 QUICK = [{"name": "ud2m"}, {"name": "diffpir", "settings": {"num_steps": 2}}]
 QUICK += [{"name": "dps", "settings": {"num_steps": 2}}, {"name": "ddrm", "settings": {"num_steps": 2}}]
@@ -53,7 +54,8 @@ def test_a_table_of_the_paper(table, images, methods, tmp_path, capsys):
     card = paper.TABLES[table]
     assert set(lines["task"]) == set(card.tasks) and (lines["images"] == 2).all()
     assert set(lines["method"]) == {"ud2m", "diffpir", "dps", "ddrm"}
-    assert lines[["PSNR", "LPIPS", "FID"]].notna().all().all() and (lines["LPIPS"] > 0).all()
+    assert lines[["PSNR", "SSIM", "LPIPS", "FID"]].notna().all().all() and (lines["LPIPS"] > 0).all()
+    assert lines["SSIM"].between(-1, 1).all() and "diffpir, 2 (settings not searched)" in text
     assert set(lines.loc[lines["method"] == "ud2m", "NFE"]) == {9}
     for method, figures in card.figures.items():
         assert f"*paper:* {method}" in text
@@ -82,13 +84,14 @@ def test_a_dry_run_says_what_is_needed(images, methods, tmp_path, capsys, monkey
     command = ["paper", "--table", "1", "--images", str(images), "--methods", str(methods), "--device", "cpu"]
     assert main([*command, "--dry-run", "--number", "2"]) == 0
     printed = capsys.readouterr().out
-    for words in ("diffusion_openai.pt (2211 MB)", "528 MB from https", "95 MB from https", str(tmp_path)):
+    weights = "diffusion_openai.pt (2211 MB, sha256 " + PUBLISHED["imagenet256"].sha256 + ")"
+    for words in (weights, "528 MB, sha256 397923af..., from https", "95 MB from https", str(tmp_path)):
         assert words in printed, printed
     assert printed.count("missing: ") == 3 and "2 images of 256x256 pixels, 4 tasks" in printed
     assert "deblur-gaussian-paper, ud2m: 9 evaluations, about" in printed
     assert "s an image" in printed and "GiB at its peak" in printed and "hours by one process" in printed
     assert not (tmp_path / "runs").exists()
-    assert main(command) == 2 and "diffusion_openai.pt (2211 MB)" in capsys.readouterr().err
+    assert main(command) == 2 and weights in capsys.readouterr().err
 
 
 def test_inception_is_not_unpickled(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import gzip
 import importlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from deepinv_ud2m.benchmark.methods import CRITERIA, METHODS, Entry, Method, Sea
 from deepinv_ud2m.benchmark.report import comparison, overview, report, stored_arrays, summarise
 from deepinv_ud2m.benchmark.rows import COLUMNS, batch_folder, read_rows
 from deepinv_ud2m.benchmark.run import Study, evaluate, measure, perceptual_metric, run
-from deepinv_ud2m.benchmark.tune import tune
+from deepinv_ud2m.benchmark.tune import _scores, tune
 from deepinv_ud2m.data import mnist_digits
 from deepinv_ud2m.metrics import frechet_influence, gaussian_frechet
 from deepinv_ud2m.physics.tasks import make_physics
@@ -49,6 +50,16 @@ def test_the_psnr_of_the_mean_is_of_sixteen_samples():
     assert few["psnr_mean"] == all_["psnr_mean"] == pytest.approx((-10 * error.log10()).tolist())
     assert few["squared_error"] == pytest.approx(error.tolist())
     assert few["energy_score"] != all_["energy_score"]
+
+
+def test_the_psnr_of_the_mean_of_many_is_found_from_two_samples():
+    """Errors are bias and variance. With two samples, what is left of one image's error may be negative."""
+    generator = seeded(0)
+    x = torch.full((64, 1, 32, 32), 0.5)
+    samples = x + 0.03 + 0.2 * torch.randn(8, *x.shape, generator=generator)
+    study = SimpleNamespace(x=x, metric=None, features_of_images=None)
+    few, many = (_scores(s, x, Denoising(GaussianNoise(0.1)), study)["psnr"] for s in (samples[:2], samples))
+    assert few == pytest.approx(many, abs=0.6)  # three standard errors; the mean of two has 5 dB less
 
 
 def test_differences_are_of_the_same_images():

@@ -111,6 +111,17 @@ def test_full_photo(file, helpers, small, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_benchmark_ends_in_a_table(small):
+    lines = run("benchmark.py").splitlines()[-4:]
+    assert "energy score" in lines[0] and [line.split()[0] for line in lines[1:]] == [
+        "UD2M",
+        "DiffPIR",
+        "DPS",
+    ]
+    assert [line.split()[-2:] for line in lines[1:]] == [["9.0", "0.0"], ["100.0", "0.0"], ["100.0", "100.0"]]
+
+
+@pytest.mark.slow
 def test_in_deepinv(small):
     printed = run("in_deepinv.py")
     scores = [float(line.split("PSNR ")[1].split()[0]) for line in printed.splitlines()[:4]]

@@ -40,6 +40,19 @@ def test_readme_has_no_relative_link_on_pypi(tmp_path):
     assert {REPOSITORY + path for path in expected} <= set(links)
 
 
+def test_the_check_of_the_site_finds_what_leads_nowhere(tmp_path):
+    broken = runpy.run_path(str(ROOT / ".ci" / "links.py"))["broken"]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "index.html").write_text('<a href="../a.html#here"></a><h1 id="there"></h1>')
+    (tmp_path / "a.html").write_text(
+        '<a id="here" href="https://x.y/z"></a><a href="b#there"></a><a href="#here"></a>'
+        '<img src="c%20d.png"><a href="b/#gone"></a><a href="e.html"></a><a href="mailto:f@g.h"></a>'
+    )
+    assert broken(tmp_path) == ["a.html: c%20d.png", "a.html: b/#gone", "a.html: e.html"]
+    (tmp_path / "c d.png").write_bytes(b"")
+    assert "a.html: c%20d.png" not in broken(tmp_path)
+
+
 def test_links_that_are_left_alone_and_links_that_lead_nowhere():
     text = "[a](https://b.c/d) [e](#f) [g](mailto:h@i.j) `k[0](l m)`"
     assert absolute(text, ROOT, REPOSITORY, "main") == text

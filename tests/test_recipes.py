@@ -249,6 +249,25 @@ def test_recipes_refuse_what_cannot_work(tmp_path):
     )
 
 
+def test_rams_weights_are_not_downloaded_unasked_nor_unpickled(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: pytest.fail("downloads"))
+    file = tmp_path / "checkpoints" / "ram.pth.tar"
+    message = f"140 MB from https://.*: put the file at {file}"
+    refused((lambda: preparation._ram(False, False), FileNotFoundError, message))
+    fetched = []
+    state = {"a": torch.zeros(1)}
+
+    def fetch(url, to):
+        fetched.append(url)
+        torch.save(state, to)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    monkeypatch.setattr(dinv.models, "RAM", lambda pretrained: pretrained)
+    assert preparation._ram(False, True) == preparation._ram(False, False) == str(file)
+    assert len(fetched) == 1 and preparation._ram(True, False) is False
+
+
 def test_a_plan_names_what_is_missing_and_measures_a_step_of_each_stage(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "random_prior", lambda name, full_size: random_prior(name))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))

@@ -1,9 +1,9 @@
 r"""Tables 1 and 2 of the paper (Mbakam et al. 2025), measured with one's own copy of its data and networks.
 
 The images are reduced until their shorter side has 256 pixels, and cut to the square in the middle. Each
-method draws one sample per image; PSNR and LPIPS are means over images, and the FID is that of all samples to
-all images, in the 2048 features of the Inception network. Rows are stored as by ``benchmark run``: an
-interrupted run goes on, and processes of ``torchrun`` share it.
+method draws one sample per image; PSNR, SSIM and LPIPS are means over images, and the FID is that of all
+samples to all images, in the 2048 features of the Inception network. Rows are stored as by ``benchmark run``:
+an interrupted run goes on, and processes of ``torchrun`` share it.
 """
 
 from __future__ import annotations
@@ -143,6 +143,9 @@ TABLES = {
     ),
 }
 
+#: Gradients of the network in each step. Moment matching takes them in conjugate gradients, about five.
+_GRADIENTS = {"dps": 1, "pigdm": 1, "moment-matching": 5}
+
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 _INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION}"
 
@@ -264,7 +267,7 @@ def measure_table(folder: str | Path, table: int, study: Study) -> pd.DataFrame:
     :param str, pathlib.Path folder: folder of the results.
     :param int table: 1 or 2.
     :param Study study: what to compare.
-    :returns: PSNR, LPIPS and FID by task and method; nothing but in the first of several processes.
+    :returns: PSNR, SSIM, LPIPS and FID by task and method; nothing but in the first of several processes.
     """
     run(folder, study)
     if not PartialState().is_main_process:  # it alone has stored the rows of all
@@ -278,6 +281,7 @@ def measure_table(folder: str | Path, table: int, study: Study) -> pd.DataFrame:
         features = torch.from_numpy(np.stack([stored[i] for i in group["image"]])).double()
         line = {"task": task, "method": method, "images": len(group), "NFE": group["nfe"].mean()}
         line |= {"PSNR": group["psnr"].mean(), "PSNR_se": group["psnr"].sem()}
+        line |= {"SSIM": group["ssim"].mean(), "SSIM_se": group["ssim"].sem()}
         line |= {"LPIPS": group["perceptual"].mean(), "LPIPS_se": group["perceptual"].sem()}
         line["FID"] = gaussian_frechet(*gaussian_fit(features), *gaussian_fit(reference)).item()
         line["seconds"] = group["seconds"].median()
@@ -293,15 +297,12 @@ def _markdown(table: int, study: Study, lines: pd.DataFrame) -> str:
     card, network = TABLES[table], study.metric.network if study.metric else "none"
     shown: dict[str, dict[str, str]] = {}
     for line in lines.to_dict("records"):
-        searched = line["criterion"] and f" (searched for {line['criterion']}, {line['searched_on']} images)"
-        title = f"{line['method']}, {line['NFE']:.0f}{searched}"
-        values = (
-            f"{line['PSNR']:.2f}",
-            f"{line['PSNR_se']:.2f}",
-            f"{line['LPIPS']:.3f}",
-            f"{line['FID']:.2f}",
-        )
-        cell = "{} ± {} / {} / {}".format(*(value.replace("nan", "-") for value in values))
+        searched = f"searched for {line['criterion']}, {line['searched_on']} images"
+        settings = searched if line["criterion"] else "settings not searched"
+        title = f"{line['method']}, {line['NFE']:.0f} ({settings})"
+        digits = {"PSNR": 2, "SSIM": 3, "LPIPS": 3}
+        values = [f"{line[key]:.{d}f} ± {line[f'{key}_se']:.{d}f}" for key, d in digits.items()]
+        cell = " / ".join([*values, f"{line['FID']:.2f}", f"{line['seconds']:.3g}"]).replace("nan", "-")
         shown.setdefault(title, {})[line["task"]] = cell
     for method, figures in card.figures.items():
         of_paper = {t: " / ".join(f"{v:.2f}" for v in values) for t, values in figures.items()}
@@ -311,10 +312,12 @@ def _markdown(table: int, study: Study, lines: pd.DataFrame) -> str:
     rows += [[title, *(cells.get(task, "") for task in card.tasks)] for title, cells in shown.items()]
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
-        f"# Table {table} of the paper\n\nPSNR (dB) ± standard error / LPIPS / FID of one sample of each of "
+        f"# Table {table} of the paper\n\nPSNR (dB) / SSIM / LPIPS / FID / seconds of one sample of each of "
         f"{len(study.x)} images of {study.names['data']} (the paper: {card.images} of {card.data}), noise "
-        f"{card.sigma_y:g}. LPIPS by {network}, FID by Inception. PSNR of one sample ranks no "
-        f"sampler: a true draw of the posterior lies up to 3 dB below its mean.\n\n{text}\n"
+        f"{card.sigma_y:g}; means ± standard errors, median of the seconds. Lines of the paper: PSNR / "
+        f"LPIPS / FID. LPIPS by {network}, FID by Inception. Settings that were searched for the perceptual "
+        f"distance need not be the best for FID. PSNR of one sample ranks no sampler: a true draw of the "
+        f"posterior lies up to 3 dB below its mean.\n\n{text}\n"
     )
 
 
@@ -345,9 +348,10 @@ def plan(table: int, study: Study) -> str:
     for task, _, entry in study:
         settings = entry.resolve(study.search.best(task, entry)[0])
         sampler = entry.method.build(study.prior, study.sigma_y, **settings)
-        # Those of deepinv say their steps, one evaluation each; DPS and its kind take a gradient as well.
+        # Those of deepinv say their steps, one evaluation each; DPS and its kind take gradients as well.
         steps = getattr(sampler, "evaluations", settings.get("num_steps", 1))
-        seconds = steps * parts[entry.name in ("dps", "pigdm", "moment-matching")][0] * len(study.x)
+        (forward, _), (both, _) = parts
+        seconds = steps * (forward + _GRADIENTS.get(entry.name, 0) * (both - forward)) * len(study.x)
         total += seconds
         lines.append(f"{task}, {entry.label}: {steps} evaluations, about {seconds / 3600:.2g} hours")
     return "\n".join([*lines, f"all: about {total / 3600:.2g} hours by one process"])

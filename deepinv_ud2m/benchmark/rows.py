@@ -29,7 +29,7 @@ _WORDS = ("task", "method", "name", "settings", "criterion", "weights", "digest"
 #: Columns of the rows. Ranks are intervals, see :func:`deepinv_ud2m.metrics.rank`.
 COLUMNS = (
     *(*_WORDS, "searched_on", "image", "num_samples"),
-    *("energy_score", "crps", "psnr_mean", "perceptual", "swd", "psnr"),
+    *("energy_score", "crps", "psnr_mean", "perceptual", "swd", "psnr", "ssim"),
     *("rank", "rank_end", "rank_features", "rank_features_end", "variance", "squared_error"),
     *("reduced_chi_square", "mean_error", "std_ratio", "nfe", "nfe_backward", "seconds"),
 )

@@ -45,6 +45,7 @@ from deepinv_ud2m.physics.tasks import make_physics
 
 #: The PSNR of the mean is that of at most so many samples, for the mean of more is nearer to the truth.
 MEAN_OF = 16
+_SSIM_WINDOW = 11  # of deepinv's SSIM; smaller images have none
 #: So many images have pictures.
 PICTURES = 4
 
@@ -257,6 +258,8 @@ def evaluate(
     if isinstance(physics, LinearPhysics):  # the error of a JPEG is not Gaussian
         columns["reduced_chi_square"] = reduced_chi_square(samples, y, physics).mean(0)
     columns["swd"] = sliced_wasserstein(samples[0], x)
+    if min(x.shape[2:]) >= _SSIM_WINDOW:
+        columns["ssim"] = dinv.metric.SSIM()(samples[0], x)
     if metric is not None:
         columns["perceptual"] = metric(samples[0], x)
     if len(samples) > 1:

@@ -107,9 +107,10 @@ def _scores(samples: Tensor, y: Tensor, physics: Physics, study: Study) -> dict[
     if len(samples) == 1:  # the scores without spread
         columns |= {"energy_score": error.norm(dim=1).tolist(), "crps": error.abs().mean(1).tolist()}
     elif len(samples) < MEAN_OF:
-        # The error of the mean of S samples is that of infinitely many, and the variance over S.
-        excess = (1 / len(samples) - 1 / MEAN_OF) * np.array(columns["variance"])
-        squared = np.array(columns["squared_error"]) - excess
-        columns["psnr_mean"] = (-10 * np.log10(squared.clip(1e-10))).tolist()
+        # The error of the mean of S samples is that of infinitely many, and the variance over S. One share
+        # for all images: what is left of a single one may be negative. All variance leaves S / MEAN_OF.
+        excess = (1 / len(samples) - 1 / MEAN_OF) * np.mean(columns["variance"])
+        left = max(1 - excess / max(np.mean(columns["squared_error"]), 1e-12), len(samples) / MEAN_OF)
+        columns["psnr_mean"] = [psnr - 10 * np.log10(left) for psnr in columns["psnr_mean"]]
     means = {name: columns.get(column) for name, (column, _) in CRITERIA.items()}
     return {name: float(np.mean(values)) if values else None for name, values in means.items()}

@@ -175,7 +175,8 @@ class _LPIPS(nn.Module):
         weights = getattr(torchvision.models, weights).IMAGENET1K_V1
         file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         size = f"{weights.meta['_file_size']:.0f} MB"
-        needs = f"LPIPS needs the weights of {self.name}, {size} from {weights.url}"
+        begins = file.stem.rpartition("-")[2]  # torchvision names its files by it
+        needs = f"LPIPS needs the weights of {self.name}, {size}, sha256 {begins}..., from {weights.url}"
         instead = (
             f"put the file at {file}. Without it, use "
             'network="efficientnet", whose weights are a package, or "digits" for digits.'

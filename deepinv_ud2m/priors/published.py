@@ -57,7 +57,8 @@ class Published:
     def source(self) -> str:
         """What is downloaded, how large it is, and from where."""
         where = f"https://huggingface.co/{self.repository}/tree/{self.revision}"
-        return f"{', '.join(self.files)} ({self.megabytes} MB) from {where}"
+        of = f" of {self.files[0]}" if self.is_folder else ""
+        return f"{', '.join(self.files)} ({self.megabytes} MB, sha256{of} {self.sha256}) from {where}"
 
 
 def load_published(
@@ -116,7 +117,7 @@ def _find(name: str, card: Published, download: bool) -> Path:
     """The file, or the folder of the files, in the cache."""
     files = _cached(card)
     if files is None and not download:
-        place = "" if card.is_folder else f" Put it at {_hub_file(card)}."
+        place = " Put them into one folder." if card.is_folder else f" Put it at {_hub_file(card)}."
         raise FileNotFoundError(
             f"the weights of the prior {name!r} are not here: {card.source}.{place} Give the path of a "
             "copy as weights, or set download=True"

@@ -15,7 +15,7 @@ import torch
 from deepinv.loss import Loss
 from deepinv.physics import Physics
 from deepinv.utils import get_device
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from deepinv_ud2m.checks import check_device, check_path
@@ -45,6 +45,8 @@ _FITTED = 10_000
 
 #: Most steps of an epoch of crops.
 _EPOCH = 100
+
+_RAM_URL = "https://huggingface.co/mterris/ram/resolve/main/ram.pth.tar"
 
 #: The recipe of a run, in its folder.
 RECIPE = "recipe.json"
@@ -269,9 +271,7 @@ def _initial(run: Run, name: str | None, images: Any) -> Initializer:
     if recipe.initial == "pseudo-inverse":
         return PseudoInverseInitializer(**level)
     if recipe.initial == "ram":
-        ram = run.get(
-            lambda: dinv.models.RAM(pretrained=not run.smoke), lambda: dinv.models.RAM(pretrained=False)
-        )
+        ram = run.get(lambda: _ram(run.smoke, run.download), lambda: dinv.models.RAM(pretrained=False))
         return RAMInitializer(ram, trainable=True, **level)
     wiener = WienerInitializer(**level)
     if recipe.fit_wiener:
@@ -284,6 +284,22 @@ def _initial(run: Run, name: str | None, images: Any) -> Initializer:
     if name is None:
         raise ValueError("initial: learned needs a prior by name or folder; give initial=..., or another one")
     return PosteriorMeanInitializer.from_prior(name, wiener, **level)
+
+
+def _ram(smoke: bool, download: bool) -> nn.Module:
+    """deepinv's RAM. It would download without being asked, and unpickle what it gets."""
+    if smoke:
+        return dinv.models.RAM(pretrained=False)
+    file = Path(torch.hub.get_dir()) / "checkpoints" / "ram.pth.tar"  # where deepinv keeps it
+    if not file.is_file():
+        if not download:
+            raise FileNotFoundError(
+                f"the weights of deepinv's RAM are not here, about 140 MB from {_RAM_URL}: put the file at "
+                f"{file}, or set download=True"
+            )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(_RAM_URL, str(file))
+    return dinv.models.RAM(pretrained=str(file))
 
 
 def _crops(folder: str | Path, recipe: Recipe, info: PriorInfo | None) -> dict[tuple, tuple]:
