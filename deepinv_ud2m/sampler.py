@@ -55,6 +55,21 @@ class Trajectory:
         has other levels for each sample, of shape `[N, num_samples, B]`.
     :param torch.Tensor x0: the draw of x at each level, of shape `[N, num_samples, B, C, H, W]`.
     :param torch.Tensor x_s: the state before each draw, of the same shape.
+
+    |sep|
+
+    :Examples:
+
+        >>> import deepinv as dinv
+        >>> import torch
+        >>> from deepinv_ud2m import UD2M
+        >>> model = UD2M.from_pretrained("mnist")
+        >>> physics = dinv.physics.Denoising(dinv.physics.GaussianNoise(0.1))
+        >>> samples, trajectory = model.sample(torch.zeros(1, 1, 32, 32), physics, 2, return_trajectory=True)
+        >>> trajectory.x0.shape  # three levels, two samples, one image
+        torch.Size([3, 2, 1, 1, 32, 32])
+        >>> torch.equal(trajectory.x0[-1].clamp(0, 1), samples)
+        True
     """
 
     sigmas: Tensor

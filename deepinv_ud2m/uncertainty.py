@@ -46,6 +46,16 @@ class Summary:
     :param torch.Tensor, None coverage: share of the pixels of each image that are in their interval, `[B]`.
     :param torch.Tensor, None spread_skill_ratio: root mean square error of the mean over the one that the
         samples predict, `[B]`; above 1, they are over-confident.
+
+    |sep|
+
+    :Examples:
+
+        >>> import torch
+        >>> from deepinv_ud2m.uncertainty import summary
+        >>> found = summary(torch.rand(19, 2, 1, 8, 8))
+        >>> found.mean.shape, bool((found.low < found.high).all())
+        (torch.Size([2, 1, 8, 8]), True)
     """
 
     mean: Tensor

@@ -20,6 +20,7 @@ from deepinv_ud2m.benchmark.rows import read_rows, read_setup
 from deepinv_ud2m.checkpoint import fingerprint, trained_fingerprint
 from deepinv_ud2m.data import photograph
 from deepinv_ud2m.priors import load_prior
+from deepinv_ud2m.uncertainty import Conformal, Summary
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 FOLDERS = sorted(file.parent.name for file in RESULTS.glob("*/rows.csv.gz"))
@@ -203,6 +204,15 @@ def test_files_that_are_linked_exist(name):
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text.read_text())
     for link in (link for link in links if not link.startswith(("http", "data:"))):
         assert (text.parent / link).exists(), link
+
+
+def test_public_classes_have_an_example():
+    packages = ["", ".data", ".metrics", ".physics", ".training"]
+    modules = [importlib.import_module(f"deepinv_ud2m{name}") for name in packages]
+    public = [getattr(module, name) for module in modules for name in module.__all__]
+    public += [Conformal, Summary]
+    classes = {one for one in public if isinstance(one, type)}
+    assert [one for one in classes if ">>>" not in one.__doc__] == [] and len(classes) > 30
 
 
 @pytest.mark.parametrize("name", MODULES)

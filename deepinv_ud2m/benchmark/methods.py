@@ -50,6 +50,16 @@ class Method:
     A sampler that the benchmark can run.
 
     ``build(prior, sigma_y, **settings)`` returns it; each setting has a default, and the type of that.
+
+    |sep|
+
+    :Examples:
+
+        >>> from deepinv_ud2m.benchmark.methods import Method
+        >>> def build(prior, sigma_y, scale=1.0):
+        ...     return lambda y, physics, seed: scale * physics.A_dagger(y)
+        >>> Method(build, grid={"scale": [0.9, 1.0]}, random=False).defaults
+        {'scale': 1.0}
     """
 
     build: Callable[..., Sampler]
@@ -65,7 +75,17 @@ class Method:
 
 @dataclass(frozen=True)
 class Entry:
-    """A method in a run: an item of a YAML file of methods. Names, settings and types are checked."""
+    """
+    A method in a run: an item of a YAML file of methods. Names, settings and types are checked.
+
+    |sep|
+
+    :Examples:
+
+        >>> from deepinv_ud2m.benchmark.methods import Entry
+        >>> Entry("diffpir", "DiffPIR", {"zeta": 0.3}).resolve({"zeta": 1.0, "lambda_": 3.0})
+        {'num_steps': 100, 'zeta': 0.3, 'lambda_': 3.0}
+    """
 
     name: str  #: one of ``METHODS``
     label: str = ""  #: what its rows are called; the name by default
@@ -146,7 +166,17 @@ def load_file(file: str | Path, name: str, registry: dict, kind: type) -> None:
 
 
 class Search:
-    """Settings that were searched for a criterion, from files of ``tune``. Earlier files win."""
+    """
+    Settings that were searched for a criterion, from files of ``tune``. Earlier files win.
+
+    |sep|
+
+    :Examples:
+
+        >>> from deepinv_ud2m.benchmark.methods import Entry, Search
+        >>> Search().best("sr4", Entry("diffpir"))  # no file: nothing was searched
+        ({}, '', 0)
+    """
 
     def __init__(self, files: Sequence[str | Path] = (), criterion: str = "energy"):
         self.criterion, self.results = criterion, []

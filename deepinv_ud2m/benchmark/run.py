@@ -52,7 +52,22 @@ PICTURES = 4
 
 @dataclass
 class Study:
-    """What is compared. Iterating gives ``(task, physics, entry)``, with the methods that apply to a task."""
+    """
+    What is compared. Iterating gives ``(task, physics, entry)``, with the methods that apply to a task.
+
+    |sep|
+
+    :Examples:
+
+        >>> from deepinv_ud2m import load_prior
+        >>> from deepinv_ud2m.benchmark.methods import Entry
+        >>> from deepinv_ud2m.benchmark.run import Study
+        >>> from deepinv_ud2m.data import mnist_digits
+        >>> methods = [Entry("diffpir"), Entry("ddrm")]
+        >>> study = Study(load_prior("mnist"), mnist_digits(num=2), ["sr4"], methods)
+        >>> [(task, entry.name) for task, _, entry in study]  # DDRM has no singular values of this operator
+        [('sr4', 'diffpir')]
+    """
 
     prior: Denoiser  #: the prior all methods share
     x: Tensor  #: images, `[N, C, H, W]` in [0, 1], on the device to run on

@@ -40,6 +40,19 @@ class RandomCrops(Dataset):
     :param bool verbose: show a progress bar while reading (default: ``False``).
     :raises ValueError: for a folder without images, an image that cannot be read, or is smaller than a
         crop, or numbers out of range.
+
+    |sep|
+
+    :Examples:
+
+        >>> import tempfile
+        >>> from torchvision.utils import save_image
+        >>> from deepinv_ud2m.data import RandomCrops, photograph
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_image(photograph("chelsea"), f"{folder}/photo.png")
+        ...     crops = RandomCrops(folder, size=32, num=100)
+        >>> len(crops), crops[0].shape
+        (100, torch.Size([3, 32, 32]))
     """
 
     def __init__(
@@ -127,6 +140,18 @@ class ResizedCrops(Dataset):
     :param int num: length of the dataset, the crops of an epoch.
     :param int channels: 1 or 3 (default: 3).
     :raises ValueError: for a folder without images, or numbers out of range.
+
+    |sep|
+
+    :Examples:
+
+        >>> import tempfile
+        >>> from torchvision.utils import save_image
+        >>> from deepinv_ud2m.data import ResizedCrops, photograph
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_image(photograph("chelsea"), f"{folder}/photo.png")
+        ...     print(ResizedCrops(folder, size=32, num=100)[0].shape)
+        torch.Size([3, 32, 32])
     """
 
     def __init__(self, folder: str | Path, size: int, num: int, channels: int = 3):

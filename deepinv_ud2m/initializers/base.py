@@ -27,6 +27,18 @@ class Initializer(nn.Module):
     :param float reference_level: :math:`\sigma_0`, in units of the image, non-negative (default: 0.2). It
         stands for the uncertainty under the prior where y has no information.
     :raises ValueError: for another value.
+
+    |sep|
+
+    :Examples:
+
+        >>> from deepinv_ud2m import Initializer, UnfoldedDenoiser, load_prior
+        >>> class Adjoint(Initializer):
+        ...     def estimate(self, problem, x_s, sigma):
+        ...         return problem.adjoint
+        >>> unfolded = UnfoldedDenoiser(load_prior("mnist"), initializer=Adjoint(reference_level=0.3))
+        >>> unfolded.initializer
+        Adjoint(reference_level=0.3)
     """
 
     #: Whether h is a prediction of the root mean square error of the estimate.

@@ -27,6 +27,18 @@ class LinearInitializer(Initializer):
     :param float std: :math:`\tau`, in [1e-6, 1e6] (default: 0.5).
     :param float reference_level: see :class:`deepinv_ud2m.initializers.Initializer` (default: 0.2).
     :raises ValueError: for values out of these ranges.
+
+    |sep|
+
+    :Examples:
+
+        >>> import torch
+        >>> from deepinv.physics import Denoising, GaussianNoise
+        >>> from deepinv_ud2m import LinearInitializer, Problem
+        >>> problem = Problem(torch.ones(1, 1, 8, 8), Denoising(GaussianNoise(0.5)))
+        >>> estimate, h = LinearInitializer()(problem, torch.zeros(1, 1, 8, 8), 78.7)
+        >>> round(estimate.mean().item(), 3)  # half of y, half of the grey of the prior
+        0.75
     """
 
     def __init__(self, mean: float = 0.5, std: float = 0.5, reference_level: float = 0.2):
@@ -51,6 +63,18 @@ class PseudoInverseInitializer(Initializer):
         (default: ``"pinv"``).
     :param float reference_level: see :class:`deepinv_ud2m.initializers.Initializer` (default: 0.2).
     :raises ValueError: for another mode.
+
+    |sep|
+
+    :Examples:
+
+        >>> import torch
+        >>> from deepinv.physics import Denoising, GaussianNoise
+        >>> from deepinv_ud2m import Problem, PseudoInverseInitializer
+        >>> problem = Problem(torch.ones(1, 1, 8, 8), Denoising(GaussianNoise(0.5)))
+        >>> estimate, h = PseudoInverseInitializer(reference_level=0)(problem, torch.zeros(1, 1, 8, 8), 0.5)
+        >>> round(estimate.mean().item(), 3)  # y and the state have the same level
+        0.5
     """
 
     def __init__(self, mode: str = "pinv", reference_level: float = 0.2):

@@ -19,6 +19,16 @@ class JointGenerator(PhysicsGenerator):
 
     :param deepinv.physics.generator.PhysicsGenerator parts: generators, each with a ``rng`` of its own.
     :raises TypeError: for none, or what is no generator.
+
+    |sep|
+
+    :Examples:
+
+        >>> from deepinv.physics.generator import SigmaGenerator
+        >>> from deepinv_ud2m.physics import BoxMaskGenerator, JointGenerator
+        >>> drawn = JointGenerator(BoxMaskGenerator((1, 32, 32)), SigmaGenerator()).step(4, seed=0)
+        >>> {name: list(value.shape) for name, value in drawn.items()}
+        {'mask': [4, 1, 32, 32], 'sigma': [4]}
     """
 
     def __init__(self, *parts: PhysicsGenerator):
@@ -85,6 +95,15 @@ class UniformBlurGenerator(_Generator):
     :param torch.Generator rng: random generator; by default deepinv's, of its own and of a fixed seed.
     :param str device: device of the kernels.
     :raises ValueError: for an even side, or widths that do not fit.
+
+    |sep|
+
+    :Examples:
+
+        >>> from deepinv_ud2m.physics import UniformBlurGenerator
+        >>> kernels = UniformBlurGenerator(psf_size=7).step(2)["filter"]
+        >>> kernels.shape, round(kernels[0].sum().item(), 3)
+        (torch.Size([2, 1, 7, 7]), 1.0)
     """
 
     def __init__(
@@ -122,6 +141,15 @@ class BoxMaskGenerator(_Generator):
     :param torch.Generator rng: random generator; by default deepinv's, of its own and of a fixed seed.
     :param str device: device of the masks.
     :raises ValueError: for sides outside this range.
+
+    |sep|
+
+    :Examples:
+
+        >>> from deepinv_ud2m.physics import BoxMaskGenerator
+        >>> mask = BoxMaskGenerator((3, 64, 64), side_min=0.5, side_max=0.5).step(2)["mask"]
+        >>> mask.shape, round(mask.mean().item(), 3)  # a quarter is missing
+        (torch.Size([2, 3, 64, 64]), 0.75)
     """
 
     def __init__(
@@ -158,6 +186,14 @@ class JPEGQualityGenerator(_Generator):
     :param torch.Generator rng: random generator; by default deepinv's, of its own and of a fixed seed.
     :param str device: device of the factors.
     :raises ValueError: for a range outside [1, 100].
+
+    |sep|
+
+    :Examples:
+
+        >>> from deepinv_ud2m.physics import JPEGQualityGenerator
+        >>> JPEGQualityGenerator(10, 10).step(3)["quality"].tolist()
+        [10.0, 10.0, 10.0]
     """
 
     def __init__(

@@ -28,6 +28,16 @@ class TabulatedPhysics(LinearPhysics):
     :param torch.Tensor matrix: sparse (COO), of shape `[m, H W]`.
     :param tuple[int, int, int] img_size: shape `(C, H, W)` of the images.
     :param tuple[int, ...] measured: shape of the measurements of one image, beginning with C.
+
+    |sep|
+
+    :Examples:
+
+        >>> import deepinv as dinv
+        >>> from deepinv_ud2m.physics import tabulate
+        >>> scanner = dinv.physics.Tomography(angles=4, img_width=16, normalize=True)
+        >>> tabulate(scanner, (1, 16, 16)).matrix.shape
+        torch.Size([92, 256])
     """
 
     def __init__(self, matrix: Tensor, img_size: tuple[int, int, int], measured: tuple[int, ...]):

@@ -68,6 +68,14 @@ class Task:
     :param Callable, None generator: makes a generator of random operators of its kind, from the shape
         and the keywords ``rng`` and ``device``; ``None`` if there is only the one operator.
     :param bool noisy: whether its measurements have Gaussian noise.
+
+    |sep|
+
+    :Examples:
+
+        >>> from deepinv_ud2m.physics import TASKS
+        >>> TASKS["sr4"].operator((1, 32, 32))(torch.zeros(1, 1, 32, 32)).shape
+        torch.Size([1, 1, 8, 8])
     """
 
     title: str

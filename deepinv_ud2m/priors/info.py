@@ -27,6 +27,15 @@ class PriorInfo:
     :param int, None image_size: height and width of the training images. ``None`` (default) if the prior
         suits any size.
     :raises ValueError: for any other value; it names the argument.
+
+    |sep|
+
+    :Examples:
+
+        >>> import deepinv as dinv
+        >>> from deepinv_ud2m import PriorInfo
+        >>> denoiser = dinv.models.TVDenoiser()
+        >>> denoiser.prior_info = PriorInfo("total variation", channels=3, sigma_min=0.002, sigma_max=1.0)
     """
 
     name: str

@@ -36,6 +36,15 @@ class Adversary:
     :param torch.optim.Optimizer optimizer: of the parameters of ``D`` (default: AdamW with learning rate 1e-4
         and weight decay 0.01, as in the paper's Table 9).
     :param int ratio: updates of the discriminator in each training step, at least 1 (default: 1).
+
+    |sep|
+
+    :Examples:
+
+        >>> from deepinv_ud2m.training import AdversarialDiscriminatorLoss, Adversary
+        >>> from deepinv_ud2m.training import ConditionalDiscriminator
+        >>> losses = AdversarialDiscriminatorLoss(penalty_weight=0.1)
+        >>> adversary = Adversary(ConditionalDiscriminator(channels=1), losses, ratio=2)
     """
 
     def __init__(
@@ -163,6 +172,17 @@ class AdversarialGeneratorLoss(WeightedLoss):
 
     :param float weight: weight of this loss in a sum, finite and non-negative (default: 1).
     :raises TypeError, ValueError: for another weight.
+
+    |sep|
+
+    :Examples:
+
+        >>> import torch
+        >>> from deepinv_ud2m.training import AdversarialGeneratorLoss, ConditionalDiscriminator
+        >>> x, x_net, condition = torch.rand(3, 2, 1, 32, 32)
+        >>> loss = AdversarialGeneratorLoss()
+        >>> loss(x=x, x_net=x_net, D=ConditionalDiscriminator(channels=1), condition=condition).shape
+        torch.Size([2])
     """
 
     def forward(
@@ -199,6 +219,17 @@ class AdversarialDiscriminatorLoss(WeightedLoss):
     :param float penalty_weight: :math:`\lambda`, finite and non-negative; 0 leaves the penalty out (default:
         0.01).
     :raises TypeError, ValueError: for other weights.
+
+    |sep|
+
+    :Examples:
+
+        >>> import torch
+        >>> from deepinv_ud2m.training import AdversarialDiscriminatorLoss, ConditionalDiscriminator
+        >>> x, x_net, condition = torch.rand(3, 2, 1, 32, 32)
+        >>> loss = AdversarialDiscriminatorLoss(penalty_weight=0.0025)
+        >>> loss(x=x, x_net=x_net, D=ConditionalDiscriminator(channels=1), condition=condition).shape
+        torch.Size([2])
     """
 
     def __init__(self, weight: float = 1.0, penalty_weight: float = 0.01):

@@ -34,6 +34,16 @@ class DiversityController:
     :param float kappa: :math:`\kappa`, non-negative.
 
     The attribute ``weights``, ``{physics: c}``, is given to :class:`deepinv_ud2m.training.EnergyScoreLoss`.
+
+    |sep|
+
+    :Examples:
+
+        >>> from deepinv.physics import Denoising
+        >>> from deepinv_ud2m.training import DiversityController
+        >>> controller = DiversityController([Denoising()], kappa=0.5)
+        >>> controller({"spread-skill ratio": 1.21})  # samples were too similar
+        {'diversity/0': 1.1}
     """
 
     low, high = 0.8, 1.2

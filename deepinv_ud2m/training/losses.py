@@ -62,6 +62,18 @@ class L2Loss(WeightedLoss):
     :param float weight: weight of this loss in a sum, finite and non-negative (default: 1).
     :param str of: ``"image"`` (default) or ``"noise"``, which needs states, so not ``stage="end_to_end"``.
     :raises TypeError, ValueError: for another weight or name.
+
+    |sep|
+
+    :Examples:
+
+        >>> import torch
+        >>> from deepinv_ud2m.training import L2Loss
+        >>> x, x_net = torch.zeros(2, 1, 8, 8), torch.full((2, 1, 8, 8), 0.5)
+        >>> L2Loss()(x=x, x_net=x_net)
+        tensor([0.2500, 0.2500])
+        >>> L2Loss(of="noise")(x=x, x_net=x_net, sigma=torch.tensor([0.5, 1.0]))
+        tensor([1.0000, 0.2500])
     """
 
     def __init__(self, weight: float = 1.0, of: str = "image"):
@@ -99,6 +111,16 @@ class GaussianNLLLoss(Loss):
 
     It is lowest for :math:`m = E[x \mid y, x_s]` and :math:`h^2 = E[\|x - m\|^2 / d \mid y, x_s]`. Errors
     count relative to the predicted RMSE, so easy and hard measurements have equal weight.
+
+    |sep|
+
+    :Examples:
+
+        >>> import torch
+        >>> from deepinv_ud2m.training import GaussianNLLLoss
+        >>> x, x_net = torch.zeros(2, 1, 8, 8), torch.full((2, 1, 8, 8), 0.5)
+        >>> GaussianNLLLoss()(x=x, x_net=x_net, rmse=torch.tensor([0.5, 1.0]))  # the first predicts its error
+        tensor([-0.1931,  0.1250])
     """
 
     num_samples = 1
@@ -124,6 +146,15 @@ class PerceptualLoss(WeightedLoss):
     :param bool random: random weights for the backbone of LPIPS, to try a recipe (default: ``False``).
     :param float weight: weight of this loss in a sum, finite and non-negative (default: 1).
     :raises ValueError, ImportError, RuntimeError: as that class.
+
+    |sep|
+
+    :Examples:
+
+        >>> import torch
+        >>> from deepinv_ud2m.training import PerceptualLoss
+        >>> PerceptualLoss("digits")(x=torch.zeros(2, 1, 32, 32), x_net=torch.rand(2, 1, 32, 32)).shape
+        torch.Size([2])
     """
 
     def __init__(

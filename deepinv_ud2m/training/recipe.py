@@ -32,6 +32,14 @@ class Stage:
     :param float lr_scalars: that of the multipliers of rho, delta and lambda (default: 3e-3).
     :param float, None lr_initial: that of the initial estimate (default: ``lr``).
     :param int accumulate: batches per optimiser step, a multiple of the number of processes (default: 1).
+
+    |sep|
+
+    :Examples:
+
+        >>> from deepinv_ud2m.training import Stage
+        >>> Stage("single", steps=1000, batch_size=16, size=64).lr
+        0.0004
     """
 
     stage: str
@@ -110,6 +118,15 @@ class Recipe:
         whose energy score is within 1 % of the best, the one whose spread-skill ratios are nearest to 1.
     :param int seed: of the run (default: 0).
     :raises ValueError: for values that do not fit.
+
+    |sep|
+
+    :Examples:
+
+        >>> from deepinv_ud2m.training import Recipe
+        >>> recipe = Recipe.read("default", tasks=["sr4", "jpeg-10"])
+        >>> recipe.tasks, recipe.kappa
+        (['sr4', 'jpeg-10'], 0.5)
     """
 
     stages: list[Stage]

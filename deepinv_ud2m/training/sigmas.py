@@ -20,6 +20,15 @@ class StateSigmas:
     :param float low: smallest of the other levels, positive (default: 0.02).
     :param float high: largest of the other levels (default: 2).
     :raises ValueError: for other values.
+
+    |sep|
+
+    :Examples:
+
+        >>> from deepinv_ud2m import UD2M
+        >>> from deepinv_ud2m.training import StateSigmas
+        >>> StateSigmas(UD2M.from_pretrained("mnist"), first=1.0)(2)
+        tensor([78.7000, 78.7000])
     """
 
     def __init__(self, model: UD2M, first: float, low: float = 0.02, high: float = 2.0):
