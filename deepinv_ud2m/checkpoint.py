@@ -352,5 +352,6 @@ def push_to_hub(
 #: Shipped samplers: name, and folder in ``weights/``.
 PRETRAINED: dict[str, str] = {
     "mnist": "ud2m-mnist",
+    "mnist-paper": "ud2m-mnist-paper",
     "photos": "ud2m-photos",
 }

@@ -3,8 +3,8 @@ A whole photograph
 ==================
 
 The sampler was trained on crops of 64 x 64 and 128 x 128 pixels. Prior and iterations are convolutional, so
-it restores photographs of any size: a file of yours, or six pictures that are made of the two that ship, 768
-x 512 pixels together.
+it restores photographs of any size. Here half of the pixels are removed first: of a file of yours, or of six
+pictures that are made of the two that ship, 768 x 512 pixels together.
 
 .. code-block:: bash
 

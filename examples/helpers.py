@@ -74,7 +74,7 @@ def compare(name, x, y, physics, samples, nfe, *, zeta, lambda_, std_max=0.2, pr
     columns |= {row: rows[row][0] for row in ("DPIR", "DiffPIR")}
     columns |= {f"sample {i + 1}": sample for i, sample in enumerate(samples[:3])}
     columns |= {f"mean of {len(samples)}": samples.mean(0)}
-    maps = {"std": samples.std(0), "error of the mean": (samples.mean(0) - x).abs()}
+    maps = {"std": samples.std(0), "|error|": (samples.mean(0) - x).abs()}
     for title, values in maps.items():
         coloured = colormaps["magma"]((values.mean(1) / std_max).clamp(0, 1).numpy())[..., :3]
         columns[f"{title}, 0 to {std_max:g}"] = torch.from_numpy(coloured).movedim(-1, 1)

@@ -39,7 +39,8 @@ print(f"the intervals of 90 % hold the truth in {found.coverage.item():.0%} of t
 # %%
 # Conformal calibration: images whose truth is known give the factor on the standard deviation that makes
 # intervals cover. It holds for images of the same kind, the same operator and the same noise. Here they are
-# twelve crops of the rest of the picture.
+# twelve crops of the rest of the picture, to keep the example small. They are not independent: take one crop
+# of each of many photographs.
 around = [(i, j) for i in (0, 64, 128, 192) for j in (0, 64, 128, 192) if i >= 128 or j in (0, 192)]
 crops = torch.cat([photo[..., i : i + 64, j : j + 64] for i, j in around])
 small = dinv.physics.Downsampling(img_size=(3, 64, 64), filter="gaussian", factor=4, padding="circular")

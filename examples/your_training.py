@@ -3,7 +3,7 @@ Train a sampler of your own
 ===========================
 
 Your denoiser, your physics, 200 images, ten minutes: a small network is trained to denoise digits, and then
-:func:`deepinv_ud2m.training.distill` makes it a sampler for a camera of one pixel, which measures 15 % of the
+:func:`deepinv_ud2m.training.distill` makes it a sampler for a single-pixel camera, which measures 15 % of the
 Hadamard coefficients of an image.
 """
 

@@ -17,7 +17,7 @@ import deepinv_ud2m
 from deepinv_ud2m import UD2M
 from deepinv_ud2m.benchmark.report import comparison, overview, summarise
 from deepinv_ud2m.benchmark.rows import read_rows, read_setup
-from deepinv_ud2m.checkpoint import fingerprint, trained_fingerprint
+from deepinv_ud2m.checkpoint import PRETRAINED, fingerprint, trained_fingerprint
 from deepinv_ud2m.data import photograph
 from deepinv_ud2m.priors import load_prior
 from deepinv_ud2m.uncertainty import Conformal, Summary
@@ -44,15 +44,20 @@ def test_rows_of_shipped_samplers_are_of_the_weights_that_ship():
     rows = pd.concat(read_rows(RESULTS / folder) for folder in FOLDERS)
     shipped = rows.loc[rows["name"] == "ud2m-distilled", ["settings", "weights"]].drop_duplicates()
     assert (rows.loc[rows["name"] != "ud2m-distilled", "weights"] == "").all()
-    names = set()
+    names, others = set(), set()
     for settings, weights in shipped.itertuples(index=False):
         settings = json.loads(settings)
+        if settings["checkpoint"] not in PRETRAINED:
+            others.add(settings["checkpoint"])
+            continue
         model = UD2M.from_pretrained(settings["checkpoint"])
         assert trained_fingerprint(model.unfolded) == weights, settings
         assert [float(f"{sigma:.4g}") for sigma in model.sigmas] == settings["sigmas"]
         assert (model.eta, model.nominal_rmse) == (settings["eta"], settings["nominal_rmse"])
         names.add(settings["checkpoint"])
-    assert names == {"mnist", "photos"}
+    assert names == {*PRETRAINED}
+    # Trainings of the paper's experiment, of which the best one ships.
+    assert {Path(file).parent.name.split("_")[0] for file in others} == {"paper", "energy"}
 
 
 @pytest.mark.parametrize("folder", ["mnist", "mnist_1000", "photos"])
@@ -139,12 +144,56 @@ def readme_table():
 
 def test_the_table_of_the_readme_follows_from_the_rows():
     text = (RESULTS.parents[1] / "README.md").read_text()
+    assert text.count("\n") <= 150
     table, crops = readme_table()
     assert "\n".join(table) in text
     assert "(8 to 12 crops)" in text and "(8 to 16 crops)" in text and crops == [{8, 12}, {8, 16}]
     dps = summary_of("photos").set_index(["task", "method"]).loc["inpaint-random", "DPS, 100 steps"]
     better = f"(by {-dps['energy_score_less']:.2f} ± {dps['energy_score_less_se']:.2f})"
     assert better in " ".join(text.split())
+
+
+def paper_tables():
+    """The tables of the page on the paper's digits: results, 512 samples, curves."""
+    tables, texts = [], []
+    for folder in ("mnist_paper", "mnist_paper_512"):
+        kept = (
+            PAPER_COLUMNS if folder == "mnist_paper" else [one for one in PAPER_COLUMNS if one != "frechet"]
+        )
+        heads = [PAPER_COLUMNS[key][0] for key in kept]
+        rows = [["trained by", *heads, "coverage error", "spread-skill"]]
+        for line in summary_of(folder).to_dict("records"):
+            digits = {key: PAPER_COLUMNS[key][1] for key in kept} | {"spread_skill": 2}
+            *shown, ratio = (f"{line[key]:.{d}f} ± {line[f'{key}_se']:.{d}f}" for key, d in digits.items())
+            errors = f"{line['coverage_error']:.2f} / {line['coverage_error_features']:.2f}"
+            rows.append([line["method"], *shown, errors, ratio])
+        tables.append(rows)
+    curves = pd.read_csv(RESULTS / "mnist_paper" / "curves.csv")
+    scores = curves.pivot(index="trained by", columns="step", values="energy score")
+    rows = [["trained by", *(f"step {step}" for step in scores)]]
+    for name in curves["trained by"].unique():
+        rows.append([name, *(f"{score:.2f}" for score in scores.loc[name])])
+    for head, *of_rows in [*tables, rows]:
+        lines = [head, ["---"] * len(head), *of_rows]
+        texts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return texts
+
+
+#: Columns of these tables: title and digits.
+PAPER_COLUMNS = {
+    "energy_score": ("energy score", 2),
+    "psnr_mean": ("PSNR of the mean", 2),
+    "perceptual": ("perceptual", 3),
+    "frechet": ("Fréchet", 2),
+}
+
+
+def test_the_page_of_the_papers_digits_shows_its_rows():
+    page = (RESULTS / "paper_digits.md").read_text()
+    assert [table for table in paper_tables() if table not in page] == []
+    summary = summary_of("mnist_paper")
+    assert len(summary) == 8 and (summary["images"] == 256).all() and (summary["nfe"] == 16).all()
+    assert f"{summary['coverage_noise'].iloc[0]:.2f} bounds it" in " ".join(page.split())
 
 
 def test_intervals_that_ship_are_those_of_the_rows_and_of_the_page():

@@ -24,6 +24,7 @@ def random_mask(kept: float, size: int = 128):
 # of the same sampler before training. On the right is what was measured with three seeds of the noise.
 BOUNDS = {
     "mnist": (0.85, 0.70),  # 0.70 to 0.76 (blur) and 0.62 to 0.65 (super-resolution), 0.31 and 0.51
+    "mnist-paper": (0.9, 0.4),  # 0.64 to 0.79, and 0.22 to 0.28
     "photos": (0.85, 0.97),  # 0.74 to 0.76 (blur) and 0.67 to 0.74 (inpainting), 0.86 to 0.93
 }
 
@@ -37,7 +38,9 @@ def test_trained_samplers_are_better_than_untrained_ones(name):
     x = mnist_digits("test", num=8) if is_digit else _crops(64, 64, 96)
     shape = tuple(x.shape[1:])
     tasks = {"blur": (BlurFFT(shape, gaussian_blur(sigma=(1.0, 1.0))), 0.01)}
-    if is_digit:
+    if name == "mnist-paper":  # trained with one operator and noise level
+        tasks = {"super-resolution": (make_physics("sr4-paper", shape), 0.05)}
+    elif is_digit:
         tasks["super-resolution"] = Downsampling(shape, "bicubic", 4, padding="circular"), 0.025
     else:
         tasks["inpainting"] = Inpainting(shape, random_mask(0.3, 64)), 0.025

@@ -44,7 +44,8 @@ class Result:
     :param torch.Tensor, None low: lower end of the interval of 90 %.
     :param torch.Tensor, None high: upper end.
     :param float, None noise: noise level that the sampler took.
-    :param float, None residual: residual of the first sample over the noise level.
+    :param float, None residual: residual of the first sample over the noise level, root mean square.
+    :param torch.Tensor, None residuals: the same for each measurement, in the shape of ``y``.
     :param float, None nfe: network evaluations per sample.
     :param float seconds: how long the samples took.
     :param list[str] messages: warnings of the package, and what else there is to say.
@@ -61,6 +62,7 @@ class Result:
     high: Tensor | None = None
     noise: float | None = None
     residual: float | None = None
+    residuals: Tensor | None = None
     nfe: float | None = None
     seconds: float = 0.0
     messages: list[str] = field(default_factory=list)
@@ -142,7 +144,9 @@ def restore(
             messages.setdefault(str(one.message).split(":")[0], str(one.message))
     samples = torch.cat(parts)
     result = Result(samples, y, samples.mean(0), noise=level, nfe=model.nfe, messages=[*messages.values()])
-    result.residual = None if residual is None else residual[0].item()
+    if residual is not None:
+        result.residual = residual[0].item()
+        result.residuals = None if level is None else (physics.A(samples[0]) - y) / level
     result.seconds = time.perf_counter() - start
     if len(samples) >= FOR_QUANTILES:
         found = summary(samples)

@@ -119,6 +119,9 @@ def pictures(result: Result) -> list[tuple[np.ndarray, str]]:
         shown += [(as_map(result.std), "standard deviation")]
         shown += [(as_picture(result.low), "interval of 90 %, lower end")]
         shown += [(as_picture(result.high), "interval of 90 %, upper end")]
+    if result.residuals is not None:
+        caption = "what is left of the measurement, -3 to 3 times the noise: no structure if all is right"
+        shown += [(as_picture(0.5 + result.residuals / 6), caption)]
     shown += [] if result.diffpir is None else [(as_picture(result.diffpir), "DiffPIR")]
     return shown + ([] if result.x is None else [(as_picture(result.x), "truth")])
 
