@@ -33,5 +33,7 @@ model = UD2M.from_pretrained("photos")
 samples = model.sample(y, physics, num_samples=8, generator=torch.Generator().manual_seed(0))
 
 # %%
-# Table and figure. DiffPIR has the settings that were best on other photographs.
+# Table and figure. DiffPIR has the settings with the best energy score on eight other photographs.
+# Blocks and colour fringes are gone, and the samples have textures that the coder removed. The mean of eight
+# has no higher PSNR than the decoded file.
 compare("photo_jpeg", x, y, physics, samples, model.nfe, zeta=0.03, lambda_=0.1)

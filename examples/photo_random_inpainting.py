@@ -31,5 +31,6 @@ model = UD2M.from_pretrained("photos")
 samples = model.sample(y, physics, num_samples=8, generator=torch.Generator().manual_seed(0))
 
 # %%
-# Table and figure. DiffPIR has the settings that were best on other photographs.
+# Table and figure. DiffPIR has the settings with the best energy score on eight other photographs.
+# The samples agree but for fine texture. DPIR needs an image without missing pixels to start from.
 compare("photo_random_inpainting", x, y, physics, samples, model.nfe, zeta=1.0, lambda_=1.0)

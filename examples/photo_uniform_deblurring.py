@@ -32,5 +32,6 @@ model = UD2M.from_pretrained("photos")
 samples = model.sample(y, physics, num_samples=8, generator=torch.Generator().manual_seed(0))
 
 # %%
-# Table and figure. The settings of DiffPIR were searched on eight other photographs.
+# Table and figure. DiffPIR has the settings with the best energy score on eight other photographs.
+# The samples differ along the edges of suit and face, where the error of their mean is as well.
 compare("photo_uniform_deblurring", x, y, physics, samples, model.nfe, zeta=0.1, lambda_=3.0)
