@@ -29,7 +29,9 @@ def broken(site: Path) -> list[str]:
     """What leads nowhere, as lines of page and link."""
     # Not pages of source code, whose links back have anchors of other modules, nor templates of the theme.
     left_out = {"_modules", "_static"}
-    pages = {file: Page(file) for file in site.rglob("*.html") if not left_out & {*file.parts}}
+    pages = {
+        file: Page(file) for file in site.rglob("*.html") if not left_out & {*file.relative_to(site).parts}
+    }
     found = []
     for file, page in pages.items():
         for link in page.links:
