@@ -39,6 +39,28 @@ def check_digest(file: Path, expected: str) -> None:
         )
 
 
+def cached_download(url: str, what: str, size: str, allow: str, download: bool, digest: str = "") -> Path:
+    """
+    A file of weights in the cache of torch.hub, downloaded if it is not there and ``download`` is set.
+
+    :param str url: where it comes from; the last part is its name in the cache.
+    :param str what: what needs it, and what it is, for the message.
+    :param str size: how large it is, with the unit.
+    :param str allow: how a user allows the download.
+    :param bool download: allow it.
+    :param str digest: how its sha256 begins; another file does not get into the cache (default: unchecked).
+    :raises FileNotFoundError: if it is not there and may not be downloaded; it says where to put a copy.
+    """
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not file.is_file():
+        if not download:
+            begins = f", whose sha256 begins with {digest}" if digest else ""
+            raise FileNotFoundError(f"{what}, {size} from {url}{begins}: put the file at {file}, or {allow}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file), hash_prefix=digest or None)
+    return file
+
+
 def read_json(file: Path) -> dict:
     """Read a dictionary; ValueError if the file is missing or damaged, or holds anything else."""
     try:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import deepinv as dinv
 import numpy as np
@@ -100,7 +101,7 @@ def test_inception_is_not_unpickled(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *a, **k: pytest.fail("downloads"))
     (tmp_path / "checkpoints").mkdir()
-    file = tmp_path / "checkpoints" / paper._INCEPTION
+    file = tmp_path / "checkpoints" / Path(paper._INCEPTION_URL).name
 
     class Evil:
         def __reduce__(self):

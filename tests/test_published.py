@@ -15,6 +15,7 @@ from deepinv.models import DiffUNet
 from safetensors.torch import load_file, save_file
 
 from deepinv_ud2m import UD2M, UnfoldedDenoiser, VPSchedule, add_lora, load_prior
+from deepinv_ud2m.files import cached_download
 from deepinv_ud2m.priors import PUBLISHED, random_prior
 from deepinv_ud2m.priors.networks import VPDenoiser
 
@@ -206,6 +207,27 @@ def test_files_of_another_digest_are_refused(file, hub, monkeypatch):
     with pytest.raises(ValueError, match=f"{digest(file)}, expected {expected}"):
         load_prior("ffhq256", download=True)
     assert digest(cached) == digest(file)
+
+
+def test_a_download_on_request(tmp_path, monkeypatch):
+    """Refused with the place of a copy; a file of another digest does not stay; the second call has it."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    (tmp_path / "weights.pth").write_bytes(b"tensors")
+    digest, url = hashlib.sha256(b"tensors").hexdigest(), (tmp_path / "weights.pth").as_uri()
+    place = tmp_path / "hub" / "checkpoints" / "weights.pth"
+    about = ("a network is not here", "7 B", "say so")
+    with pytest.raises(FileNotFoundError) as refusal:
+        cached_download(url, *about, download=False, digest=digest[:8])
+    assert str(refusal.value) == (
+        f"a network is not here, 7 B from {url}, whose sha256 begins with {digest[:8]}: "
+        f"put the file at {place}, or say so"
+    )
+    with pytest.raises(RuntimeError, match="invalid hash"):
+        cached_download(url, *about, download=True, digest="0" * 8)
+    assert not place.exists()
+    assert cached_download(url, *about, download=True, digest=digest[:8]) == place
+    (tmp_path / "weights.pth").unlink()
+    assert cached_download(url, *about, download=False) == place and place.read_bytes() == b"tensors"
 
 
 def test_damaged_and_foreign_files(file, tmp_path):

@@ -258,8 +258,8 @@ def test_rams_weights_are_not_downloaded_unasked_nor_unpickled(photos, tmp_path,
     fetched = []
     state = {"a": torch.zeros(1)}
 
-    def fetch(url, to):
-        fetched.append(url)
+    def fetch(url, to, hash_prefix):
+        fetched.append((url, hash_prefix))
         torch.save(state, to)
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)

@@ -28,7 +28,7 @@ from deepinv_ud2m.benchmark.run import Study, run, synchronize
 from deepinv_ud2m.checks import check_count
 from deepinv_ud2m.counting import peak_gb
 from deepinv_ud2m.data.crops import ResizedCrops
-from deepinv_ud2m.files import read_weights, write_file
+from deepinv_ud2m.files import cached_download, read_weights, write_file
 from deepinv_ud2m.metrics import PerceptualDistance, gaussian_frechet
 from deepinv_ud2m.metrics.frechet import gaussian_fit
 from deepinv_ud2m.priors import load_prior, random_prior
@@ -146,8 +146,10 @@ TABLES = {
 #: Gradients of the network in each step. Moment matching takes them in conjugate gradients, about five.
 _GRADIENTS = {"dps": 1, "pigdm": 1, "moment-matching": 5}
 
-_INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
-_INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION}"
+_INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth"
+)
 
 
 def inception_features(
@@ -166,15 +168,8 @@ def inception_features(
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise ImportError("the FID needs torch-fidelity: pip install torch-fidelity") from error
-    file = Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION
-    if not file.is_file():
-        if not download:
-            raise FileNotFoundError(
-                f"the FID needs the weights of Inception, 95 MB from {_INCEPTION_URL}, whose sha256 begins "
-                f"with 6726825d: put them at {file}, or give --download"
-            )
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(_INCEPTION_URL, str(file), hash_prefix="6726825d")
+    needs = "the FID needs the weights of Inception"
+    file = cached_download(_INCEPTION_URL, needs, "95 MB", "give --download", download, "6726825d")
     # torch-fidelity unpickles what it loads. It gets a copy of the tensors alone.
     with tempfile.NamedTemporaryFile(suffix=".pth") as copy:
         torch.save(read_weights(file), copy.name)

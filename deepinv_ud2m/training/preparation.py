@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Subset
 
 from deepinv_ud2m.checks import check_device, check_path
 from deepinv_ud2m.data.crops import RandomCrops, ResizedCrops
-from deepinv_ud2m.files import make_folder, read_json
+from deepinv_ud2m.files import cached_download, make_folder, read_json
 from deepinv_ud2m.initializers import (
     Initializer,
     PosteriorMeanInitializer,
@@ -290,15 +290,9 @@ def _ram(smoke: bool, download: bool) -> nn.Module:
     """deepinv's RAM. It would download without being asked, and unpickle what it gets."""
     if smoke:
         return dinv.models.RAM(pretrained=False)
-    file = Path(torch.hub.get_dir()) / "checkpoints" / "ram.pth.tar"  # where deepinv keeps it
-    if not file.is_file():
-        if not download:
-            raise FileNotFoundError(
-                f"the weights of deepinv's RAM are not here, about 140 MB from {_RAM_URL}: put the file at "
-                f"{file}, or set download=True"
-            )
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(_RAM_URL, str(file))
+    # The name is deepinv's: it finds the file there, too.
+    needs = "the weights of deepinv's RAM are not here"
+    file = cached_download(_RAM_URL, needs, "about 140 MB", "set download=True", download)
     return dinv.models.RAM(pretrained=str(file))
 
 
