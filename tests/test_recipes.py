@@ -31,6 +31,7 @@ from deepinv_ud2m.training import (
     preparation,
 )
 from deepinv_ud2m.training.__main__ import main
+from deepinv_ud2m.training.history import History
 from deepinv_ud2m.training.preparation import Run
 
 
@@ -61,6 +62,10 @@ def test_digits_in_three_stages(tmp_path):
     assert metadata["validation"].keys() >= {"energy score", "spread-skill ratio/1"}
     assert metadata["validation_note"] == "2 samples of each image held out, with this factor"
     history = json.loads((tmp_path / "1_single" / "history.json").read_text())
+    assert list(metadata["curves"]) == ["0_initial", "1_single", "2_end_to_end"]
+    assert list(metadata["curves"]["0_initial"]) == ["loss"]
+    curve = metadata["curves"]["1_single"]["energy score"]
+    assert curve == [[s, pytest.approx(v, rel=1e-3)] for s, v in history["eval: energy score"]]
     weights = [value for _, value in history["eval: diversity/0"]]
     ratios = [value for _, value in history["eval: spread-skill ratio/0"]]
     assert len(weights) == 2 and weights[0] == pytest.approx(min(max(ratios[0] ** 0.5, 0.8), 1.2))
@@ -73,6 +78,20 @@ def test_digits_in_three_stages(tmp_path):
         shutil.rmtree(tmp_path / gone)
     distill("mnist", None, images, recipe, tmp_path, verbose=False)
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["metadata"] == metadata
+
+
+def test_the_curves_that_a_sampler_keeps():
+    """Evaluations, without those of single physics; else the loss, thinned so that the last point stays."""
+    history = History()
+    for step in range(50, 5001, 50):
+        history.record(step, {"loss": 1 / step, "gradient norm": 1.0})
+    curve = history.summary(7)["loss"]
+    assert [step for step, _ in curve] == [500, 1250, 2000, 2750, 3500, 4250, 5000]
+    assert curve[-1] == [5000, 0.0002] and history.summary(100)["loss"][0] == [50, 0.02]
+    history.record(10, {"energy score": 2.0, "energy score/0": 1.0}, "eval: ")
+    assert history.summary() == {"energy score": [[10, 2.0]]}
+    assert History().summary() == {"loss": []}
 
 
 def test_a_run_that_was_stopped_between_stages_ends_with_the_same_bits(tmp_path):

@@ -123,10 +123,12 @@ def distill(
     recipe = run.recipe
     if run.writes:
         write_file(run.folder / RECIPE, json.dumps(recipe.as_json(), indent=1) + "\n")
+    curves = {}
     for prepared in stages:
         # A stage that is done returns at once, from its checkpoint.
         trainer = _trainer(run, model, prepared, run.folder / prepared.name)
         trainer.train()
+        curves[prepared.name] = trainer.history.summary()
     *_, pairs, train, held_out, _ = stages[-1]
     factor = 1.0
     if recipe.factors == [factor]:
@@ -140,6 +142,7 @@ def distill(
         "factor of delta": factor,
         "validation": found,
         "validation_note": f"{recipe.validation_samples} samples of each image held out, with this factor",
+        "curves": curves,
     }
     if run.writes:
         model.save_pretrained(run.folder / "model", metadata=metadata, dtype=torch.float16)

@@ -39,6 +39,19 @@ class History(dict):
         self.update({name: [tuple(point) for point in of] for name, of in points.items()})
         self.sums = dict(sums)
 
+    def summary(self, most: int = 20) -> dict[str, list[list[float]]]:
+        """
+        What a sampler keeps of its training: the metrics of its evaluations, without those of single
+        physics, or else the loss, at ``most`` points that end with the last.
+        """
+        of_evaluations = {n: points for n, points in self.items() if n.startswith("eval: ") and "/" not in n}
+        kept = of_evaluations or {"loss": self.get("loss", [])}
+        thinned = {name: points[:: -max(1, -(-len(points) // most))][::-1] for name, points in kept.items()}
+        return {
+            name.removeprefix("eval: "): [[s, float(f"{v:.4g}")] for s, v in points]
+            for name, points in thinned.items()
+        }
+
     def write(self, folder: Path) -> None:
         """Write ``history.json``."""
         write_file(folder / "history.json", json.dumps(self, indent=1) + "\n")
