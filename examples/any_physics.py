@@ -18,7 +18,7 @@ training, but made by hand:
 # strong as elsewhere.
 import deepinv as dinv
 import torch
-from helpers import OUT, as_images, save
+from helpers import OUT, as_images, coloured, save
 from torchvision.utils import save_image
 
 from deepinv_ud2m import UD2M
@@ -70,8 +70,7 @@ for name, physics in problems.items():
     shown = [physics.A_dagger(y).clamp(0, 1), samples[0], samples.mean(0)]
     inverse, one, mean = (psnr(image, x).item() for image in shown)
     print(f"{name:20s} {inverse:14.2f} {one:11.2f} {mean:10.2f}")
-    std = samples.std(0).mean(1, keepdim=True).expand_as(x)
-    rows.append([x, as_images(y, physics, x), *shown, std / 0.2])
+    rows.append([x, as_images(y, physics, x), *shown, coloured(samples.std(0))])
 
 # %%
 # The figure, one physics a row.

@@ -76,11 +76,16 @@ def compare(name, x, y, physics, samples, nfe, *, zeta, lambda_, std_max=0.2, pr
     columns |= {f"mean of {len(samples)}": samples.mean(0)}
     maps = {"std": samples.std(0), "|error|": (samples.mean(0) - x).abs()}
     for title, values in maps.items():
-        coloured = colormaps["magma"]((values.mean(1) / std_max).clamp(0, 1).numpy())[..., :3]
-        columns[f"{title}, 0 to {std_max:g}"] = torch.from_numpy(coloured).movedim(-1, 1)
+        columns[f"{title}, 0 to {std_max:g}"] = coloured(values, std_max)
     if len(x) == 1:
         columns = {title: with_centre(image) for title, image in columns.items()}
     save(name, columns)
+
+
+def coloured(values, end=0.2):
+    """The mean over the channels of `[B, C, H, W]`, from black at zero to yellow at ``end``."""
+    colours = colormaps["magma"]((values.mean(1) / end).clamp(0, 1).numpy())
+    return torch.from_numpy(colours[..., :3]).movedim(-1, 1).float()
 
 
 def save(name, columns, side=2):
