@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ from deepinv_ud2m.checks import check_count
 from deepinv_ud2m.data import load_images, mnist_digits
 from deepinv_ud2m.physics.tasks import TASKS, Task
 from deepinv_ud2m.priors import load_prior
+from deepinv_ud2m.processes import leave_group
 
 DEFAULT_METHODS = ["ud2m", "diffpir", "ddrm", "pigdm", "dpir", "pinv"]
 
@@ -117,6 +119,7 @@ def _start(args: argparse.Namespace) -> PartialState:
     """The processes of a run, each with a device of its own."""
     _check_device(args.device)
     state = PartialState(cpu=args.device == "cpu")
+    atexit.register(leave_group)
     if args.device == "cuda":
         args.device = str(state.device)
     return state

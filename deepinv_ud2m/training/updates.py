@@ -6,6 +6,7 @@ up. DistributedDataParallel would wait for ever for a process that skips its bac
 
 from __future__ import annotations
 
+import atexit
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from deepinv_ud2m.checks import check_count
+from deepinv_ud2m.processes import leave_group
 from deepinv_ud2m.unfolded import UnfoldedDenoiser
 
 
@@ -23,6 +25,7 @@ def start_accelerator(device: torch.device) -> tuple[Accelerator, torch.device]:
     """Join the other processes, if there are any; the accelerator, and the device of this process."""
     # Where there is an accelerator already, its device cannot be changed any more.
     accelerator = Accelerator(cpu=device.type == "cpu" and not is_initialized())
+    atexit.register(leave_group)
     of_several = accelerator.num_processes > 1 and device.type == accelerator.device.type
     return accelerator, accelerator.device if of_several else device
 
