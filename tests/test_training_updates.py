@@ -8,6 +8,7 @@ import torch
 from deepinv.loss import Loss
 from distillation import equal, make_adversary, make_trainer, values_of
 
+from deepinv_ud2m.processes import leave_group
 from deepinv_ud2m.training import AdversarialDiscriminatorLoss
 from deepinv_ud2m.training.checkpoints import read_checkpoint
 
@@ -79,3 +80,12 @@ def test_a_discriminator_that_is_not_finite_stops_training_too(tiny_prior):
         trainer.train()
     assert equal(seen[1], seen[-1]), "the model stays as it was too"
     assert all(parameter.isfinite().all() for parameter in adversary.D.parameters())
+
+
+def test_a_process_leaves_its_group():
+    """Once, and without harm where there is none."""
+    leave_group()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    leave_group()
+    assert not torch.distributed.is_initialized()
+    leave_group()
