@@ -159,16 +159,18 @@ def make_tiny_config():
     return {"network": network | options, "prior": info}
 
 
-def make_tiny_prior():
+def make_tiny_prior(**network):
     """It, with random weights (no layer left at its zero initialisation), frozen."""
+    config = make_tiny_config()
+    config["network"] |= network
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        prior = build_network(make_tiny_config())
+        prior = build_network(config)
         with torch.no_grad():
             for parameter in prior.parameters():
                 if not parameter.any():
                     parameter.normal_(std=0.02)
-    prior.prior_info = PriorInfo(**make_tiny_config()["prior"])
+    prior.prior_info = PriorInfo(**config["prior"])
     return prior.requires_grad_(False).eval()
 
 

@@ -1,7 +1,6 @@
 """What the benchmark reports of its rows; the search of settings; the cost of samples."""
 
 import gzip
-import importlib
 import json
 from types import SimpleNamespace
 
@@ -9,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import seeded
-from deepinv.physics import Denoising, GaussianNoise
+from conftest import make_tiny_prior, seeded
+from deepinv.physics import Denoising, Downsampling, GaussianNoise
 from filelock import FileLock
 from PIL import Image
 from test_benchmark import computed, entry, study_of
@@ -152,22 +151,23 @@ def test_a_report_has_tables_and_figures(tiny_prior, tmp_path):
             assert len(picture.convert("L").getcolors()) > 50
 
 
-def test_samplers_alone_run_in_mixed_precision(tiny_prior, tmp_path, monkeypatch):
-    seen, module = {}, importlib.import_module("deepinv_ud2m.benchmark.run")
+@pytest.mark.parametrize("method", ["ud2m", "diffpir", "pigdm"])
+def test_networks_alone_run_in_mixed_precision(method, tiny_prior, tmp_path, monkeypatch):
+    seen, operator = {"network": set(), "operator": set()}, Downsampling.A
+    attention = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
 
-    def record(name, function):
-        def recorded(*arguments):
-            seen[name] = torch.is_autocast_enabled("cpu")
-            return function(*arguments)
+    def record(self, *arguments, **options):
+        seen["operator"].add(torch.is_autocast_enabled("cpu"))
+        return operator(self, *arguments, **options)
 
-        monkeypatch.setattr(module, name, recorded)
-
-    for name in ("measure", "evaluate", "draw"):
-        record(name, getattr(module, name))
-    study = study_of(tiny_prior, images=2)
+    monkeypatch.setattr(Downsampling, "A", record)
+    layer = next(m for m in tiny_prior.modules() if isinstance(m, torch.nn.GroupNorm))
+    layer.register_forward_hook(lambda *_: seen["network"].add(torch.is_autocast_enabled("cpu")))
+    study = study_of(tiny_prior, [method], images=2)
     study.bfloat16 = True
     run(tmp_path, study)
-    assert seen == {"measure": False, "evaluate": False, "draw": True}
+    assert seen == {"network": {False, True}, "operator": {False}}  # False: its warm-up
+    assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() == attention
     study.bfloat16 = False
     with pytest.raises(ValueError, match="in bfloat16', here it is"):  # rows of both kinds do not mix
         run(tmp_path, study)
@@ -312,16 +312,22 @@ def test_a_method_stands_once_for_each_criterion_it_was_searched_for(tiny_prior,
         tune(tmp_path / "t.json", study)
 
 
-def test_a_search_in_bfloat16_is_near_and_leaves_the_prior_as_it_was(tiny_prior, tmp_path, monkeypatch):
-    settings = {"num_steps": 4, "zeta": 0.3, "lambda_": 1.0}
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("diffpir", {"num_steps": 4, "zeta": 0.3, "lambda_": 1.0}), ("pigdm", {"num_steps": 4, "weight": 1.0})],
+)
+def test_a_search_in_bfloat16_is_near_and_leaves_the_prior_as_it_was(method, settings, tmp_path, monkeypatch):
+    """PiGDM differentiates the prior by torch.func, whose attention is another one."""
+    tiny_prior = make_tiny_prior(model_channels=64, attn_resolutions=[16])
+    assert any(getattr(module, "num_heads", 0) for module in tiny_prior.modules())
     monkeypatch.setattr(Entry, "candidates", lambda self: [settings])
-    study, x = study_of(tiny_prior, ["diffpir"], images=2, samples=2), torch.rand(1, 1, 32, 32)
+    study, x = study_of(tiny_prior, [method], images=2, samples=2), torch.rand(1, 1, 32, 32)
     before, scores = tiny_prior(x, 0.1), []
     for bfloat16 in (False, True):
         study.bfloat16 = bfloat16
         result = tune(tmp_path / f"{bfloat16}.json", study)
         assert ("in bfloat16" in result["setup"]["prior_weights"]) == bfloat16
-        scores.append(result["scores"]["sr4"]["diffpir"][0])
+        scores.append(result["scores"]["sr4"][method][0])
     for criterion in ("energy", "crps", "psnr"):
         assert 0 < abs(scores[1][criterion] / scores[0][criterion] - 1) < 0.01, criterion
     assert torch.equal(tiny_prior(x, 0.1), before) and "forward" not in vars(tiny_prior)

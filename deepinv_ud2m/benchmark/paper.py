@@ -329,7 +329,7 @@ def plan(table: int, study: Study) -> str:
     for needs_gradient in (False, True):
         peak_gb(x.device)
         start = time.perf_counter()
-        with torch.set_grad_enabled(needs_gradient), study.autocast():
+        with torch.set_grad_enabled(needs_gradient), study.precision():
             out = study.prior(x.clone().requires_grad_(needs_gradient), sigma)
             if needs_gradient:
                 out.sum().backward()

@@ -7,12 +7,14 @@ Fréchet distances, and pictures of the first images are stored beside the rows.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -90,9 +92,9 @@ class Study:
             fitting = (entry for entry in self.methods if isinstance(physics, entry.method.physics))
             yield from ((task, physics, entry) for entry in fitting)
 
-    def autocast(self) -> torch.autocast:
-        """What samplers run in."""
-        return torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.bfloat16)
+    def precision(self, sampler: Any = None) -> AbstractContextManager[None]:
+        """A context in which the networks of a sampler, by default the prior, have the study's precision."""
+        return mixed_precision(getattr(sampler, "networks", [self.prior]) if self.bfloat16 else [])
 
     @property
     def features_of_images(self) -> Callable[[Tensor], Tensor] | None:
@@ -151,7 +153,7 @@ def _run_method(
         y = measure(physics, x, images, study.seed)
         # Mixed once more, so that no sample shares its seed with a measurement.
         seed = _mix(study.seed, 2, images[0] + 1)
-        with study.autocast():
+        with study.precision(sampler):
             samples, cost = draw(sampler, study.prior, y, physics, num_samples, seed)
         if not samples.isfinite().all():
             raise ValueError(f"samples of {entry.label!r} on {task} are not finite, settings {settings}")
@@ -208,6 +210,31 @@ def draw(
     forward, backward = (images / num_samples / len(y) for images in calls.images())
     cost = {"nfe": forward, "nfe_backward": backward, "seconds": float(np.mean(seconds)) / len(y)}
     return torch.stack(samples), cost
+
+
+@contextlib.contextmanager
+def mixed_precision(networks: Sequence[nn.Module]) -> Iterator[None]:
+    """Run networks, and nothing else, in bfloat16: operators and their solvers would lose too much."""
+    # torch.func, which PiGDM takes gradients by, computes attention from products of matrices. These mix
+    # their types under autocast, unless attention is allowed to reduce in half precision.
+    attention = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(bool(networks) or attention)
+
+    def mixed(forward: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+        def run_mixed(*args: Any, **kwargs: Any) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16):
+                return forward(*args, **kwargs).float()
+
+        return run_mixed
+
+    for network in networks:
+        network.forward = mixed(network.forward, next(network.parameters()).device)
+    try:
+        yield
+    finally:
+        for network in networks:
+            del network.forward  # that of its class is as before
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(attention)
 
 
 class Calls:

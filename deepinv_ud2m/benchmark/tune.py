@@ -9,15 +9,10 @@ image are enough: the first two scores are unbiased, and the PSNR is predicted f
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from deepinv.models import Denoiser
 from deepinv.physics import Physics
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -67,7 +62,7 @@ def _tune(file: Path, study: Study) -> dict:
         for settings in tqdm(new, desc=f"{task}, {entry.searched_as}", disable=None):
             sampler = entry.method.build(study.prior, study.sigma_y, **entry.resolve(settings))
             number = study.num_samples if entry.method.random else 1
-            with _mixed_precision(study.prior, study.bfloat16):
+            with study.precision(sampler):
                 samples, _ = draw(sampler, study.prior, y, physics, number, study.seed)
             tried.append({"settings": settings, **_scores(samples, y, physics, study)})
             for criterion, (_, sign) in CRITERIA.items():
@@ -77,25 +72,6 @@ def _tune(file: Path, study: Study) -> dict:
                     winners[entry.searched_as] = tried[min(scores, key=scores.__getitem__)]["settings"]
             write_file(file, json.dumps(result, indent=1) + "\n")
     return result
-
-
-@contextlib.contextmanager
-def _mixed_precision(prior: Denoiser, enabled: bool) -> Iterator[None]:
-    """The prior alone runs in bfloat16: operators and their solvers would lose too much."""
-    if not enabled:
-        yield
-        return
-    forward = prior.forward
-
-    def mixed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16):
-            return forward(x, *args, **kwargs).to(x.dtype)
-
-    prior.forward = mixed
-    try:
-        yield
-    finally:
-        del prior.forward  # that of its class is as before
 
 
 def _scores(samples: Tensor, y: Tensor, physics: Physics, study: Study) -> dict[str, float | None]:
