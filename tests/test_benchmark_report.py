@@ -314,10 +314,14 @@ def test_a_method_stands_once_for_each_criterion_it_was_searched_for(tiny_prior,
 
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [("diffpir", {"num_steps": 4, "zeta": 0.3, "lambda_": 1.0}), ("pigdm", {"num_steps": 4, "weight": 1.0})],
+    [
+        ("diffpir", {"num_steps": 4, "zeta": 0.3, "lambda_": 1.0}),
+        ("pigdm", {"num_steps": 4, "weight": 1.0}),
+        ("moment-matching", {"num_steps": 4, "weight": 1.0}),
+    ],
 )
 def test_a_search_in_bfloat16_is_near_and_leaves_the_prior_as_it_was(method, settings, tmp_path, monkeypatch):
-    """PiGDM differentiates the prior by torch.func, whose attention is another one."""
+    """PiGDM and moment matching differentiate the prior by torch.func, whose attention is another one."""
     tiny_prior = make_tiny_prior(model_channels=64, attn_resolutions=[16])
     assert any(getattr(module, "num_heads", 0) for module in tiny_prior.modules())
     monkeypatch.setattr(Entry, "candidates", lambda self: [settings])

@@ -215,8 +215,8 @@ def draw(
 @contextlib.contextmanager
 def mixed_precision(networks: Sequence[nn.Module]) -> Iterator[None]:
     """Run networks, and nothing else, in bfloat16: operators and their solvers would lose too much."""
-    # torch.func, which PiGDM takes gradients by, computes attention from products of matrices. These mix
-    # their types under autocast, unless attention is allowed to reduce in half precision.
+    # torch.func, by which PiGDM and moment matching take gradients, computes attention from products of
+    # matrices. These mix their types under autocast, unless attention may reduce in half precision.
     attention = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(bool(networks) or attention)
 
